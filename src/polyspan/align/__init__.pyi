@@ -1,0 +1,14 @@
+from ._aligner import Aligner as Aligner
+from ._aligner import load_aligner as load_aligner
+from .choosing import AlignerChoice as AlignerChoice
+from .choosing import AlignerScore as AlignerScore
+from .choosing import alignment_report as alignment_report
+from .choosing import choose_aligner as choose_aligner
+from .choosing import default_candidates as default_candidates
+from .choosing import kernel_agreement as kernel_agreement
+from .choosing import pairing_p_value as pairing_p_value
+from .orthogonal_map import IdentityMap as IdentityMap
+from .orthogonal_map import MeanShift as MeanShift
+from .orthogonal_map import OrthogonalMap as OrthogonalMap
+from .orthogonal_map import ResidualMLPMap as ResidualMLPMap
+from .orthogonal_map import RidgeMap as RidgeMap

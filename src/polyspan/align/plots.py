@@ -1,0 +1,54 @@
+"""Pictures of a fitted map."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyspan.io import atomic_path
+
+from ._aligner import Aligner
+
+
+def plot_alignment(aligner: Aligner, X: Any, Y: Any, path: Path | str) -> Path:
+    """Draw the spectrum of the cross-covariance and the cosines of pairs before and after the map.
+
+    Parameters
+    ----------
+    aligner : Aligner
+        Fitted.
+    X, Y : arrays of shape (n, d_A) and (n, d_B)
+        Paired rows.
+    path : path
+        .svg, .png or .pdf; written atomically, with equal bytes for equal input.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    X, Y = np.asarray(X), np.asarray(Y)
+    with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        A, B = X - X.mean(axis=0), Y - Y.mean(axis=0)
+        left.semilogy(np.maximum(np.linalg.svd(A.T @ B, compute_uv=False), 1e-300), color="#2b6cb0")
+        left.set(title="Cross-covariance", xlabel="direction", ylabel="singular value")
+        bins = np.linspace(-1, 1, 61)
+        if X.shape[1] == Y.shape[1]:
+            right.hist(_cosines(X, Y), bins=bins, alpha=0.6, color="#a0aec0", label="before")
+        right.hist(_cosines(aligner.transform(X), Y), bins=bins, alpha=0.7, color="#2f855a", label="after")
+        right.set(title="Cosine of each pair", xlabel="cosine", ylabel="pairs")
+        right.legend()
+        with atomic_path(path) as temp:
+            figure.savefig(temp, format=path.suffix.lstrip(".") or "svg", metadata=_undated(path.suffix))
+    return path
+
+
+def _undated(suffix: str) -> dict | None:
+    """Metadata that leaves out the date, so that the same picture has the same bytes."""
+    return {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}.get(suffix)
+
+
+def _cosines(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(A, axis=1) * np.linalg.norm(B, axis=1)
+    return np.sum(A * B, axis=1) / np.where(norms > 0, norms, 1.0)

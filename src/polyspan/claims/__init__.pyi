@@ -1,0 +1,11 @@
+from ._core import LEVELS as LEVELS
+from ._core import Claim as Claim
+from ._core import Evidence as Evidence
+from ._core import WorldEvidence as WorldEvidence
+from ._core import find_claim as find_claim
+from ._core import judge as judge
+from ._core import measure as measure
+from ._core import measure_claim as measure_claim
+from ._core import read_evidence as read_evidence
+from ._core import read_user_data as read_user_data
+from ._core import write_evidence as write_evidence

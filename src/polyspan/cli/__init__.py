@@ -1,0 +1,73 @@
+"""The command line: parse, call one function, print. Commands are named by import path, so that --help stays light."""
+
+import os
+import signal
+import sys
+from importlib.metadata import version
+
+from cyclopts import App, CycloptsError
+
+from polyspan.errors import FileError, MissingExtra, NotConverged
+
+USAGE, FILE, EXTRA, STUCK, INTERRUPTED = 2, 3, 4, 5, 130
+
+app = App(
+    name="polyspan",
+    help="Systems about subspaces and structured representations, each with a claim that you can measure again.",
+    version=lambda: version("polyspan"),
+    help_epilogue=(
+        "Results go to stdout, talk to stderr. Exit codes: 0 done, 1 a claim does not hold (claim --check), "
+        "2 wrong use, 3 a file, 4 a missing extra, 5 not converged, 130 interrupted."
+    ),
+)
+align = App(name="align", help="Carry vectors from one embedding space into another.")
+cluster = App(name="cluster", help="Find groups in graphs and points by the subspaces they lie on.")
+gallery = App(name="gallery", help="The web page of all systems and verdicts.")
+
+align.command("polyspan.cli.align:fit", name="fit", help="Fit a map on items that both models have embedded.")
+align.command("polyspan.cli.align:apply", name="apply", help="Carry a file of vectors of any size through a map.")
+align.command("polyspan.cli.align:score", name="score", help="Measure a map on paired vectors it has not seen.")
+cluster.command("polyspan.cli.cluster:graph", name="graph", help="Cluster an attributed graph.")
+gallery.command("polyspan.cli.gallery:build", name="build", help="Write the static site.")
+gallery.command("polyspan.cli.gallery:serve", name="serve", help="Build it and serve it on this machine.")
+app.command("polyspan.cli.systems:list_", name="list", help="List the systems, or those that match some words.")
+app.command("polyspan.cli.systems:show", name="show", help="Tell all about one system.")
+app.command("polyspan.cli.claim:claim", name="claim", help="Measure claims again: method against baseline and control.")
+app.command("polyspan.cli.doctor:doctor", name="doctor", help="Say what is installed, or what is wrong with a file.")
+for group in (align, cluster, gallery):
+    app.command(group)
+app.register_install_completion_command(help="Install completion for your shell.")
+
+
+def run(tokens: list[str] | None = None) -> int:
+    """Run one command line and return its exit code; expected errors become one line on stderr."""
+    try:
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        return _complain(str(error), USAGE)
+    except FileError as error:
+        return _complain(f"{type(error).__name__}: {error}", FILE)
+    except MissingExtra as error:
+        return _complain(f"MissingExtra: {error}", EXTRA)
+    except NotConverged as error:
+        return _complain(f"NotConverged: {error}", STUCK)
+    except ValueError as error:
+        if os.environ.get("POLYSPAN_DEBUG"):
+            raise
+        return _complain(str(error), USAGE)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return _complain("interrupted; what was finished is kept, run the same command again to go on", INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def _complain(text: str, code: int) -> int:
+    print("polyspan:", " ".join(text.split()), file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """Entry point of the ``polyspan`` command."""
+    sys.exit(run())
