@@ -22,6 +22,9 @@ class Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     _arrays: tuple[str, ...] = ()
     _facts: tuple[str, ...] = ()
     normalize: bool
+    n_anchors_: int
+    n_features_in_: int
+    _n_features_out: int
 
     def fit(self, X, y, sample_weight=None) -> "Aligner":
         """Fit on anchors ``X`` (n, d_A) and ``y`` (n, d_B).
@@ -44,6 +47,16 @@ class Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
         return self._apply(self._directions(X))
+
+    def inverse_transform(self, Z) -> np.ndarray:
+        """Return rows of space B as seen from space A.
+
+        Raises
+        ------
+        ValueError
+            This kind of map has no inverse.
+        """
+        raise ValueError(f"{type(self).__name__} has no inverse; fit one from the target's space to the source's")
 
     def score(self, X, y) -> float:
         """Return the mean cosine between ``transform(X)`` and ``y``, in [-1, 1]; never choose an aligner by it.
@@ -151,7 +164,7 @@ def load_aligner(path: Path | str) -> tuple[Aligner, dict[str, Any]]:
     from polyspan import align
 
     found = load_fitted(Path(path))
-    kind = getattr(align, found.kind, None) if found.kind in align.__all__ else None
+    kind = getattr(align, found.kind, None) if found.kind in dir(align) else None
     if not (isinstance(kind, type) and issubclass(kind, Aligner)):
         raise WrongContent(path, found=f"a fitted {found.kind}", expected="a fitted map between embedding spaces")
     return kind._from_fitted(found), dict(found.about)

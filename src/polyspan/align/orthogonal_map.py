@@ -192,7 +192,7 @@ class RidgeMap(Aligner):
     _arrays = ("weights_", "mean_in_", "mean_out_")
     _facts = ("alpha_", "residual_")
 
-    def __init__(self, alpha="gcv", *, shift=True, normalize=False):
+    def __init__(self, alpha: float | str = "gcv", *, shift=True, normalize=False):
         self.alpha = alpha
         self.shift = shift
         self.normalize = normalize
@@ -331,7 +331,7 @@ class ResidualMLPMap(Aligner):
         self.random_state = random_state
         self.device = device
 
-    def fit(self, X, y) -> "ResidualMLPMap":
+    def fit(self, X, y) -> "Aligner":  # ty: ignore[invalid-method-override]
         """Fit on anchors ``X`` (n, d_A) and ``y`` (n, d_B); batches are drawn at random, so weights are not taken."""
         return super().fit(X, y)
 

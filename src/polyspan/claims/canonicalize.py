@@ -60,11 +60,11 @@ def two_towers(images: np.ndarray, words: np.ndarray, seed: int, *, hidden: int,
     from torch import nn
 
     def tower(d_in, generator):
-        layers = [nn.Linear(d_in, hidden), nn.ReLU(), nn.Linear(hidden, d)]
-        for layer in layers[::2]:
-            layer.weight.data = torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5
+        first, last = nn.Linear(d_in, hidden), nn.Linear(hidden, d)
+        for layer in (first, last):
+            layer.weight.data.normal_(std=layer.in_features**-0.5, generator=generator)
             layer.bias.data.zero_()
-        return nn.Sequential(*layers)
+        return nn.Sequential(first, nn.ReLU(), last)
 
     generator = torch.Generator().manual_seed(seed)
     pixels, text = torch.as_tensor(images), torch.as_tensor(words)

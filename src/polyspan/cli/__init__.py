@@ -9,10 +9,11 @@ from cyclopts import App, CycloptsError
 
 from polyspan.errors import FileError, MissingExtra, NotConverged
 
-USAGE, FILE, EXTRA, STUCK, INTERRUPTED = 2, 3, 4, 5, 130
+from ._output import EXTRA, FILE, INTERRUPTED, STUCK, USAGE
 
 app = App(
     name="polyspan",
+    suppress_keyboard_interrupt=False,
     help="Systems about subspaces and structured representations, each with a claim that you can measure again.",
     version=lambda: version("polyspan"),
     help_epilogue=(

@@ -1,10 +1,12 @@
-"""Where words go: results to stdout, talk to stderr."""
+"""Where words go: results to stdout, talk to stderr; and the exit codes."""
 
 import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+USAGE, FILE, EXTRA, STUCK, INTERRUPTED = 2, 3, 4, 5, 130
 
 
 def say(text: str) -> None:

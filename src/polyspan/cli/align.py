@@ -90,19 +90,19 @@ def fit(
     order = np.random.default_rng(seed).permutation(len(X))
     n_held = int(len(X) * held_out)
     held, kept = np.sort(order[:n_held]), np.sort(order[n_held:])
-    table = []
+    table, chosen = [], str(method)
     if method == "auto":
         usable = {k: v for k, v in families.items() if X.shape[1] == Y.shape[1] or k not in ("mean-shift", "no-map")}
         choice = choose_aligner(X[kept], Y[kept], candidates=usable, directions=("gallery",), random_state=seed)
-        method = choice.table[0].aligner
+        chosen = choice.table[0].aligner
         table = [row._asdict() for row in choice.table]
-    aligner = families[method]
+    aligner = families[chosen]
     report = {}
     if n_held >= 2:
         report = alignment_report(clone(aligner).fit(X[kept], Y[kept]), X[held], Y[held], random_state=seed)
     aligner.fit(X, Y)
     about = {
-        "method": method,
+        "method": chosen,
         "metric": metric,
         "source": {"model": source_model, "dim": X.shape[1], "sha256": digest_file(source)},
         "target": {"model": target_model, "dim": Y.shape[1], "sha256": digest_file(target)},
@@ -116,11 +116,11 @@ def fit(
     for warning in report.get("warnings", []):
         say(f"warning: {warning}")
     if json:
-        show_json({"map": str(out), "method": method, "n_anchors": len(X), "held_out": report, "table": table})
+        show_json({"map": str(out), "method": chosen, "n_anchors": len(X), "held_out": report, "table": table})
         return
     rows = [
         ("map", str(out)),
-        ("method", method),
+        ("method", chosen),
         ("anchors", str(len(X))),
         ("widths", f"{X.shape[1]} to {Y.shape[1]}"),
     ]

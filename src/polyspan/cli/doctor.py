@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ._output import show_json, show_table
+from ._output import FILE, show_json, show_table
 
 EXTRAS = {
     "hf": ("transformers", "peft", "accelerate"),
@@ -18,7 +18,7 @@ EXTRAS = {
 }
 
 
-def doctor(file: Path | None = None, *, json: bool = False) -> None:
+def doctor(file: Path | None = None, *, json: bool = False) -> int:
     """Say what is installed, or what is wrong with a file.
 
     Parameters
@@ -36,7 +36,7 @@ def doctor(file: Path | None = None, *, json: bool = False) -> None:
             show_json(found)
         else:
             show_table(str(file), ("what", "found"), [(str(k), str(v)) for k, v in found.items()])
-        return
+        return 0 if found["usable"] else FILE
     from polyspan import catalog
     from polyspan.run import machine_facts
 
@@ -45,7 +45,7 @@ def doctor(file: Path | None = None, *, json: bool = False) -> None:
     needs = {e.slug: list(e.extras) for e in catalog.entries() if e.extras}
     if json:
         show_json({"machine": facts["machine"], "versions": facts["versions"], "extras": extras, "needs": needs})
-        return
+        return 0
     rows = [(f"machine: {k}", str(v)) for k, v in facts["machine"].items()]
     rows += [(f"version: {k}", str(v)) for k, v in facts["versions"].items()]
     for name, packages in extras.items():
@@ -54,6 +54,7 @@ def doctor(file: Path | None = None, *, json: bool = False) -> None:
         state = "installed" if not missing else f'missing {", ".join(missing)}: pip install "polyspan[{name}]"'
         rows.append((f"extra: {name}", state + (f"; used by {users}" if users else "")))
     show_table("", ("what", "found"), rows)
+    return 0
 
 
 def _installed(package: str) -> bool:

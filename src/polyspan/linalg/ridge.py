@@ -1,6 +1,6 @@
 """Affine maps by ridge regression, from rows or from streamed moments."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,9 +19,7 @@ class RidgeFit(NamedTuple):
 ALPHAS = tuple(10.0**e for e in range(-4, 4))
 
 
-def ridge_map(
-    X: Any, Y: Any, *, alpha: float | Literal["gcv"] = "gcv", shift: bool = True, weights: Any = None
-) -> RidgeFit:
+def ridge_map(X: Any, Y: Any, *, alpha: float | str = "gcv", shift: bool = True, weights: Any = None) -> RidgeFit:
     r"""Solve :math:`\min_W \lVert X W - Y \rVert_F^2 + \alpha \lVert W \rVert_F^2` on centred rows.
 
     Parameters
@@ -43,9 +41,7 @@ def ridge_map(
     return ridge_from_moments(moments, alpha=alpha, shift=shift)
 
 
-def ridge_from_moments(
-    moments: PairedMoments, *, alpha: float | Literal["gcv"] = "gcv", shift: bool = True
-) -> RidgeFit:
+def ridge_from_moments(moments: PairedMoments, *, alpha: float | str = "gcv", shift: bool = True) -> RidgeFit:
     r"""Fit as :func:`ridge_map` from streamed moments: one eigendecomposition of XᵀX serves every alpha.
 
     The generalised cross-validation error of alpha is :math:`n\,\mathrm{RSS}(\alpha) / (n - \mathrm{df}(\alpha))^2`; it
@@ -62,8 +58,8 @@ def ridge_from_moments(
         unit = values.mean() or 1.0
         candidates = [a * unit for a in ALPHAS]
         alpha = min(candidates, key=lambda a: _gcv(a, values, turned, float(np.trace(used.cov_out)), n))
-    if not alpha >= 0:
-        raise ValueError(f"alpha must be non-negative or 'gcv', got {alpha}")
+    if isinstance(alpha, str) or not alpha >= 0:
+        raise ValueError(f"alpha must be non-negative or 'gcv', got {alpha!r}")
     shrunk = values + alpha
     inverse = np.divide(1.0, shrunk, out=np.zeros_like(shrunk), where=shrunk > values[-1] * len(values) * 1e-16)
     return RidgeFit(vectors @ (inverse[:, None] * turned), used.mean_in, used.mean_out, float(alpha))
