@@ -1,6 +1,8 @@
 from .bundled import breast_cancer as breast_cancer
 from .bundled import digits as digits
+from .bundled import iris as iris
 from .bundled import photograph as photograph
+from .bundled import wine as wine
 from .planted import PlantedClasses as PlantedClasses
 from .planted import PlantedGraph as PlantedGraph
 from .planted import PlantedPair as PlantedPair

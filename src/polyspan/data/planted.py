@@ -32,7 +32,10 @@ class PlantedPair(NamedTuple):
 
 
 class PlantedClasses(NamedTuple):
-    """Training and test features (n, d) of classes that are zero-mean Gaussians, each on a subspace of its own."""
+    """Training and test features (n, d) of classes that are zero-mean Gaussians, each on a subspace of its own.
+
+    Labels are int64 (n,); ``bases`` (C, d, k) has orthonormal columns.
+    """
 
     train: np.ndarray
     train_labels: np.ndarray
@@ -46,8 +49,16 @@ def planted_subspaces(
 ) -> PlantedSubspaces:
     """Draw ``n_per`` standard normal points on each of ``n_subspaces`` random k-dimensional subspaces of R^d.
 
-    ``noise`` is the standard deviation of what is added to every coordinate. Points are shuffled.
+    ``noise`` is the standard deviation of what is added to every coordinate. Points are shuffled. The subspaces are
+    independent while ``n_subspaces * k <= d``.
+
+    Raises
+    ------
+    ValueError
+        A count is below 1, ``k`` is above ``d``, or ``noise`` is negative.
     """
+    _check_counts(n_per=n_per, d=d, k=k, n_subspaces=n_subspaces)
+    _check_subspace(d, k, noise)
     rng = np.random.default_rng(seed)
     bases = [np.linalg.qr(rng.normal(size=(d, k)))[0] for _ in range(n_subspaces)]
     points = np.concatenate([rng.normal(size=(n_per, k)) @ Q.T for Q in bases])
@@ -67,7 +78,10 @@ def planted_graph(
     words: float = 20.0,
     topic_share: float = 0.3,
 ) -> PlantedGraph:
-    """Draw a block model whose nodes carry word counts; built edge by edge, so that millions of edges take seconds.
+    r"""Draw a block model whose nodes carry word counts; built edge by edge, so that millions of edges take seconds.
+
+    Two nodes are joined with probability :math:`(\delta/n)(\mu + C(1-\mu)\,[\text{same group}])` for the mean degree δ,
+    the mixing μ and C groups, to first order in δ/n.
 
     Parameters
     ----------
@@ -84,12 +98,21 @@ def planted_graph(
     topic_share : float
         Share of a node's words from its own group's topic; the others come from all words. 0 leaves attributes
         without groups.
+
+    Raises
+    ------
+    ValueError
+        A share outside [0, 1], a negative mean, or more groups than nodes or words.
     """
+    _check_counts(n=n, n_clusters=n_clusters, d=d)
+    for name, value in (("degree", degree), ("words", words)):
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
     for name, value in (("mixing", mixing), ("topic_share", topic_share)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    if not 1 <= n_clusters <= min(n, d):
-        raise ValueError(f"n_clusters must be between 1 and min(n, d)={min(n, d)}, got {n_clusters}")
+    if n_clusters > min(n, d):
+        raise ValueError(f"n_clusters must be at most min(n, d)={min(n, d)}, got {n_clusters}")
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % n_clusters)
     by_group = np.argsort(labels, kind="stable")
@@ -116,7 +139,17 @@ def planted_graph(
 
 
 def planted_pair(seed: int, *, n: int = 400, d: int = 32, noise: float = 0.6, one_map: bool = True) -> PlantedPair:
-    """Make model B from model A by a rotation, a shift and noise; ``one_map=False`` turns texts another way."""
+    """Make model B from model A by a rotation, a shift and noise; ``one_map=False`` turns texts another way.
+
+    ``noise`` is the standard deviation of what is added to every coordinate of model B; model A is standard normal.
+
+    Raises
+    ------
+    ValueError
+        A count is below 1, or ``noise`` is negative.
+    """
+    _check_counts(n=n, d=d)
+    _check_subspace(d, d, noise)
     rng = np.random.default_rng(seed)
     turn, other = (np.linalg.qr(rng.normal(size=(d, d)))[0] for _ in range(2))
     (images, texts), blur, shift = rng.normal(size=(2, n, d)), rng.normal(size=(2, n, d)), rng.normal(size=d)
@@ -127,10 +160,26 @@ def planted_pair(seed: int, *, n: int = 400, d: int = 32, noise: float = 0.6, on
 def planted_gaussian_classes(
     seed: int, *, n_classes: int = 8, d: int = 40, k: int = 4, n_per: int = 100, n_test: int = 100, noise: float = 0.25
 ) -> PlantedClasses:
-    """Draw classes that share the mean zero and differ by subspace only: no linear classifier can tell them apart.
+    r"""Draw classes that share the mean zero and differ by subspace only: no linear classifier can tell them apart.
 
-    ``n_per`` training and ``n_test`` test rows a class; ``bases`` is (n_classes, d, k).
+    A row of class c is :math:`S_c z + \sigma\varepsilon` with z and ε standard normal and σ the ``noise``.
+
+    Parameters
+    ----------
+    n_classes, d, k : int
+        Classes, features, and dimension of each class's subspace.
+    n_per, n_test : int
+        Training and test rows a class.
+    noise : float
+        Standard deviation of what is added to every coordinate.
+
+    Raises
+    ------
+    ValueError
+        A count is below 1, ``k`` is above ``d``, or ``noise`` is negative.
     """
+    _check_counts(n_classes=n_classes, d=d, k=k, n_per=n_per, n_test=n_test)
+    _check_subspace(d, k, noise)
     rng = np.random.default_rng(seed)
     bases = np.linalg.qr(rng.normal(size=(n_classes, d, k)))[0]
 
@@ -142,3 +191,16 @@ def planted_gaussian_classes(
     train, train_labels = draw(n_per)
     test, test_labels = draw(n_test)
     return PlantedClasses(train, train_labels, test, test_labels, bases)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_subspace(d: int, k: int, noise: float) -> None:
+    if k > d:
+        raise ValueError(f"k must be at most d={d}, got {k}")
+    if not noise >= 0:
+        raise ValueError(f"noise must be at least 0, got {noise}")

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import scipy.sparse as sp
@@ -13,7 +13,7 @@ from polyspan.io import read_csv, read_graph, read_idx, read_json, read_mat, rea
 
 
 class AttributedGraph(NamedTuple):
-    """Adjacency (n, n) CSR, word counts (n, d) CSR, classes (n,) from 0."""
+    """Adjacency (n, n) in CSR with its self loops, word counts (n, d) in CSR, classes (n,) int64 from 0."""
 
     adjacency: sp.csr_array
     attributes: sp.csr_array
@@ -21,7 +21,7 @@ class AttributedGraph(NamedTuple):
 
 
 class Images(NamedTuple):
-    """Images (n, h, w), upright, and labels (n,) from 0; ``scale`` is the value of white."""
+    """Grey images (n, h, w), upright, in the dtype of the file; labels (n,) int64 from 0; ``scale``: value of white."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -29,7 +29,10 @@ class Images(NamedTuple):
 
 
 class Intents(NamedTuple):
-    """Texts with their intent, for a gallery and for queries, and MiniLM embeddings (n, 384) float32 unit rows."""
+    """Short texts with their intent, int64 into ``intents``, and their MiniLM embeddings, unit rows (n, 384) float32.
+
+    Where the set has no split, queries and gallery are the same rows: leave a query's own row out.
+    """
 
     texts: list[str]
     labels: np.ndarray
@@ -41,7 +44,7 @@ class Intents(NamedTuple):
 
 
 class CrossModal(NamedTuple):
-    """Image features (n, 128), text features (n, 100), labels (n,), and the rows for training and test."""
+    """Image features (n, 128) and text features (n, 100) of the same n articles, labels (n,) int64, split by row."""
 
     image: np.ndarray
     text: np.ndarray
@@ -51,7 +54,10 @@ class CrossModal(NamedTuple):
 
 
 class ShapesText(NamedTuple):
-    """Shape embeddings (n, 128), caption embeddings (n, 384), attributes (n, 4), captions."""
+    """Shapes embedded by a point network (n, 128), their captions by MiniLM, unit rows (n, 384), and what they show.
+
+    ``attributes`` (n, 4) int64: category 0..19, height 0..2, width 0..2, thickness 0..1.
+    """
 
     shapes: np.ndarray
     texts: np.ndarray
@@ -78,6 +84,18 @@ def data_folder(name: str, path: Path | str | None = None) -> Path:
     return folder
 
 
+@overload
+def dataset(name: Literal["acm", "citeseer"], path: Path | str | None = None) -> AttributedGraph: ...
+@overload
+def dataset(name: Literal["mnist-t10k", "orl", "coil20", "yaleb"], path: Path | str | None = None) -> Images: ...
+@overload
+def dataset(name: Literal["banking77", "clinc150"], path: Path | str | None = None) -> Intents: ...
+@overload
+def dataset(name: Literal["wikipedia-crossmodal"], path: Path | str | None = None) -> CrossModal: ...
+@overload
+def dataset(name: Literal["shapes3d-text"], path: Path | str | None = None) -> ShapesText: ...
+@overload
+def dataset(name: str, path: Path | str | None = None) -> Any: ...
 def dataset(name: str, path: Path | str | None = None) -> Any:
     """Read a public set into a named tuple of arrays.
 
@@ -87,15 +105,17 @@ def dataset(name: str, path: Path | str | None = None) -> Any:
         ``acm``, ``citeseer``: :class:`AttributedGraph`. ``mnist-t10k``, ``orl``, ``coil20``, ``yaleb``:
         :class:`Images`. ``banking77``, ``clinc150``: :class:`Intents`. ``wikipedia-crossmodal``:
         :class:`CrossModal`. ``shapes3d-text``: :class:`ShapesText`.
-    path : path, optional
-        The set's own folder; see :func:`data_folder`.
+    path : path-like, optional
+        The set's own folder; left out, the folder of :func:`data_folder`.
 
     Raises
     ------
     ValueError
         The name is not known.
+    UnreadableFile
+        The folder or one of its files is not there.
     FileError
-        One of its five kinds.
+        Another of its kinds: a file is broken, or holds another thing than this set.
     """
     if name not in _READERS:
         raise ValueError(f"name must be one of {sorted(_READERS)}, got {name!r}")
@@ -107,15 +127,17 @@ def _graph(file: str) -> Callable[[Path], AttributedGraph]:
     def read(folder: Path) -> AttributedGraph:
         found = read_graph(folder / file)
         if found.attributes is None or found.labels is None:
-            raise WrongContent(folder / file, found="no attributes or labels", expected="members W, fea and gnd")
+            raise WrongContent(folder / file, found="no attributes or labels", expected="variables W, fea and gnd")
         return AttributedGraph(found.adjacency, sp.csr_array(found.attributes), _from_zero(found.labels))
 
     return read
 
 
 def _mnist(folder: Path) -> Images:
-    images = read_idx(folder / "t10k-images-idx3-ubyte.gz")
-    labels = read_idx(folder / "t10k-labels-idx1-ubyte.gz")
+    images = read_idx(folder / "t10k-images-idx3-ubyte.gz", ndim=3)
+    file = folder / "t10k-labels-idx1-ubyte.gz"
+    labels = read_idx(file, ndim=1)
+    _same_length(file, "labels", len(labels), "images", len(images))
     return Images(images, labels.astype(np.int64), 255.0)
 
 
@@ -123,58 +145,99 @@ def _faces(file: str, *, features: str, labels: str, columns: bool, scale: float
     """Read 32 by 32 images that MATLAB flattened down the columns, one a row or one a column."""
 
     def read(folder: Path) -> Images:
-        found = read_mat(folder / file, [features, labels])
+        found = read_mat(folder / file, [features, labels], dense=True)
         rows = found[features].T if columns else found[features]
-        return Images(rows.reshape(-1, 32, 32).transpose(0, 2, 1).copy(), _from_zero(found[labels].ravel()), scale)
+        if rows.ndim != 2 or rows.shape[1] != 32 * 32:
+            raise WrongContent(
+                folder / file, found=f"{features} of shape {found[features].shape}", expected="images of 1,024 pixels"
+            )
+        classes = found[labels].ravel()
+        _same_length(folder / file, labels, len(classes), "images", len(rows))
+        upright = np.ascontiguousarray(rows.reshape(-1, 32, 32).transpose(0, 2, 1))
+        return Images(upright, _from_zero(classes), scale)
 
     return read
 
 
 def _banking(folder: Path) -> Intents:
-    train, test = (read_csv(folder / f"{part}.csv") for part in ("train", "test"))
-    intents, labels = np.unique([*train["category"], *test["category"]], return_inverse=True)
-    vectors = read_members(folder / "minilm_l6_384_f16.npz", ["train", "test"])
-    split = len(train["text"])
+    texts, categories = [], []
+    for part in ("train", "test"):
+        table = read_csv(folder / f"{part}.csv")
+        if not {"text", "category"} <= table.keys():
+            raise WrongContent(
+                folder / f"{part}.csv", found=f"columns {list(table)}", expected="columns text and category"
+            )
+        texts.append(list(table["text"]))
+        categories.append(list(table["category"]))
+    file = folder / "minilm_l6_384_f16.npz"
+    vectors = read_members(file, ["train", "test"])
+    for part, rows in zip(("train", "test"), texts, strict=True):
+        _same_length(file, f"rows of {part}", len(vectors[part]), f"texts in {part}.csv", len(rows))
+    intents, labels = np.unique(categories[0] + categories[1], return_inverse=True)
+    gallery, queries = np.split(labels.astype(np.int64), [len(texts[0])])
+    names = [str(intent) for intent in intents]
     return Intents(
-        train["text"],
-        labels[:split],
-        _unit(vectors["train"]),
-        test["text"],
-        labels[split:],
-        _unit(vectors["test"]),
-        [str(intent) for intent in intents],
-    )
+        texts[0], gallery, _unit(vectors["train"]), texts[1], queries, _unit(vectors["test"]), names
+    )  # fmt: skip
 
 
 def _clinc(folder: Path) -> Intents:
-    pairs = read_json(folder / "test.json")["test"]
-    texts = [text for text, _ in pairs]
+    found = read_json(folder / "test.json")
+    pairs = found.get("test") if isinstance(found, dict) else None
+    if not (isinstance(pairs, list) and all(isinstance(p, list) and list(map(type, p)) == [str, str] for p in pairs)):
+        raise WrongContent(
+            folder / "test.json", found="another structure", expected='{"test": [[text, intent], ...]}'
+        )  # fmt: skip
+    file = folder / "minilm_l6_384_f16.npz"
+    vectors = read_members(file, ["test"])["test"]
+    _same_length(file, "rows of test", len(vectors), "texts in test.json", len(pairs))
+    texts, unit = [text for text, _ in pairs], _unit(vectors)
     intents, labels = np.unique([intent for _, intent in pairs], return_inverse=True)
-    vectors = _unit(read_members(folder / "minilm_l6_384_f16.npz", ["test"])["test"])
-    return Intents(texts, labels, vectors, texts, labels, vectors, [str(intent) for intent in intents])
+    labels = labels.astype(np.int64)
+    return Intents(texts, labels, unit, texts, labels, unit, [str(intent) for intent in intents])
 
 
 def _wikipedia(folder: Path) -> CrossModal:
-    found = read_members(folder / "features.npz")
-    return CrossModal(
-        found["image"], found["text"], found["label"].astype(np.int64), found["train_index"], found["test_index"]
-    )
+    file = folder / "features.npz"
+    found = read_members(file, ["image", "text", "label", "train_index", "test_index"])
+    n = len(found["image"])
+    for name in ("text", "label"):
+        _same_length(file, f"rows of {name}", len(found[name]), "of image", n)
+    train, test = (found[name].astype(np.int64) for name in ("train_index", "test_index"))
+    rows = np.concatenate([train, test])
+    if len(rows) and not (rows.min() >= 0 and rows.max() < n):
+        raise WrongContent(file, found=f"a row {rows.max()} in the split", expected=f"rows 0 to {n - 1}")
+    return CrossModal(found["image"], found["text"], _from_zero(found["label"].ravel()), train, test)
 
 
 def _shapes(folder: Path) -> ShapesText:
-    found = read_members(folder / "features.npz")
+    file = folder / "features.npz"
+    found = read_members(file, ["pointnet128", "minilm384", "attributes"])
     captions = read_text(folder / "captions.txt").splitlines()
-    shapes, texts = (found[name].astype(np.float32) for name in ("pointnet128", "minilm384"))
-    return ShapesText(shapes, texts, found["attributes"].astype(np.int64), captions)
+    for name, rows in found.items():
+        _same_length(file, f"rows of {name}", len(rows), "lines of captions.txt", len(captions))
+    return ShapesText(
+        found["pointnet128"].astype(np.float32),
+        _unit(found["minilm384"]),
+        found["attributes"].astype(np.int64),
+        captions,
+    )
+
+
+def _same_length(path: Path, what: str, n: int, other: str, expected: int) -> None:
+    if n != expected:
+        raise WrongContent(path, found=f"{n:,} {what}", expected=f"as many as {other}, {expected:,}")
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    """Undo the rounding to float16: unit rows in float32."""
+    """Make rows that were rounded to float16 unit rows again, in float32; a row of zeros stays."""
     wide = rows.astype(np.float32)
-    return wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    return wide / np.where(norms > 0, norms, 1)
 
 
 def _from_zero(labels: np.ndarray) -> np.ndarray:
+    """Number classes from 0 in their own order."""
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
 
