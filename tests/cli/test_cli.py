@@ -106,6 +106,43 @@ def test_ids_of_a_table_are_kept(spaces):
     assert found.column("id").to_pylist() == ids.tolist()
 
 
+@pytest.mark.slow
+def test_an_apply_that_is_killed_in_the_middle_goes_on_and_ends_with_the_same_bytes(spaces):
+    import signal
+    import time
+
+    folder, _, _ = spaces
+    assert fit(folder) == 0
+    write_array(folder / "large.npy", np.random.default_rng(2).normal(size=(600_000, 8)).astype(np.float32))
+    words = [
+        sys.executable,
+        "-m",
+        "polyspan.cli",
+        "align",
+        "apply",
+        "map.safetensors",
+        "large.npy",
+        "--batch-rows",
+        "2000",
+    ]
+    started = subprocess.Popen(
+        [*words, "-o", "out.npy"], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    partial = folder / ".out.npy.partial"
+    deadline = time.monotonic() + 60
+    while (
+        time.monotonic() < deadline and started.poll() is None and not (partial.exists() and partial.stat().st_size > 0)
+    ):
+        time.sleep(0.005)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    assert not (folder / "out.npy").exists()
+    subprocess.run([*words, "-o", "out.npy"], cwd=folder, check=True, capture_output=True)
+    subprocess.run([*words, "-o", "whole.npy"], cwd=folder, check=True, capture_output=True)
+    assert (folder / "out.npy").read_bytes() == (folder / "whole.npy").read_bytes()
+    assert not partial.exists()
+
+
 def test_auto_tries_every_family_and_a_picture_is_drawn_twice_alike(spaces, capsys):
     folder, _, _ = spaces
     assert fit(folder, "--method", "auto", "--plot", str(folder / "a.svg"), "--json") == 0

@@ -280,6 +280,19 @@ def read_user_data(claim: Claim, path: Path) -> Any:
     return claim.user_data(**members)
 
 
+class _TellingJournal(Journal):
+    """A journal that says how far the work is."""
+
+    def __init__(self, path: Path, header: dict, tell: Callable[[int, int], None] | None, total: int):
+        super().__init__(path, header)
+        self.tell, self.total = tell, total
+
+    def record(self, key: str, value: Any) -> None:
+        super().record(key, value)
+        if self.tell is not None:
+            self.tell(len(self.done), self.total)
+
+
 def _fingerprint(claim: Claim) -> str:
     """Digest of the claim's own source: trials measured by another text are not continued."""
     source = inspect.getsource(inspect.getmodule(claim.trial) or type(claim))
@@ -296,6 +309,7 @@ def measure_claim(
     engine: str = "local",
     address: str | None = None,
     journal: Path | None = None,
+    tell: Callable[[int, int], None] | None = None,
     confidence: float = 0.95,
 ) -> Evidence:
     """Measure every world of a level and the control, and put the evidence together.
@@ -308,7 +322,9 @@ def measure_claim(
         level's worlds.
     journal : path, optional
         Where finished trials are kept, so that a killed run goes on; a journal of another claim text, level, file or
-        version is put aside and said.
+        version is thrown away.
+    tell : callable, optional
+        ``tell(done, total)`` after each trial, in place of a progress bar; needs the journal.
 
     Raises
     ------
@@ -340,10 +356,10 @@ def measure_claim(
             "polyspan": facts["versions"]["polyspan"],
         }
         try:
-            kept = Journal(journal, header)
+            kept = _TellingJournal(journal, header, tell, len(items))
         except ValueError:
             Journal.discard(journal)
-            kept = Journal(journal, header)
+            kept = _TellingJournal(journal, header, tell, len(items))
     results = map_tasks(
         partial(_one_trial, claim, user),
         items,
@@ -352,7 +368,7 @@ def measure_claim(
         address=address,
         journal=kept,
         key=lambda item: f"{item[0]}/{item[1]}",
-        label=f"{claim.slug} ({level})",
+        label="" if tell else f"{claim.slug} ({level})",
     )
     worlds = [
         _world_evidence(claim, world, role, range(count), results[i * count : (i + 1) * count], confidence)

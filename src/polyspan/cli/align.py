@@ -197,7 +197,8 @@ def apply(
 
     from polyspan.align import load_aligner
     from polyspan.errors import WrongContent
-    from polyspan.io import digest_file, transform_file
+    from polyspan.io import EmbeddingReader, digest_file, transform_file
+    from polyspan.run import Progress
 
     aligner, about = load_aligner(map)
     side = "target" if inverse else "source"
@@ -209,17 +210,20 @@ def apply(
     step = aligner.inverse_transform if inverse else aligner.transform
     dim = aligner.n_features_in_ if inverse else aligner._n_features_out
     start = time.perf_counter()
-    rows = transform_file(
-        source,
-        out,
-        step,
-        dim=dim,
-        member=member,
-        column=column,
-        id_column=id_column,
-        batch_rows=batch_rows,
-        fingerprint=f"{digest_file(map)}:{'inverse' if inverse else 'forward'}",
-    )
+    n_rows = EmbeddingReader(source, member=member, column=column, id_column=id_column).n_rows
+    with Progress(f"carrying {source.name}", n_rows) as shown:
+        rows = transform_file(
+            source,
+            out,
+            step,
+            dim=dim,
+            member=member,
+            column=column,
+            id_column=id_column,
+            batch_rows=batch_rows,
+            fingerprint=f"{digest_file(map)}:{'inverse' if inverse else 'forward'}",
+            progress=lambda done, _: shown.advance(done - shown.count),
+        )
     seconds = time.perf_counter() - start
     if json:
         show_json({"out": str(out), "rows": rows, "dim": dim, "wall_s": seconds})

@@ -88,6 +88,7 @@ def claim(
                 engine=engine,
                 address=address,
                 journal=journal,
+                tell=table.tell(one.slug),
             )
             write_evidence(evidence, folder)
             results.append(evidence)
@@ -130,6 +131,12 @@ class _Table:
                 print("\t".join(row), flush=True)
         elif not self.quiet and status != "measuring":
             print(f"{slug}\t{status}", flush=True)
+
+    def tell(self, slug: str):
+        """Return what draws the state of a claim's trials, where the table is drawn at all."""
+        if self.live is None:
+            return None
+        return lambda done, total: self.update(slug, f"trial {done} of {total}")
 
     def _rows(self, slug: str):
         status, evidence = self.state[slug]
