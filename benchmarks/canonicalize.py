@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from _runner import growth, peak_in_child, race, save
 from scipy.linalg import orthogonal_procrustes
 
+from _runner import growth, peak_in_child, race, save
 from polyspan.align import OrthogonalMap
 from polyspan.io import read_array, transform_file, write_array
 

@@ -1,0 +1,203 @@
+"""``polyspan cluster graph``."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from ._output import say, show_json, show_table
+
+LABEL_FILES = (".parquet", ".csv", ".npy")
+
+
+def graph(
+    edges: Path,
+    *,
+    n_clusters: Annotated[int | None, Parameter(name=("--n-clusters", "-k"))] = None,
+    attributes: Path | None = None,
+    labels: Path | None = None,
+    out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
+    method: Literal["s2cag", "m-s2cag"] = "s2cag",
+    order: int = 10,
+    decay: float = 0.9,
+    select: bool = False,
+    resolution: float = 1.0,
+    rounding: Literal["snem", "kmeans", "cluster_qr"] = "snem",
+    n_init: int = 10,
+    precision: Literal["float32", "float64"] = "float64",
+    symmetrize: Literal["error", "max", "min", "mean", "sum"] = "error",
+    seed: int = 0,
+    jobs: int = 1,
+    report: Path | None = None,
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Cluster a graph whose vertices carry attributes.
+
+    Prints a report; labels go to --out, keyed by the ids of the input.
+
+    Parameters
+    ----------
+    edges : Path
+        The graph: edges (.csv, .tsv, .txt, .parquet, .arrow, .npy) or a matrix (.npz of SciPy, .mat with W, fea, gnd).
+    n_clusters : int
+        How many groups; the number of classes where --labels, or the file itself, has true ones.
+    attributes : Path
+        Rows of numbers, one a vertex, or a table with an id column; not needed where the graph's file holds them.
+    labels : Path
+        True classes, to score against. They are not used in clustering.
+    out : Path
+        Where labels go: .parquet and .csv with columns id and label, .npy in the order of the ids.
+    method : {"s2cag", "m-s2cag"}
+        Subspace of the smoothed attributes, or its modularity form.
+    order : int
+        Hops of smoothing.
+    decay : float
+        Weight of a hop relative to the one before, at least 0; above 1 far hops count most.
+    select : bool
+        Choose order and decay without labels, from a grid; --jobs share it.
+    resolution : float
+        For m-s2cag; larger values favour smaller groups.
+    rounding : {"snem", "kmeans", "cluster_qr"}
+        How the embedding becomes groups.
+    n_init : int
+        Starts of the rounding.
+    precision : {"float32", "float64"}
+        float32 halves memory.
+    symmetrize : {"error", "max", "min", "mean", "sum"}
+        What to do with a matrix that is not symmetric.
+    seed : int
+        Starts of the rounding.
+    jobs : int
+        Processes for --select.
+    report : Path
+        Write the report as JSON here too.
+    plot : Path
+        Draw the embedding and the affinity by cluster (.svg, .png or .pdf).
+    json : bool
+        Print the report as JSON.
+    """
+    import time
+    import warnings
+
+    import numpy as np
+
+    from polyspan.cluster import S2CAG, ModularityS2CAG, select_order_decay
+    from polyspan.io import read_graph, write_json
+
+    if out is not None and out.suffix not in LABEL_FILES:
+        raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
+    started = time.perf_counter()
+    found = read_graph(edges, attributes=attributes, labels=labels, symmetrize=symmetrize)
+    if found.attributes is None:
+        raise ValueError(f"--attributes must be given: {edges} holds a graph without attributes")
+    if n_clusters is None:
+        if found.labels is None:
+            raise ValueError("--n-clusters must be given where there are no true classes to count")
+        n_clusters = len(np.unique(found.labels))
+    options: dict[str, Any] = {"n_clusters": n_clusters, "order": order, "decay": decay, "rounding": rounding}
+    options |= {"n_init": n_init, "dtype": precision, "random_state": seed}
+    estimator = S2CAG(**options) if method == "s2cag" else ModularityS2CAG(**options, resolution=resolution)
+    read_s, table = time.perf_counter() - started, []
+    if select:
+        choice = select_order_decay(
+            found.attributes,
+            found.adjacency,
+            n_clusters,
+            estimator=estimator,
+            workers=jobs,
+            random_state=seed,
+            label="order and decay",
+        )
+        estimator.set_params(order=choice.order, decay=choice.decay)
+        table = [row._asdict() for row in choice.table]
+    before_fit = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        estimator.fit(found.attributes, adjacency=found.adjacency)
+    seconds = {"read": read_s, "select": before_fit - started - read_s, "fit": time.perf_counter() - before_fit}
+    for warning in caught:
+        say(f"warning: {warning.message}")
+    told = _report(estimator, found, method, seconds) | {
+        "selection": table,
+        "warnings": [str(w.message) for w in caught],
+    }
+    if out is not None:
+        _write_labels(out, estimator.labels_, found.ids)
+        told["out"] = str(out)
+    if plot is not None:
+        from polyspan.cluster.plots import plot_clusters
+
+        plot_clusters(estimator.embedding_, estimator.labels_, plot)
+    if report is not None:
+        write_json(report, told)
+    if json:
+        show_json(told)
+        return
+    show_table("", ("what", "value"), _rows(told))
+
+
+def _report(fitted: Any, found: Any, method: str, seconds: dict[str, float]) -> dict[str, Any]:
+    """Return what is worth knowing of a clustering, in plain types."""
+    import numpy as np
+
+    sizes = np.bincount(fitted.labels_)
+    told = {
+        "method": method,
+        "n": len(fitted.labels_),
+        "edges": int((found.adjacency.nnz + (found.adjacency.diagonal() != 0).sum()) // 2),
+        "n_features": int(fitted.n_features_in_),
+        "order": int(fitted.order),
+        "decay": float(fitted.decay),
+        "clusters": [
+            {"label": c, "size": int(size), "conductance": float(share) if np.isfinite(share) else None}
+            for c, (size, share) in enumerate(zip(sizes, fitted.conductance_, strict=True))
+        ],
+        "affinity_modularity": float(fitted.affinity_modularity_),
+        "rounding_objectives": [float(value) for value in fitted.rounding_objectives_],
+        "n_isolated": fitted.n_isolated_,
+        "n_components": fitted.n_components_,
+        "n_unattributed": fitted.n_unattributed_,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+    if found.labels is not None:
+        from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+        from polyspan.linalg import clustering_accuracy
+
+        told["scores"] = {
+            "accuracy": clustering_accuracy(found.labels, fitted.labels_),
+            "nmi": float(normalized_mutual_info_score(found.labels, fitted.labels_)),
+            "ari": float(adjusted_rand_score(found.labels, fitted.labels_)),
+        }
+    return told
+
+
+def _rows(told: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("method", f"{told['method']}, order {told['order']}, decay {told['decay']}"),
+        ("graph", f"{told['n']} vertices, {told['edges']} edges, {told['n_features']} attributes"),
+    ]
+    for group in told["clusters"]:
+        share = "undefined" if group["conductance"] is None else f"{group['conductance']:.3f}"
+        rows.append((f"cluster {group['label']}", f"{group['size']} vertices, conductance {share}"))
+    spread = max(told["rounding_objectives"]) - min(told["rounding_objectives"])
+    rows += [
+        ("affinity modularity", f"{told['affinity_modularity']:.4f}"),
+        ("rounding objective", f"{max(told['rounding_objectives']):.4f}, starts within {spread:.4f}"),
+    ]
+    rows += [(name, f"{value:.4f}") for name, value in told.get("scores", {}).items()]
+    rows += [(f"seconds to {name}", f"{value:.3f}") for name, value in told["seconds"].items()]
+    return rows + ([("labels", told["out"])] if "out" in told else [])
+
+
+def _write_labels(path: Path, labels: Any, ids: Any) -> None:
+    """Write one label a vertex, atomically, in the format that the suffix names."""
+    import numpy as np
+
+    from polyspan.io import write_array, write_columns
+
+    if path.suffix == ".npy":
+        write_array(path, labels)
+    else:
+        write_columns(path, {"id": np.arange(len(labels)) if ids is None else ids, "label": labels})

@@ -1,0 +1,74 @@
+"""Pictures of a clustering."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyspan.io import atomic_path
+from polyspan.linalg import fix_signs
+
+MAX_POINTS = 5_000
+MAX_ROWS = 400
+
+
+def plot_clusters(embedding: Any, labels: Any, path: Path | str) -> Path:
+    """Draw a spectral embedding in its two widest directions, and the affinity within it in the order of the clusters.
+
+    The affinity of two items is the cosine of their rows; blocks on the diagonal are clusters. Of many items an even
+    sample is drawn: 5,000 points and 400 rows of the affinity at most.
+
+    Parameters
+    ----------
+    embedding : array of shape (n, k)
+    labels : array of shape (n,)
+        Integers from 0.
+    path : path
+        .svg, .png or .pdf; written atomically, with equal bytes for equal input.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    Y, labels = np.asarray(embedding, dtype=np.float64), np.asarray(labels)
+    if Y.ndim != 2 or labels.shape != Y.shape[:1]:
+        raise ValueError(f"labels must have one entry a row of embedding {Y.shape}, got shape {labels.shape}")
+    with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
+        figure = Figure(figsize=(8.4, 3.8), layout="constrained", dpi=120)
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2)
+        colours = mpl.colormaps["tab20" if labels.max() >= 10 else "tab10"]
+        rows = _even(len(Y), MAX_POINTS)
+        points = _widest(Y)[rows]
+        left.scatter(*points.T, c=colours(labels[rows] % colours.N), s=6, linewidths=0, alpha=0.7, rasterized=True)
+        left.set(title="Embedding, two widest directions", xlabel="first", ylabel="second", xticks=[], yticks=[])
+        order = np.argsort(labels, kind="stable")
+        order = order[_even(len(order), MAX_ROWS)]
+        norms = np.linalg.norm(Y[order], axis=1, keepdims=True)
+        D = Y[order] / np.where(norms > 0, norms, 1)
+        shown = right.imshow(D @ D.T, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        for edge in np.flatnonzero(np.diff(labels[order])) + 0.5:
+            right.axhline(edge, color="black", linewidth=0.5)
+            right.axvline(edge, color="black", linewidth=0.5)
+        right.set(title="Affinity, by cluster", xticks=[], yticks=[])
+        figure.colorbar(shown, ax=right, label="cosine of two rows")
+        undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}[path.suffix]
+        with atomic_path(path) as temp:
+            figure.savefig(temp, dpi=120, format=path.suffix[1:], metadata=undated)
+    return path
+
+
+def _even(n: int, most: int) -> np.ndarray:
+    """Return at most ``most`` of 0 .. n - 1, evenly spread."""
+    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).astype(np.intp)
+
+
+def _widest(Y: np.ndarray) -> np.ndarray:
+    """Return the two principal components of the rows (n, 2); a missing second one is 0."""
+    centred = Y - Y.mean(axis=0)
+    V = fix_signs(np.linalg.svd(centred.T @ centred)[0][:, :2])
+    points = centred @ V
+    return points if points.shape[1] == 2 else np.hstack([points, np.zeros_like(points)])

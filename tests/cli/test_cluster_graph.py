@@ -1,0 +1,136 @@
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import scipy.io
+import scipy.sparse as sp
+
+from polyspan.cli.cluster import graph
+from polyspan.cluster import S2CAG, ModularityS2CAG
+from polyspan.cluster.plots import plot_clusters
+from polyspan.data import planted_graph
+from polyspan.errors import WrongContent
+from polyspan.io import write_array
+from polyspan.linalg import clustering_accuracy
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(scope="module")
+def world():
+    made = planted_graph(0, n=200, n_clusters=3, d=90, degree=12.0, mixing=0.1, words=25.0, topic_share=0.5)
+    return made._replace(attributes=made.attributes.astype(np.float64))
+
+
+@pytest.fixture
+def files(world, tmp_path):
+    upper = sp.coo_array(sp.triu(world.adjacency))
+    lines = [f"v{i:03d},v{j:03d}" for i, j in zip(*upper.coords, strict=True)]
+    (tmp_path / "edges.csv").write_text("\n".join(["source,target", *lines]) + "\n")
+    write_array(
+        tmp_path / "words.parquet", world.attributes.toarray(), ids=[f"v{i:03d}" for i in range(200)], column="vector"
+    )
+    (tmp_path / "classes.csv").write_text(
+        "\n".join(["id,label", *(f"v{i:03d},{c}" for i, c in enumerate(world.labels))]) + "\n"
+    )
+    return tmp_path
+
+
+def test_labels_are_written_by_the_ids_of_the_input_and_the_report_is_true(files, world, capsys):
+    graph(
+        files / "edges.csv",
+        attributes=files / "words.parquet",
+        labels=files / "classes.csv",
+        out=files / "labels.parquet",
+        report=files / "report.json",
+        json=True,
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads((files / "report.json").read_text())
+    table = pq.read_table(files / "labels.parquet").to_pydict()
+    assert table["id"] == [f"v{i:03d}" for i in range(200)]
+    fitted = S2CAG(3, random_state=0).fit(world.attributes, adjacency=world.adjacency)
+    assert table["label"] == fitted.labels_.tolist()
+    assert [c["size"] for c in told["clusters"]] == np.bincount(fitted.labels_).tolist()
+    np.testing.assert_allclose([c["conductance"] for c in told["clusters"]], fitted.conductance_, rtol=1e-6)
+    assert told["affinity_modularity"] == pytest.approx(fitted.affinity_modularity_, rel=1e-6)
+    assert told["scores"]["accuracy"] == clustering_accuracy(world.labels, fitted.labels_) > 0.97
+    assert told["edges"] == world.adjacency.nnz // 2
+    assert set(told["seconds"]) == {"read", "select", "fit"}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".npy"])
+def test_every_label_format_holds_the_same_and_a_mat_file_needs_nothing_else(world, tmp_path, suffix, capsys):
+    path, out = tmp_path / "graph.mat", tmp_path / f"labels{suffix}"
+    scipy.io.savemat(
+        path,
+        {"W": sp.csc_matrix(world.adjacency), "fea": sp.csc_matrix(world.attributes), "gnd": world.labels[:, None]},
+    )
+    graph(path, out=out, method="m-s2cag", rounding="kmeans")
+    shown = capsys.readouterr().out
+    assert "accuracy\t" in shown
+    assert "m-s2cag, order 10, decay 0.9" in shown
+    expected = ModularityS2CAG(3, rounding="kmeans", random_state=0).fit(world.attributes, adjacency=world.adjacency)
+    if suffix == ".npy":
+        np.testing.assert_array_equal(np.load(out), expected.labels_)
+    else:
+        rows = list(csv.DictReader(out.read_text().splitlines()))
+        assert [int(row["label"]) for row in rows] == expected.labels_.tolist()
+        assert [int(row["id"]) for row in rows] == list(range(200))
+
+
+def test_hops_are_chosen_without_labels_on_request(files, capsys):
+    graph(files / "edges.csv", attributes=files / "words.parquet", n_clusters=3, select=True, json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["selection"]) == 20
+    assert (told["order"], told["decay"]) == (told["selection"][0]["order"], told["selection"][0]["decay"])
+    assert "scores" not in told
+
+
+def test_pictures_have_equal_bytes_for_equal_input_and_leave_nothing_behind(files):
+    options = {"attributes": files / "words.parquet", "n_clusters": 3, "json": True}
+    before = {path.name for path in files.iterdir()}
+    for name in ("one.svg", "two.svg", "three.png"):
+        graph(files / "edges.csv", plot=files / name, **options)
+    assert (files / "one.svg").read_bytes() == (files / "two.svg").read_bytes()
+    assert b"<svg" in (files / "one.svg").read_bytes()
+    assert (files / "three.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in files.iterdir()} == before | {"one.svg", "two.svg", "three.png"}
+
+
+def test_a_picture_of_one_column_and_of_many_points_is_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    many = plot_clusters(rng.normal(size=(20_000, 3)), rng.integers(0, 12, 20_000), tmp_path / "many.svg")
+    assert many.stat().st_size < 2**20
+    plot_clusters(np.ones((5, 1)), np.zeros(5, dtype=int), tmp_path / "flat.png")
+    with pytest.raises(ValueError, match=r"path must end in .svg, .png or .pdf, got .*x.txt"):
+        plot_clusters(np.ones((5, 1)), np.zeros(5, dtype=int), tmp_path / "x.txt")
+    with pytest.raises(ValueError, match=r"one entry a row of embedding \(5, 1\), got shape \(4,\)"):
+        plot_clusters(np.ones((5, 1)), np.zeros(4, dtype=int), tmp_path / "x.svg")
+
+
+def test_wrong_use_is_said_before_and_after_reading(files, tmp_path):
+    with pytest.raises(ValueError, match=r"--out must end in one of .parquet, .csv, .npy, got .*x.txt"):
+        graph(files / "edges.csv", out=tmp_path / "x.txt")
+    with pytest.raises(ValueError, match="--attributes must be given"):
+        graph(files / "edges.csv", n_clusters=3)
+    with pytest.raises(ValueError, match="--n-clusters must be given"):
+        graph(files / "edges.csv", attributes=files / "words.parquet")
+    (files / "more.csv").write_text((files / "edges.csv").read_text() + "v000,stranger\n")
+    with pytest.raises(WrongContent, match="1 unknown nodes: stranger"):
+        graph(files / "more.csv", attributes=files / "words.parquet", n_clusters=3)
+
+
+def test_warnings_go_to_stderr_and_into_the_report(files, world, capsys):
+    head, *lines = (files / "edges.csv").read_text().splitlines()
+    same = [line for line in lines if world.labels[int(line[1:4])] == world.labels[int(line[6:9])]]
+    kept = [line for line in same if "v00" not in line]
+    (files / "fewer.csv").write_text("\n".join([head, *kept]) + "\n")
+    graph(files / "fewer.csv", attributes=files / "words.parquet", n_clusters=2, json=True)
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert "warning: adjacency has 3 components of two or more vertices" in shown.err
+    assert told["n_isolated"] == 10
+    assert len(told["warnings"]) == 1
