@@ -17,6 +17,7 @@ from polyspan.linalg import (
     random_stiefel,
     subspace_distance,
 )
+from polyspan.linalg.grassmann import cos_sinc
 
 TOL = {np.float32: 2e-5, np.float64: 1e-12}
 
@@ -157,6 +158,14 @@ def test_orthogonal_subspaces_have_a_logarithm_of_right_angles():
     G = grassmann_log(S, T)
     np.testing.assert_allclose(np.linalg.svd(G, compute_uv=False), np.pi / 2, atol=1e-12)
     np.testing.assert_allclose(projector(grassmann_exp(S, G)), projector(T), atol=1e-12)
+
+
+@pytest.mark.parametrize("doublings", [None, 9])
+def test_a_fixed_number_of_doublings_serves_every_angle_up_to_200(doublings):
+    angles = np.array([0.0, 1e-8, 1e-3, 0.5, 3.0, 20.0, 199.0])
+    cos, sinc = cos_sinc(np.diag(angles**2), doublings)
+    np.testing.assert_allclose(np.diag(cos), np.cos(angles), atol=1e-10)
+    np.testing.assert_allclose(np.diag(sinc), np.sinc(angles / np.pi), atol=1e-10)
 
 
 def test_arguments_that_do_not_fit_are_named():

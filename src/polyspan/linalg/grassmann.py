@@ -19,8 +19,7 @@ from .polar import nearest_isometry
 
 Retraction = Literal["qr", "polar", "cholesky"]
 # Taylor terms of cos(sqrt(a)) and sin(sqrt(a))/sqrt(a) for 0 <= a <= 1/4: the first one left out is below 1e-18.
-_COS = tuple((-1) ** j / math.factorial(2 * j) for j in range(8))
-_SINC = tuple((-1) ** j / math.factorial(2 * j + 1) for j in range(8))
+_TAYLOR = np.array([(-1) ** j / math.factorial(2 * j + odd) for odd in (0, 1) for j in range(8)]).reshape(4, 4)
 
 
 def grassmann_tangent(S: Float[Any, "*b d k"], E: Float[Any, "*b d k"]) -> Float[Any, "*b d k"]:
@@ -179,18 +178,27 @@ def cos_sinc(A: Any, doublings: int | None = None) -> tuple[Any, Any]:
     A = A * 0.25**doublings
     A2 = A @ A
     A3, A4 = A2 @ A, A2 @ A2
-    powers = (eye, A, A2, A3)
-    cos, sinc = (_sum(powers, c[:4]) + A4 @ _sum(powers, c[4:]) for c in (_COS, _SINC))
+    # Four sums of four powers by one small product: the low and the high half of each series.
+    powers = xp.stack([xp.broadcast_to(eye, A.shape), A, A2, A3])
+    sums = xp.reshape(_coefficients(A) @ xp.reshape(powers, (4, -1)), powers.shape)
+    cos, sinc = sums[0] + A4 @ sums[1], sums[2] + A4 @ sums[3]
     for _ in range(doublings):
         cos, sinc = 2 * (cos @ cos) - eye, sinc @ cos
     return cos, sinc
 
 
-def _sum(powers: tuple[Any, ...], coefficients: tuple[float, ...]) -> Any:
-    total = powers[0] * coefficients[0]
-    for power, c in zip(powers[1:], coefficients[1:], strict=True):
-        total = total + power * c
-    return total
+def _coefficients(A: Any) -> Any:
+    """Taylor coefficients (4, 4) in the kind of array and on the device of ``A``."""
+    return _torch_coefficients(A.device) if is_torch(A) else _TAYLOR
+
+
+@cache
+def _torch_coefficients(device: Any) -> Any:
+    import torch
+
+    # A tensor made in inference mode could not take part in a gradient later on.
+    with torch.inference_mode(False):
+        return torch.as_tensor(_TAYLOR, device=device)
 
 
 @cache

@@ -1,0 +1,28 @@
+"""Every public torch module keeps the promises of a drop-in layer; a new one without a case fails here."""
+
+import pytest
+import torch
+
+from polyspan.nn import GrassmannHead
+from polyspan.testing import ModuleCase, check_module, public_modules
+
+
+def normal(*shape):
+    return lambda batch, generator: (torch.randn(batch, *shape, generator=generator),)
+
+
+CASES = {
+    "nn.GrassmannHead": [
+        ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(12)),
+        ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(4, 12)),
+    ],
+}
+
+
+def test_every_module_has_a_case():
+    assert set(public_modules()) == set(CASES)
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases])
+def test_a_module_keeps_the_promises_of_a_layer(name, case):
+    check_module(case)

@@ -1,0 +1,87 @@
+"""Every public estimator, claim and reader keeps its contract; a new one is found here by itself."""
+
+import inspect
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.utils.estimator_checks import estimator_checks_generator
+
+from polyspan import catalog
+from polyspan.align import Aligner
+from polyspan.claims import find_claim
+from polyspan.testing import check_claim, public_estimators, public_members
+
+ESTIMATORS = {name: kind for name, kind in public_estimators().items() if kind is not Aligner}
+WORKING = [entry.slug for entry in catalog.entries() if entry.status == "working"]
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_an_estimator_is_cloneable_and_its_init_only_assigns(name):
+    made = ESTIMATORS[name]()
+    copy = clone(made)
+    assert copy.get_params().keys() == made.get_params().keys()
+    assert not [key for key in vars(made) if key.endswith("_") and not key.startswith("_")]
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_an_estimators_tests_run_scikit_learns_checks(name):
+    """The checks themselves run beside each estimator; here stands that they were not forgotten."""
+    from pathlib import Path
+
+    stem = name.rsplit(".", 1)[-1]
+    texts = [p.read_text("utf-8") for p in Path(__file__).parent.rglob("test_*.py")]
+    assert any("parametrize_with_checks" in text and f"{stem}(" in text for text in texts) or stem in {
+        "MeanShift",
+        "IdentityMap",
+    }, f"no test runs parametrize_with_checks on {stem}"
+
+
+@pytest.mark.parametrize("name", ["align.MeanShift", "align.IdentityMap"])
+def test_a_map_that_keeps_the_width_passes_the_checks_whose_target_has_it(name):
+    """Scikit-learn's checks fit a one-column target, which such a map must refuse: the refusal is what is checked."""
+    passed, refused = 0, []
+    for estimator, check in estimator_checks_generator(ESTIMATORS[name]()):
+        try:
+            check(estimator)
+            passed += 1
+        except ValueError as error:
+            refused.append(str(error))
+    assert passed >= 15
+    assert all("one width" in text for text in refused)
+
+
+@pytest.mark.parametrize("slug", WORKING)
+def test_a_claim_can_fail_repeats_and_shares_its_data(slug):
+    check_claim(find_claim(slug))
+
+
+def test_every_claim_belongs_to_a_working_system_and_says_what_it_measures():
+    from pathlib import Path
+
+    import polyspan.claims
+
+    folder = Path(inspect.getfile(polyspan.claims)).parent
+    slugs = sorted(p.stem.replace("_", "-") for p in folder.glob("[!_]*.py"))
+    assert slugs == sorted(WORKING)
+    for slug in slugs:
+        claim = find_claim(slug)
+        assert claim.statement.endswith(".")
+        assert all((claim.method, claim.baseline, claim.metric))
+        assert "quick" in claim.levels
+
+
+def test_every_public_member_has_a_docstring():
+    for package in ("align", "cluster", "nn", "linalg", "io", "run", "data", "claims", "catalog", "gallery"):
+        for name, member in public_members(f"polyspan.{package}").items():
+            if inspect.isclass(member) or inspect.isfunction(member):
+                assert inspect.getdoc(member), f"polyspan.{package}.{name} has no docstring"
+
+
+def test_float32_stays_float32_in_every_transformer():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(30, 4)).astype(np.float32)
+    for name, kind in ESTIMATORS.items():
+        if hasattr(kind, "transform"):
+            found = kind().fit(X, X).transform(X)
+            assert found.dtype == np.float32, f"{name} turned float32 into {found.dtype}"
