@@ -16,7 +16,7 @@ import numpy as np
 
 from polyspan import catalog
 from polyspan.errors import WrongContent
-from polyspan.io import digest_array, read_json, read_members, write_json
+from polyspan.io import digest_array, make_folder, read_json, read_members, write_json
 from polyspan.run import Journal, machine_facts, map_tasks, measure_peak
 
 LEVELS = ("quick", "standard", "full")
@@ -411,7 +411,7 @@ def _overall(main: Sequence[str], control_ok: bool) -> Verdict:
 def write_evidence(evidence: Evidence, folder: Path) -> Path:
     """Write ``<slug>.<level>.json`` (``<slug>.user.json`` for a user's own file) atomically; return its path."""
     kind = "user" if any(w.role == "user" for w in evidence.worlds) else evidence.level
-    path = Path(folder) / f"{evidence.slug}.{kind}.json"
+    path = make_folder(folder) / f"{evidence.slug}.{kind}.json"
     write_json(path, evidence.to_json())
     return path
 
