@@ -1,6 +1,7 @@
 """One orthogonal map between two embedding spaces, fitted on paired anchors, and the maps that it competes with."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 from sklearn.utils.validation import check_is_fitted, check_random_state
@@ -192,7 +193,7 @@ class RidgeMap(Aligner):
     _arrays = ("weights_", "mean_in_", "mean_out_")
     _facts = ("alpha_", "residual_")
 
-    def __init__(self, alpha: float | str = "gcv", *, shift=True, normalize=False):
+    def __init__(self, alpha: Any = "gcv", *, shift=True, normalize=False):
         self.alpha = alpha
         self.shift = shift
         self.normalize = normalize

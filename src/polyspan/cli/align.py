@@ -160,7 +160,7 @@ def apply(
     member: str | None = None,
     column: str | None = None,
     id_column: str | None = None,
-    batch_rows: int = 65536,
+    batch_rows: int = 16384,
     inverse: Annotated[bool, Parameter(negative="")] = False,
     source_model: str = "",
     json: bool = False,
