@@ -82,6 +82,14 @@ def idx(folder):
     (folder / "a-idx3-ubyte.gz").write_bytes(gzip.compress(raw))
 
 
+def edge_list(folder):
+    (folder / "a.csv").write_text('source,target,weight\n1,2,0.5\n"a ""b""",3,1\n')
+
+
+def settings(folder):
+    (folder / "a.toml").write_text('title = "x"\nsizes = [1, 2.5]\n[part]\nwhen = 2026-01-01\n')
+
+
 def everything(folder):
     for make in (npy, tensors, parquet, arrow, matlab):
         make(folder)
@@ -95,8 +103,26 @@ READERS = {
     "load_fitted": (fitted,),
     "read_json": (texts,),
     "read_idx": (idx,),
+    "read_mat": (matlab,),
+    "read_csv": (edge_list,),
+    "read_toml": (settings,),
     "inspect_file": (everything,),
 }
+
+
+PLAIN = {
+    "read_text": "any bytes that are UTF-8 are right",
+    "read_bytes": "any bytes are right",
+    "read_lines": "any lines that are UTF-8 are right",
+    "read_jsonl": "yields line by line what read_json's parser makes of them",
+}
+
+
+def test_every_public_reader_is_fuzzed_or_has_a_reason():
+    from polyspan.testing import public_members
+
+    readers = {name for name in public_members("polyspan.io") if name.startswith(("read_", "load_", "inspect_"))}
+    assert readers == READERS.keys() | PLAIN.keys()
 
 
 @pytest.mark.parametrize(("read", "formats"), READERS.items(), ids=READERS.keys())
