@@ -1,7 +1,7 @@
 """Change the embedding model of a small archive without embedding it again.
 
-The archive is scikit-learn's digits, embedded by an old model (40 principal components of the pixels) and to be searched
-with a new one (a random-feature network). Two hundred digits, embedded by both, are the anchors.
+The archive is scikit-learn's digits, embedded by an old model (40 principal components of the pixels), to be searched
+by a new one (a random-feature network). Two hundred digits, embedded by both, are the anchors.
 """
 
 import numpy as np

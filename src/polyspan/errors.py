@@ -1,4 +1,4 @@
-"""Every exception that polyspan defines: five for files, one for a missing extra, one for a method that did not converge."""
+"""Every exception that polyspan defines: five for files, one for a missing extra, one for no convergence."""
 
 import importlib
 from types import ModuleType
@@ -84,7 +84,7 @@ def require(name: str, *, extra: str, purpose: str = "") -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != name.split(".")[0]:
+        if error.name is None or error.name.partition(".")[0] != name.partition(".")[0]:
             raise
         what = purpose or "this"
         raise MissingExtra(f'{what} needs {name}; run: pip install "polyspan[{extra}]"', name=name) from None
