@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from polyspan.align import OrthogonalMap
+from polyspan.claims import measure
+from polyspan.claims.canonicalize import (
+    CLAIM,
+    Captioned,
+    captions,
+    on_digits,
+    planted,
+    shuffle_texts,
+    trial,
+    two_towers,
+)
+from polyspan.data import digits
+from polyspan.linalg import top_k
+
+
+def test_the_claim_holds_where_planted_and_fails_in_its_control_world():
+    assert measure(CLAIM, world="planted").verdict == "holds"
+    assert measure(CLAIM, world=CLAIM.control).verdict == "fails"
+
+
+def test_captions_name_the_digit_and_put_every_measure_into_thirds():
+    pixels, labels = digits()
+    words = captions(pixels.reshape(-1, 8, 8), labels)
+    np.testing.assert_array_equal(words[:, :10].argmax(axis=1), labels)
+    np.testing.assert_array_equal(words.sum(axis=1), np.full(len(words), 4.0))
+    shares = words[:, 10:].mean(axis=0)
+    assert shares.min() > 0.28
+    assert shares.max() < 0.39
+
+
+def test_a_heavier_image_is_never_called_lighter():
+    images = np.zeros((9, 8, 8))
+    for i in range(9):
+        images[i, 2:6, 2 : 3 + i // 2] = 0.1 * (i + 1)
+    ink = captions(images, np.zeros(9, dtype=int))[:, 10:13].argmax(axis=1)
+    assert (np.diff(ink) >= 0).all()
+
+
+def test_a_two_tower_model_learns_to_match_what_it_saw_described():
+    pixels, labels = digits()
+    words = captions(pixels.reshape(-1, 8, 8), labels)
+    eye, mouth = two_towers(pixels[:600], words[:600], 0, hidden=128, d=64, epochs=60)
+    kinds = np.unique(words, axis=0)
+    found = top_k(eye(pixels[600:900]), mouth(kinds), 1).indices[:, 0]
+    right = kinds[found][:, :10].argmax(axis=1) == labels[600:900]
+    assert right.mean() > 0.8
+
+
+@pytest.mark.slow
+def test_anchors_and_scored_captions_have_no_caption_in_common_and_the_world_repeats():
+    first, second = on_digits(3), on_digits(3)
+    assert isinstance(first, Captioned)
+    for mine, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    own = top_k(first.texts_a, first.texts_a, 1).indices[:, 0]
+    np.testing.assert_array_equal(own, np.arange(len(own)))
+    assert len(first.anchors) < len(first.images_a) / 4
+
+
+def test_shuffled_texts_leave_nothing_to_find():
+    scores = trial(shuffle_texts(planted(0), 0), 0)
+    assert max(scores.values()) < 0.05
+
+
+def test_recentring_texts_is_what_the_aligner_does_with_means_of_a_modality():
+    world = planted(1)
+    fitted = OrthogonalMap().fit(world.images_a, world.images_b).add_modality("text", world.texts_a, world.texts_b)
+    plain = fitted.transform(world.texts_a)
+    moved = plain - plain.mean(axis=0) + world.texts_b.mean(axis=0)
+    np.testing.assert_allclose(fitted.transform(world.texts_a, modality="text"), moved, atol=1e-9)
