@@ -181,7 +181,7 @@ CLAIM = Claim(
     spoil=shuffle_texts,
     why=(
         "The rotation wins where anchors are few. Measured on MNIST over three seeds, with anchors drawn from all "
-        "images: with 40 of them it finds 90 % of the texts and ridge 87 %, with 400 both find 98 %, and with all 3,333 "
+        "images: with 40 it finds 90 % of the texts and ridge 87 %, with 400 both find 98 %, and with all 3,333 "
         "it is one point ahead. Where a map may be fitted on the kind of vectors that it is to carry, ridge can be the "
         "better one: choose_aligner tries both by retrieval."
     ),

@@ -1,4 +1,5 @@
 from ._mat import read_mat as read_mat
+from ._sparse import check_sparse as check_sparse
 from .arrays import read_array as read_array
 from .arrays import read_members as read_members
 from .arrays import write_array as write_array
@@ -21,7 +22,6 @@ from .fitted import load_fitted as load_fitted
 from .fitted import save_fitted as save_fitted
 from .graphs import Graph as Graph
 from .graphs import as_graph as as_graph
-from .graphs import check_sparse as check_sparse
 from .graphs import read_graph as read_graph
 from .idx import read_idx as read_idx
 from .inspect import inspect_file as inspect_file

@@ -16,6 +16,7 @@ from polyspan.errors import CorruptFile, WrongContent
 
 from ._door import PathLike, check_budget, check_ratio, corrupt_if_short, file_size, open_binary, refuse_pickle, told
 from ._slabs import no_member
+from ._sparse import check_sparse
 
 COMPRESSED, MATRIX = 15, 14
 MAX_VARIABLES = 10_000
@@ -181,8 +182,6 @@ def _value(path: PathLike, data: bytes, variable: Variable, order: str) -> Any:
         if len(values) != math.prod(variable.shape):
             raise CorruptFile(path, found=f"{len(values)} numbers", expected=f"shape {variable.shape}", where=where)
         return values.reshape(variable.shape, order="F")
-    from .graphs import check_sparse
-
     rows, at = _numbers(path, data, variable.at, order, where)
     pointers, at = _numbers(path, data, at, order, where)
     values, _ = _numbers(path, data, at, order, where)

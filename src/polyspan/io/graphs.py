@@ -11,9 +11,10 @@ import scipy.sparse as sp
 from polyspan.errors import CorruptFile, WrongContent
 
 from . import _tables
-from ._door import PathLike, check_budget, suffix_of
+from ._door import PathLike, suffix_of
 from ._mat import mat_names, read_mat
 from ._slabs import check_numbers, no_member, npy_slab, npz_names, npz_slabs
+from ._sparse import check_sparse, refusal
 from .arrays import FVECS, MEMBERS, read_array
 from .text import read_csv, read_text
 
@@ -41,90 +42,27 @@ class Graph(NamedTuple):
     ids: np.ndarray | None = None
 
 
-def _refusal(path: PathLike | None, found: str, expected: str, where: str = "", name: str = "graph") -> Exception:
-    """Return WrongContent for what a file holds, and ValueError for what an argument holds."""
-    if path is not None:
-        return WrongContent(path, found=found, expected=expected, where=where)
-    return ValueError(f"{name} must be {expected}, got {found}" + (f" at {where}" if where else ""))
-
-
-def check_sparse(matrix: Any, path: PathLike | None = None) -> sp.csr_array:
-    """Return a sparse matrix as CSR in canonical form, after every index has been checked.
-
-    SciPy trusts index arrays: a column past the end, or row pointers that fall, end in a segmentation fault at the
-    first product. Entries that occur twice are summed, stored zeros are dropped, columns are sorted.
-
-    Parameters
-    ----------
-    matrix : scipy.sparse array or matrix
-        It is not changed.
-    path : path-like, optional
-        The file it came from.
-
-    Raises
-    ------
-    CorruptFile
-        An index is out of range, with ``path``; without one, ValueError.
-    WrongContent
-        A value is no finite real number, with ``path``; without one, ValueError.
-    """
-
-    def broken(error: object) -> Exception:
-        if path is None:
-            return ValueError(f"matrix must be a valid sparse matrix, got {error}")
-        return CorruptFile(path, found=str(error), expected="valid sparse indices")
-
-    if not sp.issparse(matrix) or matrix.ndim != 2:
-        raise _refusal(path, f"a {type(matrix).__name__}", "a 2-d scipy.sparse matrix", name="matrix")
-    if matrix.dtype.kind not in "fiub" or matrix.dtype.itemsize > 8:
-        raise _refusal(path, f"values of dtype {matrix.dtype}", "real numbers", name="matrix")
-    if path is not None:
-        # Row pointers are the one part whose size no stored index bounds.
-        check_budget(path, 8 * (matrix.shape[0] + 1), None, "row pointers")
-    try:
-        if matrix.format in ("csr", "csc", "bsr"):
-            # SciPy's own check looks at no pointer where the last one is 0.
-            if len(matrix.indptr) == 0 or matrix.indptr[0] != 0 or (np.diff(matrix.indptr) < 0).any():
-                raise ValueError("index pointers must begin at 0 and never fall")
-            matrix.check_format(full_check=True)
-        elif matrix.format == "coo":
-            for coordinates, side in zip(matrix.coords, matrix.shape, strict=True):
-                if len(coordinates) and not (coordinates.min() >= 0 and coordinates.max() < side):
-                    raise ValueError("index values must lie inside the shape")
-        made = sp.csr_array(matrix, copy=True)
-        made.check_format(full_check=True)
-    except (ValueError, TypeError, IndexError, OverflowError) as error:
-        raise broken(error) from error
-    made.sum_duplicates()
-    if made.dtype.kind == "f" and not np.isfinite(made.data).all():
-        at = int(np.flatnonzero(~np.isfinite(made.data))[0])
-        row = int(np.searchsorted(made.indptr, at, side="right")) - 1
-        raise _refusal(path, str(made.data[at]), "finite numbers", f"row {row}, column {made.indices[at]}", "matrix")
-    made.eliminate_zeros()
-    return made
-
-
 def _adjacency(matrix: Any, path: PathLike | None, symmetrize: Symmetrize) -> sp.csr_array:
     """Return a checked symmetric adjacency with float weights >= 0."""
     if symmetrize not in ("error", "max", "min", "mean", "sum"):
         raise ValueError(f"symmetrize must be 'error', 'max', 'min', 'mean' or 'sum', got {symmetrize!r}")
     A = check_sparse(matrix, path)
     if A.shape[0] != A.shape[1]:
-        raise _refusal(path, f"shape {A.shape}", "a square adjacency")
+        raise refusal(path, f"shape {A.shape}", "a square adjacency")
     if A.shape[0] == 0:
-        raise _refusal(path, "no node", "a graph of at least one node")
+        raise refusal(path, "no node", "a graph of at least one node")
     A = A.astype(A.dtype if A.dtype in (np.float32, np.float64) else np.float64)
     if A.nnz and A.data.min() < 0:
         at = int(np.argmin(A.data))
         row = int(np.searchsorted(A.indptr, at, side="right")) - 1
-        raise _refusal(path, f"weight {A.data[at]}", "weights >= 0", f"row {row}, column {A.indices[at]}")
+        raise refusal(path, f"weight {A.data[at]}", "weights >= 0", f"row {row}, column {A.indices[at]}")
     difference = sp.csr_array(A - A.T)
     difference.eliminate_zeros()
     if difference.nnz == 0:
         return A
     if symmetrize == "error":
         row = int(np.searchsorted(difference.indptr, 0, side="right")) - 1
-        raise _refusal(
+        raise refusal(
             path,
             f"{difference.nnz:,} entries that differ from their mirror",
             "a symmetric adjacency, or symmetrize='max', 'min', 'mean' or 'sum'",
@@ -146,7 +84,7 @@ def _adjacency(matrix: Any, path: PathLike | None, symmetrize: Symmetrize) -> sp
 def _check_dense(shape: Sequence[int], path: PathLike | None) -> None:
     n = max(shape)
     if n > MAX_DENSE:
-        raise _refusal(
+        raise refusal(
             path,
             f"a dense adjacency of {n:,} nodes, {n * n * 8 / 2**30:.1f} GiB as float64",
             f"a scipy.sparse matrix for more than {MAX_DENSE:,} nodes",
@@ -170,7 +108,7 @@ def _from_edges(
     values = np.ones(len(first)) if weights is None else np.asarray(weights, dtype=np.float64)
     bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
     if len(bad):
-        raise _refusal(path, f"weight {values[bad[0]]}", "finite weights >= 0", f"edge {bad[0]}")
+        raise refusal(path, f"weight {values[bad[0]]}", "finite weights >= 0", f"edge {bad[0]}")
     if not directed:
         first, second = np.minimum(first, second), np.maximum(first, second)
     key = first.astype(np.int64) * n + second
@@ -178,7 +116,7 @@ def _from_edges(
     starts = np.flatnonzero(np.diff(key[order], prepend=-1))
     if duplicates == "error" and len(starts) < len(key):
         again = order[np.setdiff1d(np.arange(len(key)), starts)[0]]
-        raise _refusal(path, "an edge that was there before", "every edge once", f"edge {again}")
+        raise refusal(path, "an edge that was there before", "every edge once", f"edge {again}")
     if len(key):
         joined = (np.add if duplicates == "sum" else np.maximum).reduceat(values[order], starts)
         rows, columns = np.divmod(key[order][starts], n)
@@ -309,12 +247,12 @@ def _features(X: Any, n: int, path: PathLike | None) -> sp.csr_array | np.ndarra
     else:
         X = np.asarray(X)
         if X.ndim != 2 or X.dtype.kind not in "fiub":
-            raise _refusal(path, f"shape {X.shape}, dtype {X.dtype}", "numbers, (n, d)", name="attributes")
+            raise refusal(path, f"shape {X.shape}, dtype {X.dtype}", "numbers, (n, d)", name="attributes")
         if X.dtype.kind == "f" and not np.isfinite(X).all():
             row = int(np.flatnonzero(~np.isfinite(X).all(axis=1))[0])
-            raise _refusal(path, "NaN or infinity", "finite numbers", f"row {row}", "attributes")
+            raise refusal(path, "NaN or infinity", "finite numbers", f"row {row}", "attributes")
     if X.shape[0] != n or X.shape[1] == 0:
-        raise _refusal(path, f"attributes of shape {X.shape}", f"one row a node, {n}", name="attributes")
+        raise refusal(path, f"attributes of shape {X.shape}", f"one row a node, {n}", name="attributes")
     narrow = X.dtype.itemsize <= (4 if X.dtype.kind == "f" else 2)
     X = X.astype(np.float32 if narrow else np.float64)
     if not sp.issparse(X) and X.size and np.count_nonzero(X) < 0.1 * X.size:
@@ -326,11 +264,11 @@ def _classes(y: np.ndarray, n: int, path: PathLike | None) -> np.ndarray:
     """Return labels of n nodes as int64: MATLAB keeps them as uint8, whose sums overflow, or as double."""
     y = np.atleast_1d(y)
     if y.shape != (n,):
-        raise _refusal(path, f"labels of shape {y.shape}", f"one a node, {n}", name="labels")
+        raise refusal(path, f"labels of shape {y.shape}", f"one a node, {n}", name="labels")
     if y.dtype.kind == "U":
         return np.unique(y, return_inverse=True)[1].astype(np.int64)
     if y.dtype.kind not in "fiub" or not np.array_equal(y, np.floor(y) if y.dtype.kind == "f" else y):
-        raise _refusal(path, f"labels of dtype {y.dtype}", "whole numbers or text", name="labels")
+        raise refusal(path, f"labels of dtype {y.dtype}", "whole numbers or text", name="labels")
     return y.astype(np.int64)
 
 
