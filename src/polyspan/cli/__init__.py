@@ -24,6 +24,7 @@ app = App(
 align = App(name="align", help="Carry vectors from one embedding space into another.")
 cluster = App(name="cluster", help="Find groups in graphs and points by the subspaces they lie on.")
 grassmann = App(name="grassmann", help="Classify embeddings by one subspace a class.")
+retrieve = App(name="retrieve", help="Mend a gallery of retrieval vectors.")
 gallery = App(name="gallery", help="The web page of all systems and verdicts.")
 
 align.command("polyspan.cli.align:fit", name="fit", help="Fit a map on items that both models have embedded.")
@@ -34,13 +35,15 @@ grassmann.command("polyspan.cli.classify:fit", name="fit", help="Train a classif
 grassmann.command(
     "polyspan.cli.classify:report", name="report", help="Measure a fitted classifier on labelled embeddings."
 )
+retrieve.command("polyspan.cli.retrieve:debias", name="debias", help="Take the hubs out of a gallery.")
 gallery.command("polyspan.cli.gallery:build", name="build", help="Write the static site.")
 gallery.command("polyspan.cli.gallery:serve", name="serve", help="Build it and serve it on this machine.")
 app.command("polyspan.cli.systems:list_", name="list", help="List the systems, or those that match some words.")
 app.command("polyspan.cli.systems:show", name="show", help="Tell all about one system.")
 app.command("polyspan.cli.claim:claim", name="claim", help="Measure claims again: method against baseline and control.")
 app.command("polyspan.cli.doctor:doctor", name="doctor", help="Say what is installed, or what is wrong with a file.")
-for group in (align, cluster, grassmann, gallery):
+app.command("polyspan.cli.compare:compare", name="compare", help="Say which units of two networks are the same.")
+for group in (align, retrieve, cluster, grassmann, gallery):
     app.command(group)
 app.register_install_completion_command(help="Install completion for your shell.")
 

@@ -1,0 +1,155 @@
+"""``polyspan compare``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from ._output import say, show_json, show_table
+
+
+def compare(
+    a: Path,
+    b: Path,
+    *,
+    member_a: str | None = None,
+    member_b: str | None = None,
+    column_a: str | None = None,
+    column_b: str | None = None,
+    untrained_a: Path | None = None,
+    untrained_b: Path | None = None,
+    shuffles: int = 20,
+    clusters: int | None = None,
+    out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
+    report: Path | None = None,
+    plot: Path | None = None,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Say which units of two networks are the same.
+
+    Rows of both files are the same inputs in the same order, columns are units. Files are mapped, not read whole, so
+    memory grows with units, not with rows. Beside each number stands what shuffled rows, a rotated layer and, where
+    you give them, untrained networks reach.
+
+    Parameters
+    ----------
+    a : Path
+        Activations of a layer of one network (.npy, .npz, .parquet, .arrow, .safetensors, .csv, .fvecs).
+    b : Path
+        Activations of a layer of the other.
+    member_a : str
+        Member of an .npz or .safetensors file.
+    member_b : str
+        Likewise for b.
+    column_a : str
+        Column of a Parquet or Arrow file.
+    column_b : str
+        Likewise for b.
+    untrained_a : Path
+        The same layer before training, to compare with; needs --untrained-b.
+    untrained_b : Path
+        Likewise for b.
+    shuffles : int
+        Times that rows are shuffled; 20 allow p down to 1/21, 0 leaves them out.
+    clusters : int
+        Groups of the many-to-many table; by the eigengap where not given.
+    out : Path
+        The matching, one row a unit of a: .csv or .parquet.
+    report : Path
+        Write the report as JSON here too.
+    plot : Path
+        Draw the correlations in matched order (.svg, .png or .pdf).
+    seed : int
+        Shuffles, the rotation and starts of the grouping.
+    json : bool
+        Print the report as JSON.
+    """
+    from polyspan.align import compare_networks
+    from polyspan.io import read_array, write_json
+
+    if out is not None and out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--out must end in .csv or .parquet, got {out}")
+    if (untrained_a is None) != (untrained_b is None):
+        raise ValueError("--untrained-a and --untrained-b must be given together, got one of them")
+    if shuffles < 0:
+        raise ValueError(f"--shuffles must be at least 0, got {shuffles}")
+    found = compare_networks(
+        read_array(a, member=member_a, column=column_a),
+        read_array(b, member=member_b, column=column_b),
+        untrained=None if untrained_a is None else (untrained_a, untrained_b),
+        nulls=("shuffle", "rotation") if shuffles else ("rotation",),
+        n_shuffles=max(shuffles, 1),
+        n_clusters="eigengap" if clusters is None else clusters,
+        random_state=seed,
+        label=f"comparing {a.name} and {b.name}",
+    )[0]
+    told: dict[str, Any] = found.to_json() | {"layer_in": str(a), "layer_out": str(b)}
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    if out is not None:
+        _write_matching(out, told["matching"])
+        told["out"] = str(out)
+    if plot is not None:
+        from polyspan.align.unit_plots import plot_comparison
+
+        plot_comparison(found, plot)
+    if report is not None:
+        write_json(report, told)
+    if json:
+        show_json(told)
+    else:
+        show_table("", ("what", "value"), _rows(told))
+
+
+def _write_matching(path: Path, matching: list[dict[str, Any]]) -> None:
+    import numpy as np
+
+    from polyspan.io import write_columns
+
+    def column(key: str, missing: float | int) -> Any:
+        return np.array([missing if row[key] is None else row[key] for row in matching])
+
+    write_columns(
+        path,
+        {
+            "unit": column("unit", -1),
+            "partner": column("partner", -1),
+            "correlation": column("correlation", np.nan).astype(np.float64),
+            "favourite": column("favourite", -1),
+            "favourite_correlation": column("favourite_correlation", np.nan).astype(np.float64),
+        },
+    )
+
+
+def _rows(told: dict[str, Any]) -> list[tuple[str, str]]:
+    live = len(told["matching"]) - told["n_dead_in"]
+    rows = [
+        ("rows", str(told["n_rows"])),
+        ("dead units", f"{told['n_dead_in']} and {told['n_dead_out']}"),
+        ("one to one", f"mean correlation {told['mean_bipartite']:.3f}, {told['mean_held_out']:.3f} on held-out rows"),
+        ("favourites", f"mean correlation {told['mean_semi']:.3f}"),
+    ]
+    rows += [(f"one to one, {name}", f"{value:.3f}") for name, value in told["nulls"].items()]
+    if told["p_value"] is not None:
+        rows.append(
+            ("against shuffles", f"p = {told['p_value']:.3f}, {told['n_above_null']} of {live} units above all")
+        )
+    rows += [
+        ("unexplained by the best unit", f"{told['unexplained_single']:.3f}"),
+        ("unexplained by all units", f"{told['unexplained_all']:.3f}"),
+    ]
+    rows += [
+        (
+            f"few to one, penalty {row['alpha']:g}",
+            f"half squared error {row['half_mse']:.3f}, {row['n_units']:.1f} units",
+        )
+        for row in told["sparse"]
+    ]
+    groups = " ".join(f"({p},{q})" for p, q in told["clusters"][:12])
+    more = f" and {len(told['clusters']) - 12} more" if len(told["clusters"]) > 12 else ""
+    rows += [
+        ("groups (units of a, of b)", groups + more),
+        ("CKA, SVCCA, PWCCA", f"{told['cka']:.3f}, {told['svcca']:.3f}, {told['pwcca']:.3f}"),
+    ]
+    return rows + ([("matching", told["out"])] if "out" in told else [])

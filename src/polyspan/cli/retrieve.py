@@ -1,0 +1,272 @@
+"""``polyspan retrieve debias``."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from ._output import say, show_json, show_table
+
+MARK = ".debias.json"
+
+
+def debias(
+    gallery: Path,
+    *,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    bank_gallery: Path | None = None,
+    bank_queries: Path | None = None,
+    rate_gallery: float = 1.0,
+    rate_query: float = 1.0,
+    adjacency: Literal["full", "local"] = "full",
+    pool_share: float = 0.01,
+    mean: Literal["bank", "gallery", "none"] = "bank",
+    tune_gallery: Path | None = None,
+    tune_queries: Path | None = None,
+    queries: Path | None = None,
+    k: int = 10,
+    sample: int = 1000,
+    member: str | None = None,
+    column: str | None = None,
+    id_column: str | None = None,
+    batch_rows: int = 65536,
+    seed: int = 0,
+    save: Path | None = None,
+    again: Annotated[bool, Parameter(negative="")] = False,
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Take the hubs out of a gallery: items that are returned for nearly every query.
+
+    Vectors are pushed off their crowd and scaled to length 1; queries stay as they are, and any cosine or inner-product
+    index takes the result. The gallery is streamed and never changed. A report, NAME.debias.json, goes beside it.
+
+    Parameters
+    ----------
+    gallery : Path
+        Vectors to be corrected (.npy, .npz, .parquet, .arrow, .safetensors).
+    out : Path
+        Where the corrected vectors go; the suffix says the format. Ids of a table are kept.
+    bank_gallery : Path
+        Vectors of other items of the gallery's kind, such as a training split; left out, the gallery itself (full).
+    bank_queries : Path
+        Vectors of past queries. Without them the step from the gallery's bank stands alone.
+    rate_gallery : float
+        How far vectors are pushed off the gallery's bank; 0 leaves them.
+    rate_query : float
+        How far they are pushed off the bank of queries.
+    adjacency : {"full", "local"}
+        Whether the whole bank pushes, or only each vector's nearest rows of it.
+    pool_share : float
+        For local: the share of the bank that pushes.
+    mean : {"bank", "gallery", "none"}
+        Mean similarity that the full step leaves in place: of the banks, of this gallery, or none.
+    tune_gallery : Path
+        Validation items, not those you will test on: the rates that find most pairs are taken.
+    tune_queries : Path
+        Queries whose answer is the same row of --tune-gallery.
+    queries : Path
+        Queries to measure hubness with; the bank of queries, or the gallery itself, where left out.
+    k : int
+        Length of the lists in which hubs are counted.
+    sample : int
+        How many queries, drawn at random, are measured.
+    member : str
+        Member of an .npz or .safetensors gallery.
+    column : str
+        Vector column of a gallery that is a table.
+    id_column : str
+        Id column of it.
+    batch_rows : int
+        Rows a batch.
+    seed : int
+        Which queries are drawn.
+    save : Path
+        Keep the fitted correction (.safetensors), for vectors that come later.
+    again : bool
+        Correct a gallery that is a result of this command already.
+    plot : Path
+        Draw occurrences before and after (.svg, .png or .pdf).
+    json : bool
+        Print the report as JSON.
+    """
+    import time
+    import warnings
+
+    from polyspan.align import InverseGraphConvolution
+    from polyspan.io import digest_file, read_array, transform_file, write_json
+
+    started = time.perf_counter()
+    if adjacency == "local" and bank_gallery is None:
+        raise ValueError("--bank-gallery must be given for --adjacency local: a gallery would be pushed off itself")
+    if (tune_gallery is None) != (tune_queries is None):
+        raise ValueError("--tune-gallery and --tune-queries must be given together")
+    if sample < 1:
+        raise ValueError(f"--sample must be at least 1, got {sample}")
+    if plot is not None and plot.suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"--plot must end in .svg, .png or .pdf, got {plot}")
+    digests = {
+        name: digest_file(path)
+        for name, path in (("gallery", gallery), ("bank_gallery", bank_gallery), ("bank_queries", bank_queries))
+        if path is not None
+    }
+    if not again and _is_result(gallery, digests["gallery"]):
+        raise ValueError(f"gallery must not be corrected twice: {gallery} is a result of this command; --again insists")
+
+    def bank(path):
+        """A bank in a file of its own is its only array; the gallery's names are for the gallery."""
+        own = path is None or path == gallery
+        return read_array(gallery, member=member, column=column) if own else read_array(path)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        estimator = InverseGraphConvolution(
+            rate_gallery,
+            rate_query,
+            adjacency=adjacency,
+            pool_share=pool_share,
+            mean=None if mean == "none" else mean,
+        )
+        estimator.fit(bank(bank_gallery), queries=None if bank_queries is None else bank(bank_queries))
+        tuned = None
+        if tune_gallery is not None and tune_queries is not None:
+            tuned = estimator.tune(read_array(tune_gallery), read_array(tune_queries))
+    told = [] if tuned else [str(w.message) for w in caught]
+    if digests.get("bank_gallery", digests["gallery"]) == digests.get("bank_queries"):
+        told.append("the bank of queries is the same file as the gallery's bank")
+    for text in told:
+        say(f"warning: {text}")
+    options: dict[str, Any] = {}
+    if mean == "gallery" and adjacency == "full":
+        options["gallery_mean"] = _mean_direction(gallery, member, column, batch_rows)
+    settings = {**estimator.get_params(), "gallery_mean": mean}
+    rows = transform_file(
+        gallery,
+        out,
+        lambda batch: estimator.transform(batch, **options),
+        dim=estimator.n_features_in_,
+        member=member,
+        column=column,
+        id_column=id_column,
+        batch_rows=batch_rows,
+        fingerprint=repr(sorted(settings.items(), key=str)) + repr(sorted(digests.items())),
+    )
+    if save is not None:
+        estimator.save(save, **digests)
+    measured = _measure(
+        read_array(gallery, member=member, column=column),
+        read_array(out),
+        read_array(queries) if queries is not None else None if bank_queries is None else bank(bank_queries),
+        k=k,
+        sample=sample,
+        seed=seed,
+        plot=plot,
+    )
+    result = {
+        "out": str(out),
+        "sha256": digest_file(out),
+        "rows": rows,
+        "dim": int(estimator.n_features_in_),
+        "sources": digests,
+        "adjacency": adjacency,
+        "pool_share": estimator.pool_share if adjacency == "local" else None,
+        "rate_gallery": float(estimator.rate_gallery),
+        "rate_query": float(estimator.rate_query) if bank_queries is not None else None,
+        "rate_limit_gallery": estimator.rate_limit_gallery_,
+        "rate_limit_query": estimator.rate_limit_query_ if bank_queries is not None else None,
+        "tuning": _tuning(tuned),
+        "warnings": told,
+        **measured,
+        "wall_s": round(time.perf_counter() - started, 3),
+    }
+    write_json(_mark(out), result)
+    if json:
+        show_json(result)
+    else:
+        show_table("", ("what", "value"), _rows(result))
+
+
+def _mark(path: Path) -> Path:
+    return path.with_name(path.name + MARK)
+
+
+def _is_result(path: Path, digest: str) -> bool:
+    """Whether a report beside a file says that it is a result, and the file has not been changed since."""
+    from polyspan.io import read_json
+
+    mark = _mark(path)
+    if not mark.is_file():
+        return False
+    found = read_json(mark)
+    return isinstance(found, dict) and found.get("sha256") == digest
+
+
+def _mean_direction(gallery: Path, member: str | None, column: str | None, batch_rows: int) -> Any:
+    """Return the mean unit row (d,) of a gallery of any size, in one pass."""
+    import numpy as np
+
+    from polyspan.io import EmbeddingReader
+
+    reader = EmbeddingReader(gallery, member=member, column=column, batch_rows=batch_rows)
+    total = np.zeros(reader.dim)
+    for batch in reader.batches():
+        norms = np.linalg.norm(batch.rows, axis=1, keepdims=True)
+        total += (batch.rows / np.where(norms > 0, norms, 1)).sum(axis=0, dtype=np.float64)
+    return total / reader.n_rows
+
+
+def _measure(before: Any, after: Any, queries: Any, *, k: int, sample: int, seed: int, plot: Path | None) -> dict:
+    """Compare the gallery before and after by hubness and mean cosine; without queries its own rows are the queries."""
+    import numpy as np
+
+    from polyspan.align import hubness, mean_pairwise_cosine
+
+    asked = before if queries is None else queries
+    drawn = np.sort(np.random.default_rng(seed).choice(len(asked), size=min(sample, len(asked)), replace=False))
+    k = min(k, len(before) - (queries is None))
+    found = {
+        name: hubness(np.asarray(asked[drawn]), rows, k, exclude=drawn if queries is None else None)
+        for name, rows in (("before", before), ("after", after))
+    }
+    if plot is not None:
+        from polyspan.align.inverse_graph_plots import plot_hubness
+
+        plot_hubness(found["before"], found["after"], plot)
+    return {
+        "measured": {"queries": "gallery" if queries is None else "queries", "n_queries": len(drawn), "k": k},
+        "hubness": {
+            name: {"skewness": h.skewness, "never_share": h.never_share, "top_share": h.top_share}
+            for name, h in found.items()
+        },
+        "mean_cosine": {"before": mean_pairwise_cosine(before), "after": mean_pairwise_cosine(after)},
+    }
+
+
+def _tuning(tuned: Any) -> dict | None:
+    if tuned is None:
+        return None
+    without = next(
+        row.score for row in tuned.table if row.rate_gallery == 0 and row.rate_query in (0, tuned.rate_query)
+    )
+    return {"settings": len(tuned.table), "recall@1": tuned.score, "recall@1 at rate 0": without}
+
+
+def _rows(result: dict) -> list[tuple[str, str]]:
+    rows = [
+        ("out", result["out"]),
+        ("vectors", f"{result['rows']} of {result['dim']} components"),
+        ("adjacency", result["adjacency"]),
+    ]
+    for side in ("gallery", "query"):
+        rate, limit = result[f"rate_{side}"], result[f"rate_limit_{side}"]
+        if rate is not None:
+            rows.append((f"{side} rate", f"{rate:g}" + (f", limit {limit:.3g}" if limit is not None else "")))
+    if result["tuning"]:
+        scores = result["tuning"]
+        rows.append(("tuned", f"recall@1 {scores['recall@1 at rate 0']:.4f} at rate 0, {scores['recall@1']:.4f} now"))
+    for name in ("skewness", "never_share", "top_share"):
+        before, after = (result["hubness"][when][name] for when in ("before", "after"))
+        rows.append((name.replace("_", " "), f"{before:.3f} before, {after:.3f} after"))
+    cosine = result["mean_cosine"]
+    rows.append(("mean cosine", f"{cosine['before']:.3f} before, {cosine['after']:.3f} after"))
+    return [*rows, ("seconds", f"{result['wall_s']:.2f}")]

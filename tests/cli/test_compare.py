@@ -1,0 +1,101 @@
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from polyspan.align import compare_networks
+from polyspan.align.unit_plots import matched_order, plot_comparison
+from polyspan.cli.compare import compare
+from polyspan.errors import WrongContent
+from polyspan.io import write_array, write_members
+
+ORDER = [4, 0, 3, 1, 5, 2]
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    X = np.maximum(rng.normal(size=(500, 6)), 0).astype(np.float32)
+    Y = X[:, ORDER] + 0.3 * rng.normal(size=(500, 6)).astype(np.float32)
+    X[:, 2] = 0.5
+    write_array(tmp_path / "a.npy", X)
+    write_members(tmp_path / "b.npz", {"fc": Y, "other": Y[:3]})
+    return tmp_path
+
+
+def test_the_report_is_that_of_the_function_and_the_matching_is_written(files, capsys):
+    a, b = files / "a.npy", files / "b.npz"
+    compare(a, b, member_b="fc", out=files / "m.csv", report=files / "report.json", json=True)
+    caught = capsys.readouterr()
+    told = json.loads(caught.out)
+    assert told == json.loads((files / "report.json").read_text())
+    assert "1 units of the first network" in caught.err
+    with np.load(b) as members:
+        expected = compare_networks(np.load(a), members["fc"], nulls=("shuffle", "rotation"), random_state=0)[0]
+    for key in ("mean_bipartite", "cka", "unexplained_all", "p_value", "n_above_null"):
+        assert told[key] == pytest.approx(getattr(expected, key))
+    assert (told["layer_in"], told["layer_out"], told["out"]) == (str(a), str(b), str(files / "m.csv"))
+    rows = list(csv.DictReader((files / "m.csv").read_text().splitlines()))
+    partners = [int(row["partner"]) for row in rows]
+    assert [ORDER[p] for i, p in enumerate(partners) if i != 2] == [0, 1, 3, 4, 5]
+    assert partners[2] == -1
+    np.testing.assert_allclose([float(row["correlation"]) for row in rows], expected.bipartite.scores, rtol=1e-6)
+
+
+def test_the_table_tells_nulls_prices_and_groups(files, capsys):
+    write_array(files / "b.npy", np.load(files / "b.npz")["fc"])
+    paths = files / "a.npy", files / "b.npy"
+    compare(*paths, untrained_a=paths[0], untrained_b=paths[1], clusters=2, out=files / "m.parquet")
+    shown = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert shown["dead units"] == "1 and 0"
+    assert shown["against shuffles"] == "p = 0.048, 5 of 5 units above all"
+    assert shown["one to one"].split()[2].rstrip(",") == shown["one to one, untrained"]
+    assert shown["groups (units of a, of b)"].count("(") == 2
+    assert float(shown["few to one, penalty 0.01"].split()[3].rstrip(",")) < 0.2
+    assert pq.read_table(files / "m.parquet").column("unit").to_pylist() == list(range(6))
+    compare(*paths, shuffles=0)
+    assert "against shuffles" not in capsys.readouterr().out
+
+
+def test_pictures_show_pairs_on_the_diagonal_and_have_equal_bytes_for_equal_input(files):
+    a, b = np.load(files / "a.npy"), np.load(files / "b.npz")["fc"]
+    layer = compare_networks(a, np.hstack([b, a[:, :1] + b[:, :1]]), random_state=0)[0]
+    rows, columns = matched_order(layer)
+    between = layer.correlations.between[np.ix_(rows, columns)]
+    assert between.shape == (5, 7)
+    np.testing.assert_array_equal(between.argmax(axis=1), np.arange(5))
+    assert (np.diff(between.diagonal()) <= 0).all()
+    for name in ("one.svg", "two.svg", "three.png"):
+        plot_comparison(layer, files / name)
+    assert (files / "one.svg").read_bytes() == (files / "two.svg").read_bytes()
+    assert b"<svg" in (files / "one.svg").read_bytes()
+    assert (files / "three.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="must end in"):
+        plot_comparison(layer, files / "one.txt")
+    compare(files / "a.npy", files / "b.npz", member_b="fc", plot=files / "four.svg", json=True)
+    assert b"matched order" in (files / "four.svg").read_bytes() or (files / "four.svg").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out": "m.txt"}, "--out must end in"),
+        ({"untrained_a": "a.npy"}, "must be given together"),
+        ({"shuffles": -1}, "--shuffles must be at least 0"),
+        ({"member_b": "other"}, "one row an input, got 500 and 3"),
+    ],
+)
+def test_wrong_use_is_refused_by_name(files, options, message):
+    options = {"member_b": "fc"} | {k: files / v if str(v).count(".") else v for k, v in options.items()}
+    with pytest.raises(ValueError, match=message):
+        compare(files / "a.npy", files / "b.npz", **options)
+
+
+def test_rows_that_are_not_finite_are_refused_by_their_file(files):
+    X = np.load(files / "a.npy")
+    X[7, 1] = np.nan
+    np.save(files / "bad.npy", X)
+    with pytest.raises(WrongContent, match="row 7"):
+        compare(files / "bad.npy", files / "b.npz", member_b="fc")

@@ -1,0 +1,127 @@
+import json
+
+import numpy as np
+import pytest
+
+from polyspan.align import InverseGraphConvolution, hubness
+from polyspan.claims.invgc import planted
+from polyspan.cli.retrieve import debias
+from polyspan.io import EmbeddingReader, read_array, write_array, write_members
+
+
+@pytest.fixture(scope="module")
+def world():
+    return type(planted(0))(*(part.astype(np.float32) for part in planted(0)))
+
+
+@pytest.fixture
+def files(world, tmp_path):
+    for name, rows in world._asdict().items():
+        write_array(tmp_path / f"{name}.npy", rows)
+    return tmp_path
+
+
+def banks(files):
+    return {"bank_gallery": files / "bank_gallery.npy", "bank_queries": files / "bank_queries.npy"}
+
+
+def tuning(files):
+    return {"tune_gallery": files / "tune_gallery.npy", "tune_queries": files / "tune_queries.npy"}
+
+
+def test_the_file_holds_what_transform_gives_and_the_report_is_true(files, world, capsys):
+    options = {"rate_gallery": 0.0, "rate_query": 2.0, "adjacency": "local", "pool_share": 0.1}
+    source, asked = files / "gallery.npy", files / "queries.npy"
+    debias(source, out=files / "out.npy", **banks(files), queries=asked, **options, json=True)
+    told = json.loads(capsys.readouterr().out)
+    fitted = InverseGraphConvolution(**options).fit(world.bank_gallery, queries=world.bank_queries)
+    made = read_array(files / "out.npy")
+    np.testing.assert_allclose(made, fitted.transform(world.gallery), atol=1e-6)
+    assert made.dtype == np.float32
+    assert told["hubness"]["before"]["skewness"] == pytest.approx(hubness(world.queries, world.gallery).skewness)
+    assert told["hubness"]["after"]["skewness"] == pytest.approx(hubness(world.queries, np.asarray(made)).skewness)
+    assert told["hubness"]["after"]["skewness"] < told["hubness"]["before"]["skewness"] - 2
+    assert told["rate_limit_query"] is None
+    assert json.loads((files / "out.npy.debias.json").read_text()) == told
+
+
+def test_tuning_takes_the_rates_that_find_most_and_a_saved_correction_repeats_them(files, world, capsys):
+    options = {"adjacency": "local", "pool_share": 0.1, "save": files / "fit.safetensors"}
+    debias(files / "gallery.npy", out=files / "out.npy", **banks(files), **tuning(files), **options)
+    shown = capsys.readouterr().out
+    assert "tuned\trecall@1 0.6" in shown
+    assert "adjacency\tlocal" in shown
+    fitted = InverseGraphConvolution.load(files / "fit.safetensors")
+    assert {fitted.rate_gallery, fitted.rate_query} == {0.0, 2.0}
+    np.testing.assert_allclose(fitted.transform(world.gallery), read_array(files / "out.npy"), atol=1e-6)
+
+
+def test_a_result_is_not_corrected_twice_unless_it_is_changed_or_asked_for(files):
+    debias(files / "gallery.npy", out=files / "out.npy", **banks(files))
+    with pytest.raises(ValueError, match="must not be corrected twice"):
+        debias(files / "out.npy", out=files / "twice.npy", **banks(files))
+    debias(files / "out.npy", out=files / "twice.npy", **banks(files), again=True)
+    write_array(files / "out.npy", np.asarray(read_array(files / "gallery.npy")))
+    debias(files / "out.npy", out=files / "other.npy", **banks(files))
+
+
+def test_batches_do_not_change_the_result_and_the_gallerys_mean_is_taken_over_all_of_it(files, world):
+    for mean, official in (("bank", "bank"), ("gallery", "gallery"), ("none", None)):
+        debias(files / "gallery.npy", out=files / f"made-{mean}.npy", **banks(files), mean=mean, batch_rows=37)
+        fitted = InverseGraphConvolution(mean=official).fit(world.bank_gallery, queries=world.bank_queries)
+        np.testing.assert_allclose(read_array(files / f"made-{mean}.npy"), fitted.transform(world.gallery), atol=1e-6)
+
+
+def test_without_banks_the_gallery_is_its_own_and_ids_of_a_table_stay(files, world, capsys):
+    ids = [f"item-{i}" for i in range(len(world.gallery))]
+    write_array(files / "gallery.parquet", world.gallery, ids=ids, column="vector")
+    debias(files / "gallery.parquet", out=files / "out.parquet", mean="none", json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["measured"]["queries"] == "gallery"
+    assert told["rate_query"] is None
+    assert told["mean_cosine"]["after"] < told["mean_cosine"]["before"] - 0.1
+    batches = list(EmbeddingReader(files / "out.parquet").batches())
+    assert np.concatenate([b.ids for b in batches]).tolist() == ids
+
+
+def test_a_gallery_among_other_members_is_named(files, world):
+    write_members(files / "all.npz", {"gallery": world.gallery, "other": world.queries})
+    debias(files / "all.npz", out=files / "out.npy", member="gallery", **banks(files))
+    debias(files / "gallery.npy", out=files / "same.npy", **banks(files))
+    np.testing.assert_array_equal(read_array(files / "out.npy"), read_array(files / "same.npy"))
+
+
+def test_warnings_go_to_stderr_and_into_the_report(files, capsys):
+    same = {"bank_gallery": files / "bank_gallery.npy", "bank_queries": files / "bank_gallery.npy"}
+    debias(files / "gallery.npy", out=files / "out.npy", **same, rate_gallery=9.0, mean="none", json=True)
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert len(told["warnings"]) == 2
+    assert "above twice its limit" in shown.err
+    assert "same file as the gallery's bank" in shown.err
+
+
+def test_pictures_have_equal_bytes_for_equal_input(files):
+    for name in ("one.svg", "two.svg", "three.png"):
+        debias(files / "gallery.npy", out=files / "out.npy", **banks(files), plot=files / name)
+    assert (files / "one.svg").read_bytes() == (files / "two.svg").read_bytes()
+    assert b"<svg" in (files / "one.svg").read_bytes()
+    assert (files / "three.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adjacency": "local", "bank_gallery": None}, "--bank-gallery must be given for --adjacency local"),
+        ({"tune_gallery": "tune_gallery.npy"}, "must be given together"),
+        ({"sample": 0}, "--sample must be at least 1, got 0"),
+        ({"plot": "x.txt"}, "--plot must end in .svg, .png or .pdf, got .*x.txt"),
+        ({"rate_query": -1.0}, "rate_query must be at least 0"),
+    ],
+)
+def test_wrong_use_is_said_and_nothing_is_written(files, options, message):
+    before = {path.name for path in files.iterdir()}
+    paths = {key: files / value if isinstance(value, str) and "." in value else value for key, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        debias(files / "gallery.npy", out=files / "out.npy", **(banks(files) | paths))
+    assert {path.name for path in files.iterdir()} == before
