@@ -47,6 +47,10 @@ def test_a_map_that_keeps_the_width_passes_the_checks_whose_target_has_it(name):
             passed += 1
         except ValueError as error:
             refused.append(str(error))
+        except AssertionError as error:  # a check that expects one certain refusal wraps any other
+            if not isinstance(error.__cause__, ValueError):
+                raise
+            refused.append(str(error.__cause__))
     assert passed >= 15
     assert all("one width" in text for text in refused)
 

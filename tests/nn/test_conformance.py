@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polyspan.nn import GrassmannHead
+from polyspan.nn import GrassmannHead, RotationHead
 from polyspan.testing import ModuleCase, check_module, public_modules
 
 
@@ -15,6 +15,13 @@ CASES = {
     "nn.GrassmannHead": [
         ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(12)),
         ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(4, 12)),
+    ],
+    "nn.RotationHead": [
+        ModuleCase(lambda **kw: RotationHead(12, **kw), normal(12)),
+        ModuleCase(lambda **kw: RotationHead(12, "5d", **kw), normal(4, 12)),
+        ModuleCase(lambda **kw: RotationHead(12, "9d", **kw), normal(12)),
+        ModuleCase(lambda **kw: RotationHead(12, "quaternion", **kw), normal(12)),
+        ModuleCase(lambda **kw: RotationHead(12, n=4, **kw), normal(12)),
     ],
 }
 

@@ -87,7 +87,7 @@ class Run:
 
     @property
     def lead(self) -> World:
-        """The world that a card shows: the first, controls aside, that has the run's verdict, so that none is hidden."""
+        """The world that a card shows: the first main world with the run's verdict, so that none is hidden."""
         main = [world for world in self.worlds if world.role != "control"]
         return next((world for world in main if world.verdict == self.verdict), main[0])
 
