@@ -15,6 +15,7 @@ from polyspan.io import read_array, transform_file, write_array
 
 D = 384
 ROWS = (100_000, 400_000)
+BATCH = 4096
 
 
 def streamed_peak(source: Path, target: Path) -> int:
@@ -27,7 +28,7 @@ from polyspan.io import transform_file
 X, Y = np.random.default_rng(0).normal(size=(2, 1000, {D})).astype(np.float32)
 fitted = OrthogonalMap().fit(X, Y)
 def main():
-    transform_file(Path({str(source)!r}), Path({str(target)!r}), fitted.transform, dim={D}, batch_rows=16384)
+    transform_file(Path({str(source)!r}), Path({str(target)!r}), fitted.transform, dim={D}, batch_rows={BATCH})
 """)
 
 
@@ -47,7 +48,7 @@ def main() -> None:
                     "transform",
                     {
                         "polyspan, file to file": lambda s=source, t=target: transform_file(
-                            s, t, fitted.transform, dim=D, batch_rows=16384
+                            s, t, fitted.transform, dim=D, batch_rows=BATCH
                         ),
                         "X @ Q in memory": lambda h=held: h @ Q,
                         "read, multiply, write": lambda s=source, t=target: write_array(

@@ -408,7 +408,7 @@ class EmbeddingWriter:
         """Append rows (b, d) and, where ids were announced, one id a row."""
         if not self._open:
             raise ValueError("write must be called inside the with block, got a writer that is not open")
-        made = checked_rows(rows, self.dim, self.written).astype(self.dtype, copy=False)
+        made = finite_rows(shaped_rows(rows, self.dim, self.written), self.written).astype(self.dtype, copy=False)
         if (ids is not None) != self.with_ids:
             raise ValueError(f"ids must be given iff with_ids, got with_ids={self.with_ids} and ids={ids is not None}")
         if self.n_rows is not None and self.written + len(made) > self.n_rows:
@@ -455,13 +455,18 @@ class EmbeddingWriter:
             self._file.write(header or npy_header((self.written, self.dim), self.dtype))
 
 
-def checked_rows(rows: Any, dim: int, first: int) -> np.ndarray:
-    """Return rows (b, dim) as a float array after looking for NaN and infinity; rows are counted from ``first``."""
+def shaped_rows(rows: Any, dim: int, first: int) -> np.ndarray:
+    """Return rows (b, dim) as a float array, NaN and infinity unseen; rows are counted from ``first``."""
     made = np.asarray(rows.detach().cpu() if hasattr(rows, "detach") else rows)
     if made.ndim != 2 or made.shape[1] != dim:
         raise ValueError(f"rows must have shape (b, {dim}), got {made.shape} at row {first}")
     if made.dtype.kind != "f" or made.dtype.itemsize > 8:
         raise ValueError(f"rows must be floats, got dtype {made.dtype} at row {first}")
+    return made
+
+
+def finite_rows(made: np.ndarray, first: int) -> np.ndarray:
+    """Return the rows after looking for NaN and infinity."""
     try:
         check_finite("rows", made, first)
     except WrongContent as error:
@@ -570,7 +575,7 @@ def transform_file(
     def results(start: int) -> Iterator[tuple[EmbeddingBatch, np.ndarray]]:
         with contextlib.closing(reader.batches(start)) as batches:
             for batch in batches:
-                made = checked_rows(fn(batch.rows), dim, batch.start)
+                made = shaped_rows(fn(batch.rows), dim, batch.start)  # the writing thread looks for NaN
                 if len(made) != len(batch.rows):
                     raise ValueError(
                         f"fn must keep the number of rows, {len(batch.rows)}, got {len(made)} at row {batch.start}"
@@ -627,6 +632,7 @@ def _to_npy(reader, target, results, dim, fingerprint, journal, resume) -> None:
                 _write_at(descriptor, npy_header((reader.n_rows, dim), rows.dtype), 0)
             if rows.dtype != state["dtype"]:
                 raise ValueError(f"fn must keep its dtype, {state['dtype']}, got {rows.dtype} at row {at}")
+            finite_rows(rows, at)
             data = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
             row_bytes = dim * rows.dtype.itemsize
             _write_at(descriptor, data, 128 + at * row_bytes)
