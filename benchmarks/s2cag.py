@@ -1,8 +1,8 @@
 """Race S2CAG against scikit-learn's spectral clustering and the paper's algorithm step by step, and watch memory.
 
-Targets: time linear in edges up to a million of them (work is; cache misses add a step where the blocks of vectors no
-longer fit in the last cache, so the exponent is also given between neighbouring sizes), 50,000 vertices in less than 1 GiB, and the exact subspace where the literal form is
-degrees off.
+Targets: time linear in edges, 50,000 vertices in less than 1 GiB, and the exact subspace where the literal form is
+degrees off. The work is linear; where the blocks of vectors leave the last cache, time takes a step, so the exponent is
+given between neighbouring sizes too.
 """
 
 import itertools
