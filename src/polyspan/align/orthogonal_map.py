@@ -332,7 +332,7 @@ class ResidualMLPMap(Aligner):
         self.random_state = random_state
         self.device = device
 
-    def fit(self, X, y) -> "Aligner":  # ty: ignore[invalid-method-override]
+    def fit(self, X, y) -> "Aligner":  # ty: ignore[incompatible-method-override]
         """Fit on anchors ``X`` (n, d_A) and ``y`` (n, d_B); batches are drawn at random, so weights are not taken."""
         return super().fit(X, y)
 

@@ -276,7 +276,7 @@ def read_user_data(claim: Claim, path: Path) -> Any:
     """
     if claim.user_data is None:
         raise ValueError(f"--data is not possible for {claim.slug}: its claim is about the worlds that it makes itself")
-    members = read_members(path, list(claim.user_data._fields))  # ty: ignore[unresolved-attribute]
+    members = read_members(path, list(claim.user_data._fields))  # ty: ignore[missing-attribute]
     return claim.user_data(**members)
 
 
