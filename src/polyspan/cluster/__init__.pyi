@@ -1,6 +1,13 @@
+from ._manifold_network import ImageJitter as ImageJitter
 from .attributed_graph import S2CAG as S2CAG
 from .attributed_graph import ModularityS2CAG as ModularityS2CAG
 from .attributed_graph import OrderDecayChoice as OrderDecayChoice
 from .attributed_graph import OrderDecayRow as OrderDecayRow
 from .attributed_graph import select_order_decay as select_order_decay
 from .attributed_graph import smoothed_attributes as smoothed_attributes
+from .manifold_linearizing import ManifoldLinearizingClustering as ManifoldLinearizingClustering
+from .manifold_linearizing import coding_length as coding_length
+from .rate_reduction import CodingRate as CodingRate
+from .rate_reduction import DoublyStochastic as DoublyStochastic
+from .rate_reduction import RateReductionLoss as RateReductionLoss
+from .rate_reduction import TotalCodingRateLoss as TotalCodingRateLoss

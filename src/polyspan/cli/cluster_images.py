@@ -1,0 +1,190 @@
+"""``polyspan cluster images``."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from ._output import say, show_json, show_table
+from .cluster import LABEL_FILES
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+def images(
+    source: Path,
+    *,
+    n_clusters: Annotated[int, Parameter(name=("--n-clusters", "-k"))],
+    method: Literal["mlc"] = "mlc",  # noqa: ARG001 - one so far
+    out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
+    side: int = 32,
+    colour: bool = False,
+    degrees: float = 10.0,
+    shift: float = 0.1,
+    scale: float = 0.15,
+    flip: bool = False,
+    contrast: float = 0.1,
+    eta: float = 0.175,
+    tcr_epochs: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    save: Path | None = None,
+    checkpoint: Path | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Cluster images without labels, by training a network that gives each group a subspace of its own.
+
+    Prints a report; labels go to --out, keyed by file name (or row number).
+
+    Parameters
+    ----------
+    source : Path
+        A folder of pictures (needs the extra "images"), or an array (.npy) of shape (n, h, w) or (n, channels, h, w).
+    n_clusters : int
+        How many groups.
+    method : {"mlc"}
+        Manifold linearizing and clustering.
+    out : Path
+        Where labels go: .parquet and .csv with columns id and label, .npy in the order of the names.
+    side : int
+        Pictures of a folder are brought to this height and width, in pixels.
+    colour : bool
+        Keep the colours of pictures; otherwise they are made grey.
+    degrees : float
+        Views of an image, which clusters will not tell apart, are turned by at most this,
+    shift : float
+        moved by at most this share of half the side,
+    scale : float
+        made larger or smaller by at most this share,
+    flip : bool
+        mirrored, and
+    contrast : float
+        given at most this share more or less contrast.
+    eta : float
+        How wide memberships are; the parameter that matters.
+    tcr_epochs : int
+        Passes of the first stage, which learns features from views alone; left out, as many as the size needs.
+    epochs : int
+        Passes of the second.
+    batch_size : int
+        Left out, a sixth of the images within 256 and 1024.
+    save : Path
+        Keep the fitted network, .safetensors.
+    checkpoint : Path
+        A .safetensors file that lets a run that was stopped go on.
+    device : str
+        "auto" takes an accelerator where there is one.
+    seed : int
+        Of the network's first weights and all that is drawn.
+    plot : Path
+        Draw rates, cosines and singular values (.svg, .png or .pdf).
+    json : bool
+        Print the report as JSON.
+    """
+    import warnings
+
+    import numpy as np
+
+    from polyspan.cluster import ImageJitter, ManifoldLinearizingClustering
+    from polyspan.io import write_array, write_columns
+
+    if out is not None and out.suffix not in LABEL_FILES:
+        raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
+    X, names = _read(source, side, colour)
+    jitter = ImageJitter(degrees=degrees, shift=shift, scale=scale, flip=flip, contrast=contrast)
+    given = {"tcr_epochs": tcr_epochs, "max_epochs": epochs, "batch_size": batch_size}
+    options = {name: "auto" if value is None else value for name, value in given.items()}
+    made = ManifoldLinearizingClustering(
+        n_clusters,
+        augment=jitter,
+        eta=eta,
+        checkpoint=checkpoint,
+        device=device,
+        random_state=seed,
+        verbose=1,
+        **options,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.fit(X)
+    for warning in caught:
+        say(f"warning: {warning.message}")
+    told = report(made) | {"warnings": [str(w.message) for w in caught]}
+    if out is not None:
+        if out.suffix == ".npy":
+            write_array(out, made.labels_)
+        else:
+            write_columns(out, {"id": names, "label": made.labels_})
+        told["out"] = str(out)
+    if save is not None:
+        told["saved"] = str(made.save(save))
+    if plot is not None:
+        from polyspan.cluster.manifold_plots import plot_linearized
+
+        plot_linearized(made, made.transform(X), plot)
+    if json:
+        show_json(told)
+        return
+    rows: list[tuple[str, str]] = [("images", f"{len(X)} of {' by '.join(map(str, X.shape[1:]))}")]
+    rows += [
+        (f"cluster {j}", f"{size} images in {rank} of {made.overall_rank_} directions")
+        for j, (size, rank) in enumerate(zip(np.bincount(made.labels_), made.numerical_rank_, strict=True))
+    ]
+    rows += [(name, f"{told[name]:.2f}") for name in ("rate", "class_rate", "effective_neighbors") if name in told]
+    show_table("", ("what", "value"), rows + ([("labels", str(out))] if out is not None else []))
+
+
+def report(fitted: Any) -> dict[str, Any]:
+    """Return what is worth knowing of a fit, in plain types."""
+    import numpy as np
+
+    last = fitted.history_[-1] if fitted.history_ else {}
+    return {
+        "method": "mlc",
+        "n": len(fitted.labels_),
+        "eta": fitted.eta_,
+        "clusters": [
+            {"label": j, "size": int(size), "rank": int(rank), "cosine_within": float(fitted.cosines_[j, j])}
+            for j, (size, rank) in enumerate(
+                zip(np.bincount(fitted.labels_, minlength=fitted.n_clusters), fitted.numerical_rank_, strict=True)
+            )
+        ],
+        "overall_rank": int(fitted.overall_rank_),
+        "effective_neighbors": fitted.effective_neighbors_,
+        **{name: last[name] for name in ("rate", "class_rate") if name in last},
+    }
+
+
+def _read(source: Path, side: int, colour: bool) -> tuple[Any, Any]:
+    """Return images (n, h, w) or (n, channels, h, w), and their names."""
+    import numpy as np
+
+    from polyspan.io import read_array
+
+    if source.suffix == ".npy":
+        X = read_array(source, ndim=None)
+        if X.ndim not in (3, 4):
+            raise ValueError(f"images must be (n, h, w) or (n, channels, h, w), got shape {X.shape} in {source}")
+        return X, np.arange(len(X))
+    import io
+
+    from polyspan.errors import CorruptFile, require
+    from polyspan.io import list_folder, read_bytes
+
+    pictures = require("PIL.Image", extra="images", purpose="pictures")
+    files = sorted(path for path in list_folder(source) if path.suffix.lower() in PICTURES)
+    if not files:
+        raise ValueError(f"{source} must hold pictures ({', '.join(PICTURES)}), got none")
+    found = []
+    for file in files:
+        try:
+            with pictures.open(io.BytesIO(read_bytes(file))) as picture:
+                plain = picture.convert("RGB" if colour else "L").resize((side, side), pictures.Resampling.BILINEAR)
+        except (OSError, ValueError, pictures.DecompressionBombError) as error:
+            raise CorruptFile(file, found=str(error), expected="a picture") from error
+        found.append(np.asarray(plain, dtype=np.float32) / 255)
+    X = np.stack(found)
+    return (X.transpose(0, 3, 1, 2) if colour else X), np.array([file.name for file in files])

@@ -1,0 +1,61 @@
+"""Pictures of a fit of :class:`ManifoldLinearizingClustering`: what training did to rates, angles and ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyspan.io import atomic_path
+
+MAX_ROWS = 400
+
+
+def plot_linearized(fitted: Any, Z: Any, path: Path | str) -> Path:
+    """Draw the rates pass by pass, the absolute cosines of features by cluster, and singular values of each cluster.
+
+    Flat clusters show as blocks on the diagonal and as curves that fall early.
+
+    Parameters
+    ----------
+    fitted : ManifoldLinearizingClustering
+    Z : array of shape (n, d)
+        Features of the rows that ``fitted.labels_`` belongs to; an even sample of 400 is drawn as cosines.
+    path : path
+        .svg, .png or .pdf; written atomically, with equal bytes for equal input.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    Z, labels = np.asarray(Z, dtype=np.float64), np.asarray(fitted.labels_)
+    if Z.ndim != 2 or labels.shape != Z.shape[:1]:
+        raise ValueError(f"Z must have a row for each of the {len(labels)} labels, got shape {Z.shape}")
+    with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
+        figure = Figure(figsize=(11.5, 3.6), layout="constrained", dpi=120)
+        FigureCanvasAgg(figure)
+        first, second, third = figure.subplots(1, 3)
+        for name, told in (("rate", "all features"), ("class_rate", "within clusters")):
+            points = [(number, h[name]) for number, h in enumerate(fitted.history_, start=1) if name in h]
+            first.plot(*np.array(points).reshape(-1, 2).T, marker=".", label=told)
+        first.set(title="Coding rate", xlabel="pass", ylabel="nats")
+        first.legend(frameon=False)
+        order = np.argsort(labels, kind="stable")
+        if len(order) > MAX_ROWS:
+            order = order[np.linspace(0, len(order) - 1, MAX_ROWS).astype(np.intp)]
+        shown = second.imshow(np.abs(Z[order] @ Z[order].T), vmin=0, vmax=1, cmap="magma", interpolation="nearest")
+        second.set(title="Absolute cosines, by cluster", xticks=[], yticks=[])
+        figure.colorbar(shown, ax=second)
+        colours = mpl.colormaps["tab20" if labels.max() >= 10 else "tab10"]
+        for j in np.unique(labels):
+            values = np.linalg.svd(Z[labels == j], compute_uv=False)
+            third.plot(np.arange(1, len(values) + 1), values / values[0], color=colours(j % colours.N), linewidth=1)
+        third.set(
+            title="Singular values of each cluster", xlabel="direction", ylabel="share of the largest", ylim=(0, 1)
+        )
+        undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}[path.suffix]
+        with atomic_path(path) as temp:
+            figure.savefig(temp, dpi=120, format=path.suffix[1:], metadata=undated)
+    return path

@@ -1,0 +1,73 @@
+import io
+import json
+
+import numpy as np
+import pytest
+
+from polyspan.cli.cluster_images import images
+from polyspan.cluster import ManifoldLinearizingClustering
+from polyspan.data import digits
+from polyspan.errors import CorruptFile, WrongContent
+from polyspan.io import write_array
+
+QUICK = {"n_clusters": 3, "tcr_epochs": 2, "epochs": 2, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    X, y = digits()
+    return X[y < 3][:120].reshape(-1, 8, 8)
+
+
+def test_an_array_of_images_is_clustered_reported_drawn_and_kept(pixels, tmp_path, capsys):
+    source, out = tmp_path / "x.npy", tmp_path / "labels.csv"
+    write_array(source, pixels)
+    plot, save = tmp_path / "fit.svg", tmp_path / "fit.safetensors"
+    images(source, **QUICK, out=out, plot=plot, save=save, json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["n"] == sum(c["size"] for c in told["clusters"]) == 120
+    assert told["class_rate"] < told["rate"]
+    labels = [int(line.split(",")[1]) for line in out.read_text().splitlines()[1:]]
+    read = ManifoldLinearizingClustering.load(save)
+    np.testing.assert_array_equal(read.labels_, labels)
+    first = plot.read_bytes()
+    images(source, **QUICK, plot=plot)
+    assert plot.read_bytes() == first
+    assert "cluster 2\t" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_folder_of_pictures_is_read_in_the_order_of_its_names(pixels, tmp_path, capsys, colour):
+    Image = pytest.importorskip("PIL.Image")
+    for number, picture in enumerate(pixels[:40]):
+        Image.fromarray((picture * 255).astype(np.uint8)).save(tmp_path / f"p{number:02}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    out = tmp_path / "labels.npy"
+    images(tmp_path, **QUICK, side=8, colour=colour, out=out)
+    assert "40 of 3 by 8 by 8" in capsys.readouterr().out if colour else "40 of 8 by 8"
+    whole = pixels[:40] if not colour else np.repeat(pixels[:40, None], 3, axis=1)
+    source = tmp_path / "same.npy"
+    write_array(source, (np.floor(whole * 255) / 255).astype(np.float32))
+    other = tmp_path / "other.npy"
+    images(source, **QUICK, out=other)
+    np.testing.assert_array_equal(np.load(out), np.load(other))
+
+
+def test_bad_sources_and_names_are_named(pixels, tmp_path):
+    pytest.importorskip("PIL.Image")
+    with pytest.raises(ValueError, match="must hold pictures"):
+        images(tmp_path, **QUICK)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
+    with pytest.raises(CorruptFile, match=r"broken\.png"):
+        images(tmp_path, **QUICK)
+    flat = tmp_path / "flat.npy"
+    write_array(flat, pixels.reshape(-1, 64))
+    with pytest.raises(ValueError, match=r"images must be \(n, h, w\)"):
+        images(flat, **QUICK)
+    with pytest.raises(ValueError, match="--out must end in one of"):
+        images(flat, **QUICK, out=tmp_path / "labels.txt")
+    buffer = io.BytesIO()
+    np.save(buffer, np.full((9, 4, 4), np.nan))
+    (tmp_path / "nan.npy").write_bytes(buffer.getvalue())
+    with pytest.raises(WrongContent):
+        images(tmp_path / "nan.npy", **QUICK)
