@@ -31,6 +31,7 @@ align.command("polyspan.cli.align:fit", name="fit", help="Fit a map on items tha
 align.command("polyspan.cli.align:apply", name="apply", help="Carry a file of vectors of any size through a map.")
 align.command("polyspan.cli.align:score", name="score", help="Measure a map on paired vectors it has not seen.")
 cluster.command("polyspan.cli.cluster:graph", name="graph", help="Cluster an attributed graph.")
+cluster.command("polyspan.cli.points:points", name="points", help="Cluster rows by the subspaces they lie near.")
 cluster.command("polyspan.cli.cluster_images:images", name="images", help="Cluster pictures without labels.")
 grassmann.command("polyspan.cli.classify:fit", name="fit", help="Train a classifier on embeddings with labels.")
 grassmann.command(

@@ -1,8 +1,8 @@
 from ._manifold_network import ImageJitter as ImageJitter
-from .attributed_graph import S2CAG as S2CAG
 from .attributed_graph import ModularityS2CAG as ModularityS2CAG
 from .attributed_graph import OrderDecayChoice as OrderDecayChoice
 from .attributed_graph import OrderDecayRow as OrderDecayRow
+from .attributed_graph import S2CAG as S2CAG
 from .attributed_graph import select_order_decay as select_order_decay
 from .attributed_graph import smoothed_attributes as smoothed_attributes
 from .manifold_linearizing import ManifoldLinearizingClustering as ManifoldLinearizingClustering
@@ -11,3 +11,13 @@ from .rate_reduction import CodingRate as CodingRate
 from .rate_reduction import DoublyStochastic as DoublyStochastic
 from .rate_reduction import RateReductionLoss as RateReductionLoss
 from .rate_reduction import TotalCodingRateLoss as TotalCodingRateLoss
+from .reporting import Stability as Stability
+from .reporting import clustering_report as clustering_report
+from .reporting import found_subspaces as found_subspaces
+from .reporting import memberships as memberships
+from .reporting import seed_stability as seed_stability
+from .self_expressive import ElasticNetSubspaceClustering as ElasticNetSubspaceClustering
+from .self_expressive import LeastSquaresSubspaceClustering as LeastSquaresSubspaceClustering
+from .self_expressive import OMPSubspaceClustering as OMPSubspaceClustering
+from .self_expressive import SelfExpressiveClustering as SelfExpressiveClustering
+from .self_expressive import ThresholdingSubspaceClustering as ThresholdingSubspaceClustering

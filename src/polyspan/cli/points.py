@@ -1,0 +1,379 @@
+"""``polyspan cluster points``."""
+
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from cyclopts import Parameter
+
+from ._output import say, show_json, show_table
+from .cluster import LABEL_FILES
+
+
+class Method(NamedTuple):
+    """Where a clusterer lives, which of the command's options its parameters are, and what it is always given."""
+
+    where: str
+    takes: dict[str, str]
+    always: dict[str, Any] = {}  # noqa: RUF012 - never written to
+
+
+SELF = {"seed": "random_state", "dim": "subspace_dim", "normalize": "normalize"}
+SPARSE = SELF | {"jobs": "n_jobs"}
+UNIT = {"seed": "random_state", "dim": "subspace_dim", "jobs": "n_jobs"}
+# A system joins with one line; every class takes n_clusters. What --option may set is whatever the class has.
+METHODS = {
+    "ensc": Method("polyspan.cluster:ElasticNetSubspaceClustering", SPARSE),
+    "ssc": Method("polyspan.cluster:ElasticNetSubspaceClustering", SPARSE, {"tau": 1.0}),
+    "omp": Method("polyspan.cluster:OMPSubspaceClustering", SPARSE),
+    "lsr": Method("polyspan.cluster:LeastSquaresSubspaceClustering", SELF),
+    "lsr-squared": Method("polyspan.cluster:LeastSquaresSubspaceClustering", SELF, {"power": 2}),
+    "tsc": Method("polyspan.cluster:ThresholdingSubspaceClustering", UNIT),
+    "mlc": Method("polyspan.cluster:ManifoldLinearizingClustering", {"seed": "random_state"}),
+    "kmeans": Method("sklearn.cluster:KMeans", {"seed": "random_state"}, {"n_init": 10}),
+    "spectral": Method(
+        "sklearn.cluster:SpectralClustering",
+        {"seed": "random_state", "jobs": "n_jobs"},
+        {"affinity": "nearest_neighbors", "n_neighbors": 10},
+    ),
+}
+COMPARED = ("kmeans", "spectral", "ensc", "omp", "lsr", "tsc")
+
+
+def points(
+    source: Path,
+    *,
+    n_clusters: Annotated[int | None, Parameter(name=("--n-clusters", "-k"))] = None,
+    method: str = "ensc",
+    labels: Path | None = None,
+    member: str | None = None,
+    label_member: str | None = None,
+    column: str | None = None,
+    label_column: str | None = None,
+    normalize: bool = True,
+    pca: int | None = None,
+    dim: int | None = None,
+    option: list[str] | None = None,
+    out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
+    memberships: Path | None = None,
+    bases: Path | None = None,
+    compare: bool = False,
+    seeds: int = 1,
+    seed: int = 0,
+    jobs: int = 1,
+    report: Path | None = None,
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Cluster points by the subspaces that they lie near.
+
+    Prints a report; labels go to --out, keyed by the ids of the input.
+
+    Parameters
+    ----------
+    source : Path
+        Rows of numbers: .npy, .npz, .safetensors, .parquet, .arrow, .csv, .tsv, .fvecs or .mat.
+    n_clusters : int
+        How many groups; the number of classes where there are true ones.
+    method : str
+        ensc, ssc, omp, lsr, lsr-squared, tsc, mlc, kmeans or spectral.
+    labels : Path
+        True classes, to score against (.npy, or .csv with a column label, in the order of the rows or with ids). They
+        are not used in clustering.
+    member : str
+        Which array of an .npz, .safetensors or .mat file holds the rows.
+    label_member : str
+        Which array of the same file holds true classes.
+    column : str
+        Which list column of a table holds the rows.
+    label_column : str
+        Which column of the same table holds true classes.
+    normalize : bool
+        Bring rows to unit length first.
+    pca : int
+        Keep this many leading directions through the origin, which leaves subspaces subspaces; before normalising.
+    dim : int
+        Dimension of the subspaces of --bases, --memberships and the report; left out, whatever holds 95 %.
+    option : list[str]
+        Parameters of the method as name=value, such as tau=0.5; may be repeated.
+    out : Path
+        Where labels go: .parquet and .csv with columns id and label, .npy in the order of the rows.
+    memberships : Path
+        How far each row belongs to each subspace, (n, clusters): .npy, .npz, .parquet or .safetensors.
+    bases : Path
+        Orthonormal bases of the subspaces found, one .safetensors file.
+    compare : bool
+        Run the other methods on the same rows too, with their defaults.
+    seeds : int
+        Cluster with so many seeds, and report how far they agree.
+    seed : int
+        Of all that is drawn.
+    jobs : int
+        Processes, where points are independent; -1 is all cores.
+    report : Path
+        Write the report as JSON here too.
+    plot : Path
+        Draw embedding, affinity and angles between subspaces (.svg, .png or .pdf).
+    json : bool
+        Print the report as JSON.
+    """
+    import time
+    import warnings
+
+    import numpy as np
+
+    from polyspan.cluster import clustering_report, found_subspaces, seed_stability
+    from polyspan.io import write_array, write_json
+
+    if out is not None and out.suffix not in LABEL_FILES:
+        raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
+    if method not in METHODS:
+        raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method}")
+    if seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {seeds}")
+    X, ids, truth = _read(source, labels, member, label_member, column, label_column)
+    if n_clusters is None:
+        if truth is None:
+            raise ValueError("--n-clusters must be given where there are no true classes to count")
+        n_clusters = len(np.unique(truth))
+    if not 1 <= n_clusters <= len(X):
+        turned = "; rows are points: is the file transposed?" if n_clusters <= X.shape[1] else ""
+        raise ValueError(f"--n-clusters must be between 1 and the {len(X)} rows, got {n_clusters}{turned}")
+    rows, projection = _prepared(X, pca, normalize)
+    given = {"seed": seed, "jobs": jobs, "normalize": normalize} | ({} if dim is None else {"dim": dim})
+    fitted = _make(method, n_clusters, given, option or [])
+    started = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted.fit(rows)
+        fit_s = time.perf_counter() - started
+        agreed = seed_stability(fitted, rows, n_seeds=seeds) if seeds > 1 else None
+    said = list(dict.fromkeys(str(w.message) for w in caught))
+    for message in said:
+        say(f"warning: {message}")
+    found = np.asarray(fitted.labels_)
+    subspaces = getattr(fitted, "bases_", None)
+    if subspaces is None:
+        subspaces = found_subspaces(rows, found, dim)
+    told: dict[str, Any] = {"method": method, "n_clusters": n_clusters} | clustering_report(
+        rows,
+        found,
+        truth=truth,
+        bases=subspaces,
+        representation=getattr(fitted, "representation_", None),
+        stability=agreed,
+        random_state=seed,
+    )
+    told |= {"params": _plain(fitted), "seconds": round(fit_s, 3), "warnings": said}
+    if compare:
+        others = [name for name in COMPARED if name != method]
+        told["compared"] = [_summary(method, told)]
+        told["compared"] += [_other(name, rows, truth, n_clusters, given, dim) for name in others]
+    told["out"] = {name: str(p) for name, p in _chosen(out=out, memberships=memberships, bases=bases).items()}
+    if out is not None:
+        _write_labels(out, found, ids)
+    if memberships is not None:
+        from polyspan.cluster import memberships as belonging
+
+        write_array(memberships, belonging(rows, subspaces))
+    if bases is not None:
+        _write_bases(bases, subspaces, projection, told, normalize)
+    if plot is not None:
+        from polyspan.cluster.points_plots import plot_subspaces
+
+        plot_subspaces(rows, found, subspaces, plot, fitted=fitted)
+    if report is not None:
+        write_json(report, told)
+    if json:
+        show_json(told)
+        return
+    show_table("", ("what", "value"), _table(told))
+    if compare:
+        show_table("", ("method", *NUMBERS), _comparison(told["compared"]))
+
+
+NUMBERS = ("accuracy", "nmi", "ari", "silhouette", "residual share", "seconds")
+
+
+def _read(source: Path, labels: Path | None, member, label_member, column, label_column) -> tuple[Any, Any, Any]:
+    """Return rows (n, d), their ids and their true classes; the last two may be None."""
+    import numpy as np
+
+    from polyspan.io import EmbeddingReader, read_array, read_members
+
+    ids = truth = None
+    if source.suffix in (".parquet", ".arrow", ".feather"):
+        reader = EmbeddingReader(source, column=column)
+        batches = list(reader.batches())
+        X = np.concatenate([batch.rows for batch in batches])
+        ids = None if batches[0].ids is None else np.concatenate([np.asarray(batch.ids) for batch in batches])
+        if label_column is not None:
+            batches = EmbeddingReader(source, column=column, id_column=label_column).batches()
+            truth = np.concatenate([np.asarray(batch.ids) for batch in batches])
+    else:
+        X = read_array(source, member=member)
+        if label_member is not None:
+            truth = read_members(source, [label_member])[label_member]
+    if labels is not None:
+        truth = _read_labels(labels, ids)
+    if truth is not None and len(truth) != len(X):
+        turned = "; is the file of rows transposed?" if len(truth) == X.shape[1] else ""
+        raise ValueError(f"there must be one label a row, got {len(X)} rows and {len(truth)} labels{turned}")
+    return X, ids, truth
+
+
+def _read_labels(path: Path, ids: Any) -> Any:
+    """Return true classes in the order of the rows; a table with ids is joined with those of the rows."""
+    import numpy as np
+
+    from polyspan.errors import WrongContent
+    from polyspan.io import read_array, read_csv
+
+    if path.suffix not in (".csv", ".tsv"):
+        return read_array(path, ndim=1, dtype=np.int64)
+    table = read_csv(path)
+    if "label" not in table:
+        raise WrongContent(path, found=f"columns {', '.join(table)}", expected="a column label")
+    if ids is None or "id" not in table:
+        return np.array(table["label"])
+    by_id = dict(zip(table["id"], table["label"], strict=True))
+    missing = [i for i in ids if str(i) not in by_id]
+    if missing:
+        raise WrongContent(path, found=f"no label of {str(missing[0])!r}", expected="one for each id of the rows")
+    return np.array([by_id[str(i)] for i in ids])
+
+
+def _prepared(X: Any, pca: int | None, normalize: bool) -> tuple[Any, Any]:
+    """Return rows projected and brought to unit length, and the projection (d, D) or None."""
+    import numpy as np
+
+    from polyspan.linalg import truncated_svd
+
+    projection = None
+    if pca is not None:
+        if not 1 <= pca <= min(X.shape):
+            raise ValueError(f"--pca must be between 1 and min(n, d) = {min(X.shape)}, got {pca}")
+        projection = truncated_svd(np.asarray(X), pca).Vh.T
+        X = X @ projection
+    if normalize:
+        peak = np.abs(X).max(axis=1, keepdims=True)
+        X = X / np.where(peak > 0, peak, 1)
+        lengths = np.linalg.norm(X, axis=1, keepdims=True)
+        X = X / np.where(lengths > 0, lengths, 1)
+    return np.asarray(X), projection
+
+
+def _make(name: str, k: int, given: dict[str, Any], options: list[str]) -> Any:
+    """Return the estimator of a method with what it takes of the command's options."""
+    from importlib import import_module
+
+    module, kind = METHODS[name].where.split(":")
+    estimator = getattr(import_module(module), kind)()
+    known = estimator.get_params()
+    takes = {parameter: given[option] for option, parameter in METHODS[name].takes.items() if option in given}
+    for text in options:
+        parameter, mark, value = text.partition("=")
+        if not mark or parameter not in known:
+            raise ValueError(f"--option must be name=value with one of {', '.join(sorted(known))}, got {text!r}")
+        takes[parameter] = _value(value)
+    return estimator.set_params(**{"n_clusters": k} | METHODS[name].always | takes)
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _other(name: str, rows: Any, truth: Any, k: int, given: dict[str, Any], dim: int | None) -> dict[str, Any]:
+    """Run one method of the comparison; one that cannot take these rows says so."""
+    import time
+    import warnings
+
+    from polyspan.cluster import clustering_report, found_subspaces
+    from polyspan.errors import NotConverged
+
+    say(f"comparing with {name}")
+    started = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fitted = _make(name, k, given, []).fit(rows)
+    except (ValueError, NotConverged, MemoryError) as error:
+        return {"method": name, "error": " ".join(str(error).split())}
+    seconds = round(time.perf_counter() - started, 3)
+    subspaces = found_subspaces(rows, fitted.labels_, dim)
+    return _summary(name, clustering_report(rows, fitted.labels_, truth=truth, bases=subspaces) | {"seconds": seconds})
+
+
+def _summary(name: str, told: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: told[key] for key in ("silhouette", "residual_share", "seconds")}
+    return {"method": name} | {key: told["scores"][key] for key in NUMBERS[:3] if "scores" in told} | kept
+
+
+def _plain(fitted: Any) -> dict[str, Any]:
+    """Return the parameters that JSON can say."""
+    return {k: v for k, v in fitted.get_params().items() if v is None or isinstance(v, str | int | float | bool)}
+
+
+def _chosen(**paths: Path | None) -> dict[str, Path]:
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def _write_labels(path: Path, labels: Any, ids: Any) -> None:
+    import numpy as np
+
+    from polyspan.io import write_array, write_columns
+
+    if path.suffix == ".npy":
+        write_array(path, labels)
+    else:
+        write_columns(path, {"id": np.arange(len(labels)) if ids is None else ids, "label": labels})
+
+
+def _write_bases(path: Path, subspaces: list[Any], projection: Any, told: dict[str, Any], normalize: bool) -> None:
+    """Write bases as basis_0, basis_1, ... and, where rows were projected, the projection (d, D) that goes first."""
+    from polyspan.io import save_fitted
+
+    arrays = {f"basis_{c}": basis for c, basis in enumerate(subspaces) if basis.shape[1]}
+    if projection is not None:
+        arrays["projection"] = projection
+    about = {"n": told["n"], "sizes": [c["size"] for c in told["clusters"]], "scores": told.get("scores", {})}
+    params = {"method": told["method"], "normalize": normalize, "n_clusters": len(subspaces)}
+    save_fitted(path, kind="FoundSubspaces", arrays=arrays, params=params, about=about)
+
+
+def _number(value: Any) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def _table(told: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("method", told["method"]), ("points", f"{told['n']} of {told['n_features']} features")]
+    for group in told["clusters"]:
+        text = f"{group['size']} points, rank {group['rank']}, {group['residual_share']:.3f} outside"
+        rows.append((f"cluster {group['label']}", text))
+    rows += [("outside the subspaces", _number(told["residual_share"])), ("silhouette", _number(told["silhouette"]))]
+    for pair in told["nearest_subspaces"]:
+        rows.append((f"angle of {pair['labels'][0]} and {pair['labels'][1]}", f"{pair['degrees']:.1f} degrees"))
+    if "stability" in told:
+        s = told["stability"]
+        rows.append(("stability", f"ARI {s['mean_ari']:.4f} over {s['seeds']} seeds, at least {s['min_ari']:.4f}"))
+    rows += [(name.replace("_", " "), _number(value)) for name, value in told.get("scores", {}).items()]
+    rows.append(("seconds to fit", f"{told['seconds']:.3f}"))
+    return rows + list(told["out"].items())
+
+
+def _comparison(compared: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    rows = []
+    for row in compared:
+        if "error" in row:
+            rows.append((row["method"], f"not run: {row['error']}", *[""] * (len(NUMBERS) - 1)))
+            continue
+        cells = (row.get(name.replace(" ", "_"), None) for name in NUMBERS)
+        rows.append((row["method"], *("" if cell is None else f"{cell:.4f}" for cell in cells)))
+    return rows

@@ -1,0 +1,178 @@
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from polyspan.cli.points import COMPARED, METHODS, _make, points
+from polyspan.cluster import ElasticNetSubspaceClustering, LeastSquaresSubspaceClustering, memberships
+from polyspan.data import planted_subspaces
+from polyspan.errors import WrongContent
+from polyspan.io import load_fitted, read_array, write_array, write_members
+from polyspan.linalg import clustering_accuracy, principal_angles
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return planted_subspaces(0, n_per=30, d=15, k=3, n_subspaces=3, noise=0.01)
+
+
+@pytest.fixture
+def files(world, tmp_path):
+    names = [f"p{i:03d}" for i in range(90)]
+    write_array(tmp_path / "x.npy", world.points)
+    write_array(tmp_path / "y.npy", world.labels)
+    write_array(tmp_path / "x.parquet", world.points, ids=names, column="vector")
+    backwards = [f"{name},{label}" for name, label in zip(names, world.labels, strict=True)][::-1]
+    (tmp_path / "y.csv").write_text("\n".join(["id,label", *backwards]) + "\n")
+    write_members(tmp_path / "both.npz", {"rows": world.points, "classes": world.labels})
+    return tmp_path
+
+
+def test_labels_memberships_bases_report_and_picture_are_written_and_true(files, world, capsys):
+    points(
+        files / "x.parquet",
+        labels=files / "y.csv",
+        out=files / "found.parquet",
+        memberships=files / "u.npy",
+        bases=files / "bases.safetensors",
+        report=files / "report.json",
+        plot=files / "picture.svg",
+        dim=3,
+        seeds=3,
+        json=True,
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads((files / "report.json").read_text())
+    fitted = ElasticNetSubspaceClustering(3, subspace_dim=3, random_state=0).fit(world.points)
+    table = pq.read_table(files / "found.parquet").to_pydict()
+    assert table["id"] == [f"p{i:03d}" for i in range(90)]
+    assert table["label"] == fitted.labels_.tolist()
+    assert told["scores"]["accuracy"] == clustering_accuracy(world.labels, fitted.labels_) == 1.0
+    assert told["scores"]["off_class_share"] < 0.2
+    assert told["stability"] == {"seeds": 3, "mean_ari": 1.0, "min_ari": 1.0}
+    assert [c["size"] for c in told["clusters"]] == np.bincount(fitted.labels_).tolist()
+    assert told["params"]["tau"] == 0.9
+    unit = world.points / np.linalg.norm(world.points, axis=1, keepdims=True)
+    np.testing.assert_allclose(read_array(files / "u.npy"), memberships(unit, fitted.bases_), atol=1e-9)
+    kept = load_fitted(files / "bases.safetensors", "FoundSubspaces")
+    assert kept.params == {"method": "ensc", "normalize": True, "n_clusters": 3}
+    for c, basis in enumerate(fitted.bases_):
+        assert principal_angles(kept.arrays[f"basis_{c}"], basis).max() < 1e-9
+    first = (files / "picture.svg").read_bytes()
+    points(files / "x.parquet", labels=files / "y.csv", plot=files / "picture.svg", dim=3)
+    assert (files / "picture.svg").read_bytes() == first
+    assert "accuracy\t1.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_finds_clear_subspaces(files, method, capsys):
+    option = ["n_nonzero=3"] if method == "omp" else None
+    points(files / "x.npy", labels=files / "y.npy", method=method, option=option, json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["method"] == method
+    if method not in ("kmeans", "spectral", "mlc"):  # the last learns features, for which 90 points are too few
+        assert told["scores"]["accuracy"] > 0.95
+
+
+def test_every_method_takes_what_the_registry_says():
+    given = {"seed": 3, "jobs": 2, "dim": 5, "normalize": False}
+    for name, method in METHODS.items():
+        made = _make(name, 4, given, []).get_params()
+        assert made["n_clusters"] == 4
+        for option, parameter in method.takes.items():
+            assert made[parameter] == given[option]
+    assert set(COMPARED) <= set(METHODS)
+
+
+def test_the_comparison_runs_the_others_on_the_same_rows(files, capsys, monkeypatch):
+    monkeypatch.setattr("polyspan.cluster.self_expressive.available_memory_bytes", lambda: 1000)
+    points(files / "both.npz", member="rows", label_member="classes", compare=True, json=True)
+    told = json.loads(capsys.readouterr().out)
+    rows = {row["method"]: row for row in told["compared"]}
+    assert set(rows) == set(COMPARED)
+    assert rows["ensc"]["accuracy"] == told["scores"]["accuracy"]
+    assert rows["lsr"]["error"].startswith("X must have few enough rows")
+    assert all(rows[name]["seconds"] >= 0 for name in COMPARED if name != "lsr")
+    points(files / "both.npz", member="rows", label_member="classes", compare=True, method="tsc")
+    shown = capsys.readouterr().out
+    assert "lsr\tnot run: X must have few enough rows" in shown
+    assert "kmeans\t0." in shown
+
+
+def test_options_reach_the_method_and_projection_goes_first(files, world, capsys):
+    points(
+        files / "x.npy",
+        n_clusters=3,
+        method="lsr",
+        option=["alpha=0.5", "zero_diagonal=false", "n_kept=none"],
+        pca=10,
+        normalize=False,
+        out=files / "found.csv",
+        bases=files / "bases.safetensors",
+        json=True,
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert (told["n_features"], told["params"]["alpha"], told["params"]["zero_diagonal"]) == (10, 0.5, False)
+    V = np.linalg.svd(world.points, full_matrices=False)[2][:10].T
+    projection = load_fitted(files / "bases.safetensors").arrays["projection"]
+    assert principal_angles(projection, V).max() < 1e-6
+    made = LeastSquaresSubspaceClustering(3, alpha=0.5, zero_diagonal=False, normalize=False, random_state=0)
+    expected = made.fit_predict(world.points @ projection)
+    rows = list(csv.DictReader((files / "found.csv").read_text().splitlines()))
+    assert [int(row["label"]) for row in rows] == expected.tolist()
+    assert "scores" not in told
+    assert "stability" not in told
+
+
+def test_classes_in_a_column_of_the_same_table(files, world, capsys):
+    write_array(files / "labelled.parquet", world.points, ids=world.labels, column="vector")
+    points(files / "labelled.parquet", label_column="id", method="tsc", json=True)
+    assert json.loads(capsys.readouterr().out)["scores"]["accuracy"] > 0.95
+
+
+def test_warnings_are_told_once_and_kept(files, world, capsys):
+    write_array(files / "copies.npy", np.vstack([world.points, np.zeros((2, 15))]))
+    points(files / "copies.npy", n_clusters=3, method="tsc", json=True)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["warnings"][0].startswith("X has 2 all-zero rows, the first at row 90")
+    assert "warning: X has 2 all-zero rows" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--n-clusters must be given where there are no true classes"),
+        ({"n_clusters": 91}, "--n-clusters must be between 1 and the 90 rows, got 91$"),
+        ({"n_clusters": 3, "method": "magic"}, "--method must be one of ensc, ssc, .* got magic"),
+        ({"n_clusters": 3, "seeds": 0}, "--seeds must be at least 1, got 0"),
+        ({"n_clusters": 3, "pca": 16}, r"--pca must be between 1 and min\(n, d\) = 15, got 16"),
+        ({"n_clusters": 3, "option": ["tua=1"]}, "--option must be name=value with one of gamma, .* got 'tua=1'"),
+        ({"n_clusters": 3, "option": ["tau=2"]}, r"tau must lie in \(0, 1\], got 2"),
+    ],
+)
+def test_bad_options_are_refused_by_name(files, options, message):
+    with pytest.raises(ValueError, match=message):
+        points(files / "x.npy", **options)
+
+
+def test_bad_files_are_refused(files, world):
+    with pytest.raises(ValueError, match="--out must end in one of"):
+        points(files / "x.npy", n_clusters=3, out=files / "found.txt")
+    write_array(files / "turned.npy", np.ascontiguousarray(world.points.T))
+    with pytest.raises(ValueError, match="15 rows and 90 labels; is the file of rows transposed"):
+        points(files / "turned.npy", labels=files / "y.npy")
+    with pytest.raises(ValueError, match="between 1 and the 15 rows, got 20; rows are points: is the file transposed"):
+        points(files / "turned.npy", n_clusters=20)
+    (files / "few.csv").write_text("id,label\np000,1\n")
+    with pytest.raises(WrongContent, match="no label of 'p001'"):
+        points(files / "x.parquet", labels=files / "few.csv")
+    (files / "other.csv").write_text("id,kind\np000,1\n")
+    with pytest.raises(WrongContent, match="columns id, kind"):
+        points(files / "x.parquet", labels=files / "other.csv")
+    write_array(files / "one.npy", np.zeros((3, 2, 2)))
+    with pytest.raises(WrongContent):
+        points(files / "one.npy", n_clusters=2)
