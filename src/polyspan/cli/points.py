@@ -28,6 +28,7 @@ METHODS = {
     "lsr": Method("polyspan.cluster:LeastSquaresSubspaceClustering", SELF),
     "lsr-squared": Method("polyspan.cluster:LeastSquaresSubspaceClustering", SELF, {"power": 2}),
     "tsc": Method("polyspan.cluster:ThresholdingSubspaceClustering", UNIT),
+    "lhdsc": Method("polyspan.cluster:DeepSelfExpressiveClustering", {"seed": "random_state", "dim": "subspace_dim"}),
     "mlc": Method("polyspan.cluster:ManifoldLinearizingClustering", {"seed": "random_state"}),
     "kmeans": Method("sklearn.cluster:KMeans", {"seed": "random_state"}, {"n_init": 10}),
     "spectral": Method(
@@ -75,7 +76,7 @@ def points(
     n_clusters : int
         How many groups; the number of classes where there are true ones.
     method : str
-        ensc, ssc, omp, lsr, lsr-squared, tsc, mlc, kmeans or spectral.
+        ensc, ssc, omp, lsr, lsr-squared, tsc, lhdsc, mlc, kmeans or spectral.
     labels : Path
         True classes, to score against (.npy, or .csv with a column label, in the order of the rows or with ids). They
         are not used in clustering.

@@ -5,6 +5,7 @@ from .attributed_graph import OrderDecayRow as OrderDecayRow
 from .attributed_graph import S2CAG as S2CAG
 from .attributed_graph import select_order_decay as select_order_decay
 from .attributed_graph import smoothed_attributes as smoothed_attributes
+from .deep_self_expressive import DeepSelfExpressiveClustering as DeepSelfExpressiveClustering
 from .manifold_linearizing import ManifoldLinearizingClustering as ManifoldLinearizingClustering
 from .manifold_linearizing import coding_length as coding_length
 from .rate_reduction import CodingRate as CodingRate

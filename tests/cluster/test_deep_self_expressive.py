@@ -1,0 +1,314 @@
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from sklearn.cluster import SpectralClustering
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch import nn
+
+from polyspan.cluster import DeepSelfExpressiveClustering
+from polyspan.cluster._conv_autoencoder import ConvAutoencoder
+from polyspan.cluster._self_expression import (
+    SpectralRounding,
+    expression_loss,
+    leading_affinity,
+    ridge_coefficients,
+    structured_norm,
+)
+from polyspan.data import planted_subspaces
+from polyspan.linalg import clustering_accuracy
+
+
+@pytest.fixture(scope="module")
+def world():
+    return planted_subspaces(0, n_per=30, d=20, k=3, n_subspaces=4, noise=0.01)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Three pictures of 9 by 7 under 20 mixtures of two lights each: an odd size on purpose."""
+    rng = np.random.default_rng(0)
+    bases = rng.normal(size=(3, 2, 63))
+    made = np.concatenate([rng.normal(size=(20, 2)) @ basis for basis in bases])
+    return (made + 0.02 * rng.normal(size=made.shape)).reshape(60, 9, 7).astype(np.float32), np.repeat(np.arange(3), 20)
+
+
+def made(k=4, **options):
+    return DeepSelfExpressiveClustering(k, **({"subspace_dim": 3, "random_state": 0, "device": "cpu"} | options))
+
+
+@pytest.mark.filterwarnings("ignore:the affinity falls into")
+@parametrize_with_checks(
+    [made(2, subspace_dim=2, max_epochs=(0, 300, 20)), made(2, subspace_dim=2, solver="ridge", structure=False)],
+    expected_failed_checks=lambda estimator: (
+        {
+            "check_estimators_dtypes": "its integers hold an all-zero row, which has no direction and is refused",
+        }
+        | ({"check_clustering": "its three blobs in the plane are no subspaces"} if estimator.solver == "adam" else {})
+    ),
+)
+def test_sklearn_contract(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("solver", ["adam", "ridge"])
+def test_independent_subspaces_are_found(world, solver):
+    fitted = made(solver=solver).fit(world.points)
+    assert clustering_accuracy(world.labels, fitted.labels_) == 1.0
+    # Coefficients stay within a point's own subspace for the most part.
+    size = np.abs(fitted.representation_matrix_)
+    own = size[world.labels[:, None] == world.labels].sum()
+    assert own / size.sum() > 0.75
+
+
+def test_new_points_go_to_the_subspace_they_lie_on(world):
+    fitted = made(solver="ridge").fit(world.points)
+    rng = np.random.default_rng(1)
+    new = np.concatenate([rng.normal(size=(10, 3)) @ basis.T for basis in world.bases])
+    assert clustering_accuracy(np.repeat(np.arange(4), 10), fitted.predict(new)) == 1.0
+    matched = fitted.predict(world.points)
+    assert np.mean(matched == fitted.labels_) > 0.98
+
+
+def test_permuted_rows_give_permuted_labels_and_labels_given_change_nothing(world):
+    fitted = made().fit(world.points)
+    order = np.random.default_rng(2).permutation(len(world.points))
+    again = made().fit(world.points[order], world.labels[order])
+    assert clustering_accuracy(fitted.labels_[order], again.labels_) == 1.0
+    others = [
+        made().fit(world.points, y).labels_ for y in (world.labels, np.random.default_rng(3).permutation(world.labels))
+    ]
+    np.testing.assert_array_equal(others[0], fitted.labels_)
+    np.testing.assert_array_equal(others[1], fitted.labels_)
+
+
+def test_unit_rows_make_brightness_irrelevant(world):
+    lit = world.points * np.random.default_rng(4).uniform(0.1, 10, size=(len(world.points), 1))
+    plain, bright = made(solver="ridge").fit(world.points), made(solver="ridge").fit(lit)
+    np.testing.assert_allclose(plain.representation_matrix_, bright.representation_matrix_, atol=1e-9)
+
+
+def test_ridge_is_what_a_solver_of_each_row_finds(world):
+    """Oracle: ridge regression of every point on all others, one at a time."""
+    X = world.points[:25] / np.linalg.norm(world.points[:25], axis=1, keepdims=True)
+    C = ridge_coefficients(torch.as_tensor(X @ X.T), 0.3).numpy()
+    for i in range(len(X)):
+        others = np.delete(X, i, axis=0)
+        coefficients = np.linalg.solve(others @ others.T + 0.3 * np.eye(len(others)), others @ X[i])
+        np.testing.assert_allclose(np.delete(C[i], i), coefficients, atol=1e-10)
+    assert not C.diagonal().any()
+
+
+def test_the_gram_form_is_the_loss_of_the_paper_and_its_gradient():
+    """Oracle: the sum over layers, differentiated by torch."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(12, d, generator=generator, dtype=torch.float64) for d in (5, 9)]
+    C = torch.randn(12, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    literal = sum((C @ V - V).square().sum() for V in layers)
+    literal.backward()
+    loss, gradient = expression_loss(C.detach(), sum(V @ V.T for V in layers))
+    torch.testing.assert_close(loss, literal.detach())
+    torch.testing.assert_close(gradient, C.grad)
+
+
+def test_the_structured_norm_is_the_trace_of_the_paper_and_its_gradient():
+    """Oracle: tr(Q' L Q) with the Laplacian written out, differentiated by torch."""
+    generator = torch.Generator().manual_seed(1)
+    C = torch.randn(10, 10, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(3, (10,), generator=generator)
+    Q = torch.nn.functional.one_hot(labels, 3).double()
+    W = (C.abs() + C.abs().T).sqrt()
+    literal = (Q.T @ (torch.diag(W.sum(1)) - W) @ Q).trace()
+    literal.backward()
+    loss, gradient = structured_norm(C.detach(), labels)
+    torch.testing.assert_close(loss, literal.detach(), atol=1e-6, rtol=1e-9)
+    torch.testing.assert_close(gradient, C.grad, atol=1e-6, rtol=1e-9)
+    _, at_zero = structured_norm(torch.zeros(4, 4), torch.tensor([0, 0, 1, 1]))
+    assert torch.isfinite(at_zero).all()
+
+
+def test_the_cut_keeps_the_largest_entries_of_each_column_and_ties():
+    C = np.array([[0, 3.0, 1, 1], [1, 0, 5, 1], [2, 1, 0, 1], [0, 0, 4, 0]])
+    A = (np.abs(C) + np.abs(C.T)) / 2
+    expected = np.zeros_like(A)
+    for j in range(4):
+        least = np.sort(A[:, j])[-1]
+        expected[:, j] = np.where(A[:, j] >= least, A[:, j], 0)
+    np.testing.assert_allclose(leading_affinity(C, 1).toarray(), (expected + expected.T) / 2)
+    np.testing.assert_allclose(leading_affinity(C, None).toarray(), A)
+    tied = leading_affinity(np.array([[0, 1.0, 1.0], [1, 0, 0], [1, 0, 0]]), 1).toarray()
+    assert tied[0, 1] == tied[0, 2] == 1.0
+
+
+def test_the_rounding_agrees_with_scikit_learn_on_a_clear_graph():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 15)
+    A = rng.uniform(size=(45, 45)) * np.where(labels[:, None] == labels, 1.0, 0.05)
+    A = (A + A.T) / 2
+    mine = SpectralRounding(3, 10, 0)(sp.csr_array(A))
+    theirs = SpectralClustering(3, affinity="precomputed", random_state=0).fit_predict(A)
+    assert clustering_accuracy(theirs, mine) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel"), [((9, 7), 3), ((8, 8), 3), ((8, 5), 5), ((6, 6), 2), ((32, 32), 15), ((7, 4), 1)]
+)
+def test_the_decoder_is_the_adjoint_of_the_encoder(size, kernel):
+    """<conv(x), z> = <x, conv'(z)>, whatever the size: the padding is cut off exactly where it was added."""
+    net = ConvAutoencoder((2, 3), (kernel,), last_relu=False, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        net.down[0].bias.fill_(100.0)  # keeps the ReLU open
+        net.up[0].weight.copy_(net.down[0].weight)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 2, *size, generator=generator, dtype=torch.float64)
+    z = net.layers(x)[0]
+    assert z.shape[-2:] == tuple(-(-side // 2) for side in size)
+    back = net(x)
+    assert back.shape == x.shape
+    pure = z - 100.0
+    # The decoder of the code itself is what the layer makes of all of z, constant included.
+    zero = net.layers(torch.zeros_like(x))[0]
+    torch.testing.assert_close((pure * z).sum(), (x * back).sum())
+    torch.testing.assert_close(zero, torch.full_like(zero, 100.0))
+
+
+@pytest.mark.filterwarnings("ignore:the affinity falls into")
+def test_images_are_clustered_and_their_autoencoder_learns(pictures):
+    images, labels = pictures
+    fitted = made(3, subspace_dim=8, max_epochs=(200, 300, 50)).fit(images)
+    assert clustering_accuracy(labels, fitted.labels_) == 1.0
+    assert fitted.reconstruction_share_ < 0.5
+    assert fitted.n_features_in_ == 63
+    flat = made(3, subspace_dim=8, max_epochs=(200, 300, 50), image_shape=(9, 7)).fit(images.reshape(60, -1))
+    np.testing.assert_array_equal(flat.labels_, fitted.labels_)
+    assert clustering_accuracy(labels, fitted.predict(images)) == 1.0
+    assert [before == after for before, after in fitted.layer_energies_] == [True, True]
+
+
+def test_stages_stop_by_themselves_and_say_why(world):
+    fitted = made().fit(world.points)
+    assert fitted.stopped_by_ == {"express": "tolerance", "structure": "labels"}
+    assert 50 <= fitted.n_epochs_["express"] < 1000
+    losses = [h["loss"] for h in fitted.history_ if h["stage"] == "express"]
+    assert losses[-1] < 0.5 * losses[0]
+    short = made(max_epochs=(0, 5, 0)).fit(world.points)
+    assert short.stopped_by_["express"] == "max_epochs"
+    assert len(short.history_) == 5
+
+
+def test_the_second_stage_lowers_its_norm_and_keeps_what_lies_within(world):
+    first, second = made(structure=False).fit(world.points), made().fit(world.points)
+    apart = world.labels[:, None] != world.labels
+    a, b = np.abs(first.representation_matrix_), np.abs(second.representation_matrix_)
+    assert b[apart].sum() < a[apart].sum()
+    np.testing.assert_array_equal(a[~apart], b[~apart])
+
+
+@pytest.mark.filterwarnings("ignore:the affinity falls into")
+def test_published_mode_is_the_code_to_the_letter(pictures):
+    images, _ = pictures
+    with pytest.warns(UserWarning, match="collapses"):
+        fitted = made(3, mode="published", subspace_dim=8, channels=(3, 3, 5), kernels=(3, 3, 3)).fit(images)
+    assert fitted.n_epochs_ == {"pretrain": 100, "express": 180, "structure": 520}
+    assert set(fitted.stopped_by_.values()) == {"max_epochs"}
+    assert fitted.representation_matrix_.diagonal().any()
+    assert fitted.layer_energies_[0][0] == pytest.approx(float(np.square(images).sum()), rel=1e-5)
+
+
+def test_training_the_encoder_with_unit_rows_does_not_reward_shrinking(pictures):
+    images, labels = pictures
+    fitted = made(3, subspace_dim=8, train_encoder=True, max_epochs=(100, 200, 0)).fit(images)
+    assert clustering_accuracy(labels, fitted.labels_) > 0.9
+    assert fitted.layer_energies_[1][1] > 0.3 * fitted.layer_energies_[1][0]
+
+
+def test_a_module_serves_as_the_encoder(world):
+    class Double(nn.Module):
+        def forward(self, x):
+            return torch.cat([x, 2 * x], dim=1)
+
+    plain = made(solver="ridge").fit(world.points)
+    joined = made(solver="ridge", encoder=Double()).fit(world.points)
+    # The same rows twice, with the penalty for two layers: the same coefficients.
+    np.testing.assert_allclose(joined.representation_matrix_, plain.representation_matrix_, atol=1e-9)
+
+
+def test_float32_stays_and_agrees_with_float64(world):
+    narrow = made(solver="ridge", structure=False).fit(world.points.astype(np.float32))
+    wide = made(solver="ridge", structure=False).fit(world.points)
+    assert narrow.representation_matrix_.dtype == np.float32
+    np.testing.assert_allclose(narrow.representation_matrix_, wide.representation_matrix_, atol=2e-4)
+
+
+def test_one_cluster_is_one_cluster(world):
+    assert not made(1).fit(world.points).labels_.any()
+
+
+@pytest.mark.filterwarnings("ignore:the affinity falls into")
+def test_duplicated_rows_and_too_small_clusters_are_said(world):
+    with pytest.warns(UserWarning, match="stands 5 times"):
+        made(solver="ridge", encoder="none").fit(np.concatenate([world.points, np.repeat(world.points[:1], 4, axis=0)]))
+    with pytest.warns(UserWarning, match="fewer than subspace_dim=9"):
+        made(subspace_dim=9, solver="ridge", structure=False).fit(world.points[:30])
+
+
+def test_parts_without_a_link_are_said():
+    X = np.kron(np.eye(4), np.ones((6, 2))) + 1e-3 * np.random.default_rng(0).normal(size=(24, 8))
+    with pytest.warns(UserWarning, match=r"falls into \d parts, more than n_clusters=2"):
+        made(2, subspace_dim=2, solver="ridge", structure=False).fit(X)
+
+
+def test_a_loss_that_explodes_is_said_and_the_last_good_coefficients_stay(world):
+    with pytest.warns(UserWarning, match="no longer finite"):
+        fitted = made(learning_rate=1e200, structure=False).fit(world.points)
+    assert fitted.stopped_by_["express"] == "diverged"
+    assert np.isfinite(fitted.representation_matrix_).all()
+
+
+def test_an_autoencoder_that_learns_nothing_is_said(pictures):
+    with pytest.warns(UserWarning, match="say little"):
+        made(3, max_epochs=(1, 60, 0)).fit(pictures[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"n_clusters": 0}, "n_clusters must be a whole number"),
+        ({"n_clusters": 121}, "n_clusters must be at most"),
+        ({"subspace_dim": 120}, "subspace_dim must be below"),
+        ({"mode": "best"}, "mode must be one of"),
+        ({"pretrain": "x"}, "pretrain must be one of"),
+        ({"layers": "some"}, "layers must be one of"),
+        ({"solver": "sgd"}, "solver must be one of"),
+        ({"encoder": "vit"}, "encoder must be"),
+        ({"encoder": "conv"}, "image_shape must be given"),
+        ({"image_shape": (3, 3)}, "image_shape must hold the 20 numbers"),
+        ({"tol": 1.0}, "tol must lie"),
+        ({"ridge": 0.0}, "ridge must be positive"),
+        ({"learning_rate": np.inf}, "learning_rate must be positive"),
+        ({"max_epochs": (1, 2)}, "max_epochs must be three"),
+        ({"solver": "ridge", "train_encoder": True}, "solver must be 'adam'"),
+    ],
+)
+def test_bad_parameters_are_named(world, options, told):
+    with pytest.raises(ValueError, match=told):
+        made(**({"k": options.pop("n_clusters")} if "n_clusters" in options else {}), **options).fit(world.points)
+
+
+def test_rows_that_cannot_be_clustered_are_named(world):
+    dark = world.points.copy()
+    dark[7] = 0
+    with pytest.raises(ValueError, match=r"all-zero row.*row 7"):
+        made().fit(dark)
+    dark[7] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        made().fit(dark)
+    fitted = made(solver="ridge", encoder="none", image_shape=(4, 5)).fit(world.points)
+    with pytest.raises(ValueError, match="as in fit"):
+        fitted.predict(world.points.reshape(-1, 5, 4))
+
+
+def test_more_rows_than_memory_are_refused_with_the_bytes(world, monkeypatch):
+    monkeypatch.setattr("polyspan.cluster.deep_self_expressive.available_memory_bytes", lambda: 1000)
+    with pytest.raises(ValueError, match="120 rows need 806,400 bytes, 1,000 are free"):
+        made().fit(world.points)
