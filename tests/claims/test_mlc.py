@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.linear_model import Ridge
 
 from polyspan.claims import measure, measure_claim
 from polyspan.claims.mlc import (
@@ -14,7 +13,6 @@ from polyspan.claims.mlc import (
     planted,
     public,
     scramble,
-    self_expression,
     trial,
 )
 from polyspan.io import write_members
@@ -50,15 +48,6 @@ def test_no_label_reaches_an_arm():
     kept = [name for name in plain if name.startswith("share")]
     assert {name: shuffled[name] for name in kept} == {name: plain[name] for name in kept}
     assert shuffled["method"] < 0.35
-
-
-def test_self_expression_is_ridge_regression_on_the_other_rows():
-    Z = np.random.default_rng(0).normal(size=(12, 5))
-    codes = np.zeros((12, 12))
-    for row in range(12):
-        others = np.delete(np.arange(12), row)
-        codes[row, others] = np.abs(Ridge(alpha=1.0, fit_intercept=False).fit(Z[others].T, Z[row]).coef_)
-    np.testing.assert_allclose(self_expression(Z), codes + codes.T, atol=1e-10)
 
 
 def test_the_control_keeps_the_values_of_every_pixel_and_nothing_else():
