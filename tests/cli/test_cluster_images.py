@@ -53,6 +53,31 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_its_names(pixels, tmp_path
     np.testing.assert_array_equal(np.load(out), np.load(other))
 
 
+@pytest.mark.parametrize("method", ["lhdsc", "ensc"])
+def test_other_methods_see_the_pixels_and_are_scored(pixels, tmp_path, capsys, method):
+    source, classes, plot = tmp_path / "x.npy", tmp_path / "y.npy", tmp_path / "fit.svg"
+    write_array(source, pixels)
+    y = digits()[1]
+    write_array(classes, y[y < 3][:120])
+    images(source, method=method, labels=classes, dim=6, report=tmp_path / "told.json", plot=plot)
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["scores"]["accuracy"] > 0.8
+    assert told["n"] == 120
+    assert told["params"]["subspace_dim"] == 6
+    assert plot.stat().st_size > 1000
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"must go without the options of --method mlc, got --eta"):
+        images(source, n_clusters=3, method=method, eta=0.3)
+
+
+def test_options_of_other_methods_are_refused_with_mlc(pixels, tmp_path):
+    write_array(tmp_path / "x.npy", pixels)
+    with pytest.raises(ValueError, match=r"options of the other methods, got --dim, --compare"):
+        images(tmp_path / "x.npy", **QUICK, dim=3, compare=True)
+    with pytest.raises(ValueError, match="--method must be one of"):
+        images(tmp_path / "x.npy", **QUICK, method="dbscan")
+
+
 def test_bad_sources_and_names_are_named(pixels, tmp_path):
     pytest.importorskip("PIL.Image")
     with pytest.raises(ValueError, match="must hold pictures"):

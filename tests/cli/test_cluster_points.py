@@ -79,7 +79,7 @@ def test_every_method_runs_and_finds_clear_subspaces(files, method, capsys):
 
 
 def test_every_method_takes_what_the_registry_says():
-    given = {"seed": 3, "jobs": 2, "dim": 5, "normalize": False}
+    given = {"seed": 3, "jobs": 2, "dim": 5, "normalize": False, "image": (4, 4)}
     for name, method in METHODS.items():
         made = _make(name, 4, given, []).get_params()
         assert made["n_clusters"] == 4

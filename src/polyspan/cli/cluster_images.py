@@ -1,12 +1,12 @@
 """``polyspan cluster images``."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
-from .cluster import LABEL_FILES
+from .points import METHODS, check_names, count_clusters, read_labels, run_method
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -14,8 +14,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 def images(
     source: Path,
     *,
-    n_clusters: Annotated[int, Parameter(name=("--n-clusters", "-k"))],
-    method: Literal["mlc"] = "mlc",  # noqa: ARG001 - one so far
+    n_clusters: Annotated[int | None, Parameter(name=("--n-clusters", "-k"))] = None,
+    method: str = "mlc",
+    labels: Path | None = None,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     side: int = 32,
     colour: bool = False,
@@ -31,7 +32,13 @@ def images(
     save: Path | None = None,
     checkpoint: Path | None = None,
     device: str = "auto",
+    dim: int | None = None,
+    option: list[str] | None = None,
+    compare: bool = False,
+    seeds: int = 1,
     seed: int = 0,
+    jobs: int = 1,
+    report: Path | None = None,
     plot: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -44,9 +51,12 @@ def images(
     source : Path
         A folder of pictures (needs the extra "images"), or an array (.npy) of shape (n, h, w) or (n, channels, h, w).
     n_clusters : int
-        How many groups.
-    method : {"mlc"}
-        Manifold linearizing and clustering.
+        How many groups; the number of classes where there are true ones.
+    method : str
+        mlc, lhdsc, or any other of "polyspan cluster points", which sees pixels in rows.
+    labels : Path
+        True classes, to score against (.npy, or .csv with columns label and, for the files of a folder, id). They are
+        not used in clustering.
     out : Path
         Where labels go: .parquet and .csv with columns id and label, .npy in the order of the names.
     side : int
@@ -54,7 +64,8 @@ def images(
     colour : bool
         Keep the colours of pictures; otherwise they are made grey.
     degrees : float
-        Views of an image, which clusters will not tell apart, are turned by at most this,
+        For mlc, like all down to --device. Views of an image, which clusters will not tell apart, are turned by at most
+        this,
     shift : float
         moved by at most this share of half the side,
     scale : float
@@ -77,28 +88,92 @@ def images(
         A .safetensors file that lets a run that was stopped go on.
     device : str
         "auto" takes an accelerator where there is one.
+    dim : int
+        For the other methods: dimension of the subspaces; left out, as the method has it.
+    option : list[str]
+        For the other methods: parameters as name=value, such as solver=ridge; may be repeated.
+    compare : bool
+        For the other methods: run the classical ones on the same pixels too, with their defaults.
+    seeds : int
+        For the other methods: cluster with so many seeds, and report how far they agree.
     seed : int
-        Of the network's first weights and all that is drawn.
+        Of a network's first weights and all that is drawn.
+    jobs : int
+        For the other methods: processes, where images are independent; -1 is all cores.
+    report : Path
+        Write the report as JSON here too.
     plot : Path
-        Draw rates, cosines and singular values (.svg, .png or .pdf).
+        Draw rates, cosines and singular values, or embedding, affinity and angles (.svg, .png or .pdf).
     json : bool
         Print the report as JSON.
     """
+    own = {
+        "--degrees": degrees != 10.0,
+        "--shift": shift != 0.1,
+        "--scale": scale != 0.15,
+        "--flip": flip,
+        "--contrast": contrast != 0.1,
+        "--eta": eta != 0.175,
+        "--tcr-epochs": tcr_epochs is not None,
+        "--epochs": epochs is not None,
+        "--batch-size": batch_size is not None,
+        "--save": save is not None,
+        "--checkpoint": checkpoint is not None,
+        "--device": device != "auto",
+    }
+    others = {
+        "--dim": dim is not None,
+        "--option": bool(option),
+        "--compare": compare,
+        "--seeds": seeds != 1,
+        "--jobs": jobs != 1,
+    }
+    check_names(method, METHODS, out, seeds)
+    strange = [name for name, given in (others if method == "mlc" else own).items() if given]
+    if strange:
+        whose = "the other methods" if method == "mlc" else "--method mlc"
+        raise ValueError(f"--method {method} must go without the options of {whose}, got {', '.join(strange)}")
+    X, names = _read(source, side, colour)
+    truth = None if labels is None else read_labels(labels, names)
+    if truth is not None and len(truth) != len(X):
+        raise ValueError(f"--labels must have one label an image, got {len(truth)} for {len(X)} images")
+    k = count_clusters(n_clusters, truth, X)
+    if method != "mlc":
+        run_method(
+            X.reshape(len(X), -1),
+            names,
+            truth,
+            method=method,
+            n_clusters=k,
+            normalize=True,
+            pca=None,
+            dim=dim,
+            option=option,
+            out=out,
+            memberships=None,
+            bases=None,
+            compare=compare,
+            seeds=seeds,
+            seed=seed,
+            jobs=jobs,
+            report=report,
+            plot=plot,
+            json=json,
+            image_shape=X.shape[1:],
+        )
+        return
     import warnings
 
     import numpy as np
 
-    from polyspan.cluster import ImageJitter, ManifoldLinearizingClustering
-    from polyspan.io import write_array, write_columns
+    from polyspan.cluster import ImageJitter, ManifoldLinearizingClustering, class_scores
+    from polyspan.io import write_array, write_columns, write_json
 
-    if out is not None and out.suffix not in LABEL_FILES:
-        raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
-    X, names = _read(source, side, colour)
     jitter = ImageJitter(degrees=degrees, shift=shift, scale=scale, flip=flip, contrast=contrast)
     given = {"tcr_epochs": tcr_epochs, "max_epochs": epochs, "batch_size": batch_size}
     options = {name: "auto" if value is None else value for name, value in given.items()}
     made = ManifoldLinearizingClustering(
-        n_clusters,
+        k,
         augment=jitter,
         eta=eta,
         checkpoint=checkpoint,
@@ -112,7 +187,8 @@ def images(
         made.fit(X)
     for warning in caught:
         say(f"warning: {warning.message}")
-    told = report(made) | {"warnings": [str(w.message) for w in caught]}
+    scores = {} if truth is None else {"scores": class_scores(truth, made.labels_)}
+    told = summary(made) | {"warnings": [str(w.message) for w in caught]} | scores
     if out is not None:
         if out.suffix == ".npy":
             write_array(out, made.labels_)
@@ -125,6 +201,8 @@ def images(
         from polyspan.cluster.manifold_plots import plot_linearized
 
         plot_linearized(made, made.transform(X), plot)
+    if report is not None:
+        write_json(report, told)
     if json:
         show_json(told)
         return
@@ -134,10 +212,11 @@ def images(
         for j, (size, rank) in enumerate(zip(np.bincount(made.labels_), made.numerical_rank_, strict=True))
     ]
     rows += [(name, f"{told[name]:.2f}") for name in ("rate", "class_rate", "effective_neighbors") if name in told]
+    rows += [(name, f"{value:.4f}") for found in scores.values() for name, value in found.items()]
     show_table("", ("what", "value"), rows + ([("labels", str(out))] if out is not None else []))
 
 
-def report(fitted: Any) -> dict[str, Any]:
+def summary(fitted: Any) -> dict[str, Any]:
     """Return what is worth knowing of a fit, in plain types."""
     import numpy as np
 

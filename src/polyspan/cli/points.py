@@ -28,7 +28,10 @@ METHODS = {
     "lsr": Method("polyspan.cluster:LeastSquaresSubspaceClustering", SELF),
     "lsr-squared": Method("polyspan.cluster:LeastSquaresSubspaceClustering", SELF, {"power": 2}),
     "tsc": Method("polyspan.cluster:ThresholdingSubspaceClustering", UNIT),
-    "lhdsc": Method("polyspan.cluster:DeepSelfExpressiveClustering", {"seed": "random_state", "dim": "subspace_dim"}),
+    "lhdsc": Method(
+        "polyspan.cluster:DeepSelfExpressiveClustering",
+        {"seed": "random_state", "dim": "subspace_dim", "image": "image_shape"},
+    ),
     "mlc": Method("polyspan.cluster:ManifoldLinearizingClustering", {"seed": "random_state"}),
     "kmeans": Method("sklearn.cluster:KMeans", {"seed": "random_state"}, {"n_init": 10}),
     "spectral": Method(
@@ -117,6 +120,79 @@ def points(
     json : bool
         Print the report as JSON.
     """
+    check_names(method, METHODS, out, seeds)
+    X, ids, truth = _read(source, labels, member, label_member, column, label_column)
+    run_method(
+        X,
+        ids,
+        truth,
+        method=method,
+        n_clusters=count_clusters(n_clusters, truth, X),
+        normalize=normalize,
+        pca=pca,
+        dim=dim,
+        option=option,
+        out=out,
+        memberships=memberships,
+        bases=bases,
+        compare=compare,
+        seeds=seeds,
+        seed=seed,
+        jobs=jobs,
+        report=report,
+        plot=plot,
+        json=json,
+    )
+
+
+def check_names(method: str, known: Any, out: Path | None, seeds: int) -> None:
+    """Look at what can be wrong before any file is read."""
+    if out is not None and out.suffix not in LABEL_FILES:
+        raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
+    if method not in known:
+        raise ValueError(f"--method must be one of {', '.join(known)}, got {method}")
+    if seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {seeds}")
+
+
+def count_clusters(n_clusters: int | None, truth: Any, X: Any) -> int:
+    """Return the number of groups asked for, or that of the true classes."""
+    import numpy as np
+
+    if n_clusters is None:
+        if truth is None:
+            raise ValueError("--n-clusters must be given where there are no true classes to count")
+        n_clusters = len(np.unique(truth))
+    if not 1 <= n_clusters <= len(X):
+        turned = "; rows are points: is the file transposed?" if n_clusters <= X.shape[1] else ""
+        raise ValueError(f"--n-clusters must be between 1 and the {len(X)} rows, got {n_clusters}{turned}")
+    return n_clusters
+
+
+def run_method(
+    X: Any,
+    ids: Any,
+    truth: Any,
+    *,
+    method: str,
+    n_clusters: int,
+    normalize: bool,
+    pca: int | None,
+    dim: int | None,
+    option: list[str] | None,
+    out: Path | None,
+    memberships: Path | None,
+    bases: Path | None,
+    compare: bool,
+    seeds: int,
+    seed: int,
+    jobs: int,
+    report: Path | None,
+    plot: Path | None,
+    json: bool,
+    image_shape: tuple[int, ...] | None = None,
+) -> None:
+    """Fit one of ``METHODS`` to rows, report, write and draw; ``image_shape`` goes to those that know images."""
     import time
     import warnings
 
@@ -125,22 +201,9 @@ def points(
     from polyspan.cluster import clustering_report, found_subspaces, seed_stability
     from polyspan.io import write_array, write_json
 
-    if out is not None and out.suffix not in LABEL_FILES:
-        raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
-    if method not in METHODS:
-        raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method}")
-    if seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {seeds}")
-    X, ids, truth = _read(source, labels, member, label_member, column, label_column)
-    if n_clusters is None:
-        if truth is None:
-            raise ValueError("--n-clusters must be given where there are no true classes to count")
-        n_clusters = len(np.unique(truth))
-    if not 1 <= n_clusters <= len(X):
-        turned = "; rows are points: is the file transposed?" if n_clusters <= X.shape[1] else ""
-        raise ValueError(f"--n-clusters must be between 1 and the {len(X)} rows, got {n_clusters}{turned}")
     rows, projection = _prepared(X, pca, normalize)
-    given = {"seed": seed, "jobs": jobs, "normalize": normalize} | ({} if dim is None else {"dim": dim})
+    given: dict[str, Any] = {"seed": seed, "jobs": jobs, "normalize": normalize}
+    given |= {name: value for name, value in (("dim", dim), ("image", image_shape)) if value is not None}
     fitted = _make(method, n_clusters, given, option or [])
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
@@ -215,14 +278,14 @@ def _read(source: Path, labels: Path | None, member, label_member, column, label
         if label_member is not None:
             truth = read_members(source, [label_member])[label_member]
     if labels is not None:
-        truth = _read_labels(labels, ids)
+        truth = read_labels(labels, ids)
     if truth is not None and len(truth) != len(X):
         turned = "; is the file of rows transposed?" if len(truth) == X.shape[1] else ""
         raise ValueError(f"there must be one label a row, got {len(X)} rows and {len(truth)} labels{turned}")
     return X, ids, truth
 
 
-def _read_labels(path: Path, ids: Any) -> Any:
+def read_labels(path: Path, ids: Any) -> Any:
     """Return true classes in the order of the rows; a table with ids is joined with those of the rows."""
     import numpy as np
 

@@ -13,6 +13,7 @@ from .rate_reduction import DoublyStochastic as DoublyStochastic
 from .rate_reduction import RateReductionLoss as RateReductionLoss
 from .rate_reduction import TotalCodingRateLoss as TotalCodingRateLoss
 from .reporting import Stability as Stability
+from .reporting import class_scores as class_scores
 from .reporting import clustering_report as clustering_report
 from .reporting import found_subspaces as found_subspaces
 from .reporting import memberships as memberships

@@ -89,6 +89,15 @@ def basis_angles(bases: list[np.ndarray]) -> np.ndarray:
     return angles
 
 
+def class_scores(truth: Any, labels: Any) -> dict[str, float]:
+    """Return ``accuracy`` under the best one-to-one matching, ``nmi`` and ``ari`` of labels (n,) against classes."""
+    return {
+        "accuracy": clustering_accuracy(truth, labels),
+        "nmi": float(normalized_mutual_info_score(truth, labels)),
+        "ari": float(adjusted_rand_score(truth, labels)),
+    }
+
+
 def clustering_report(
     X: Any,
     labels: Any,
@@ -163,11 +172,7 @@ def clustering_report(
         }
     if truth is not None:
         _, truth = _checked(X, truth, "truth")
-        told["scores"] = {
-            "accuracy": clustering_accuracy(truth, labels),
-            "nmi": float(normalized_mutual_info_score(truth, labels)),
-            "ari": float(adjusted_rand_score(truth, labels)),
-        }
+        told["scores"] = class_scores(truth, labels)
         if sp.issparse(representation):
             told["scores"] |= _preserving(sp.coo_array(representation), np.unique(truth, return_inverse=True)[1])
     return told
