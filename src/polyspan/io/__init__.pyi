@@ -16,6 +16,7 @@ from .digest import digest_file as digest_file
 from .embeddings import EmbeddingBatch as EmbeddingBatch
 from .embeddings import EmbeddingReader as EmbeddingReader
 from .embeddings import EmbeddingWriter as EmbeddingWriter
+from .embeddings import text_batches as text_batches
 from .embeddings import transform_file as transform_file
 from .fitted import Fitted as Fitted
 from .fitted import load_fitted as load_fitted
@@ -25,6 +26,10 @@ from .graphs import as_graph as as_graph
 from .graphs import read_graph as read_graph
 from .idx import read_idx as read_idx
 from .inspect import inspect_file as inspect_file
+from .partial import PartialRows as PartialRows
+from .partial import filled_rows as filled_rows
+from .partial import swap_in as swap_in
+from .replacing import replace_vectors as replace_vectors
 from .text import append_line as append_line
 from .text import dump_json as dump_json
 from .text import list_folder as list_folder

@@ -37,7 +37,7 @@ from .atomic import atomic_path, real_target, settle, sync_folder
 from .text import dump_json
 
 SOURCES = (".npy", ".npz", ".safetensors", *_tables.TABLES, *FVECS)
-TARGETS = (".npy", ".npz", ".safetensors", *_tables.TABLES)
+TARGETS = (".npy", ".npz", ".safetensors", *_tables.TABLES, ".fvecs")
 BATCH_ROWS = 65536
 ROOM = 1024
 """Bytes kept for the JSON of a .safetensors header, which is written last, when the number of rows is known."""
@@ -274,6 +274,31 @@ def _regular(batches: Iterator[tuple[int, Any]], rows: int) -> Iterator[tuple[in
         yield first, pa.concat_batches(held) if len(held) > 1 else held[0]
 
 
+def text_batches(path: PathLike, column: str, *, batch_rows: int = BATCH_ROWS, start: int = 0) -> Generator[list[str]]:
+    """Yield a text column of a table in the batches in which :class:`EmbeddingReader` yields its vectors.
+
+    Raises
+    ------
+    FileError
+        One of its five kinds; ``WrongContent`` where there is no such column, it holds no text, or a text is missing.
+    """
+    import pyarrow.types as t
+
+    suffix_of(path, _tables.TABLES)
+    with _tables.open_table(path) as table:
+        if column not in table.schema.names:
+            raise no_member(path, column, table.schema.names, "column")
+        kind = table.schema.field(column).type
+        if not (t.is_string(kind) or t.is_large_string(kind)):
+            raise WrongContent(path, found=f"column {column!r} of type {kind}", expected="a column of text")
+        for first, batch in _regular(table.batches([column], batch_rows, start), batch_rows):
+            found = batch.column(column)
+            if found.null_count:
+                row = first + int(np.flatnonzero(found.is_null().to_numpy(zero_copy_only=False))[0])
+                raise WrongContent(path, found="no text", expected="one in every row", where=f"{column}, row {row}")
+            yield found.to_pylist()
+
+
 _END = object()
 
 
@@ -323,11 +348,11 @@ class EmbeddingWriter:
     Parameters
     ----------
     path : path-like
-        ``.npy``, ``.npz`` (stored), ``.safetensors``, ``.parquet``, ``.arrow`` or ``.feather``.
+        ``.npy``, ``.npz`` (stored), ``.safetensors``, ``.parquet``, ``.arrow``, ``.feather`` or ``.fvecs``.
     dim : int
         Components of a vector.
     dtype : dtype
-        float16, float32 or float64, in which they are stored.
+        float16, float32 or float64, in which they are stored; ``.fvecs`` knows float32 only.
     n_rows : int, optional
         How many rows will come; needed for ``.npz``, and compared where it is given.
     column : str
@@ -367,6 +392,8 @@ class EmbeddingWriter:
             raise ValueError(f"dim must be at least 1, got {dim}")
         if with_ids and self.suffix not in _tables.TABLES:
             raise ValueError(f"ids need a table ({', '.join(_tables.TABLES)}), got {self.suffix}")
+        if self.suffix == ".fvecs" and self.dtype != np.float32:
+            raise ValueError(f"dtype must be float32 for .fvecs, got {self.dtype}")
         if self.suffix == ".npz" and n_rows is None:
             raise ValueError("n_rows must be given for .npz, whose header comes first, got None")
         self.written = 0
@@ -394,7 +421,7 @@ class EmbeddingWriter:
         elif self.suffix == ".safetensors":
             self._total = hashlib.sha256()
             self._file.write(self._tensor_header())
-        else:
+        elif self.suffix == ".npz":
             archive = self._stack.enter_context(zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED))
             entry = archive.open(zipfile.ZipInfo(self.column + ".npy"), "w", force_zip64=True)
             self._file = self._stack.enter_context(entry)
@@ -416,7 +443,11 @@ class EmbeddingWriter:
         if self.suffix in _tables.TABLES:
             self._write_batch(made, None if ids is None else as_ids(ids, len(made)))
         else:
-            data = np.ascontiguousarray(made, made.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+            data = np.ascontiguousarray(made, made.dtype.newbyteorder("<")).view(np.uint8)
+            if self.suffix == ".fvecs":
+                width = np.array([self.dim], "<i4").view(np.uint8)
+                data = np.hstack([np.broadcast_to(width, (len(data), 4)), data])
+            data = data.reshape(-1)
             if self.suffix == ".safetensors":
                 self._total.update(data.data)
             self._file.write(data)
@@ -611,7 +642,7 @@ def _to_npy(reader, target, results, dim, fingerprint, journal, resume) -> None:
     real = real_target(target)
     partial = real.with_name(f".{real.name}.partial")
     record = real.with_name(f".{real.name}.journal") if journal is None else Path(journal)
-    with _locked(partial, target) as descriptor:
+    with lock_partial(partial, target) as descriptor:
         fresh = os.fstat(descriptor).st_size == 0
         if fresh or not resume:
             Journal.discard(record)
@@ -629,13 +660,13 @@ def _to_npy(reader, target, results, dim, fingerprint, journal, resume) -> None:
         def write(at: int, rows: np.ndarray) -> None:
             if state["dtype"] is None:
                 state["dtype"] = rows.dtype
-                _write_at(descriptor, npy_header((reader.n_rows, dim), rows.dtype), 0)
+                write_at(descriptor, npy_header((reader.n_rows, dim), rows.dtype), 0)
             if rows.dtype != state["dtype"]:
                 raise ValueError(f"fn must keep its dtype, {state['dtype']}, got {rows.dtype} at row {at}")
             finite_rows(rows, at)
             data = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
             row_bytes = dim * rows.dtype.itemsize
-            _write_at(descriptor, data, 128 + at * row_bytes)
+            write_at(descriptor, data, 128 + at * row_bytes)
             stop = at + len(rows)
             if (stop - state["since"]) * row_bytes >= SYNC_BYTES or stop == reader.n_rows:
                 os.fsync(descriptor)
@@ -653,7 +684,7 @@ def _to_npy(reader, target, results, dim, fingerprint, journal, resume) -> None:
 
 
 @contextlib.contextmanager
-def _locked(partial: Path, target: PathLike) -> Generator[int]:
+def lock_partial(partial: Path, target: PathLike) -> Generator[int]:
     """Open the partial file, which one run at a time may write; a killed run's lock goes with it.
 
     Where a file system grants every lock, two runs of the same work write the same bytes, and of other work the
@@ -673,7 +704,7 @@ def _locked(partial: Path, target: PathLike) -> Generator[int]:
         os.close(descriptor)
 
 
-def _write_at(descriptor: int, data: Any, at: int) -> None:
+def write_at(descriptor: int, data: Any, at: int) -> None:
     rest = memoryview(data)
     while rest:
         n = os.pwrite(descriptor, rest, at)

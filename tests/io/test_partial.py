@@ -1,0 +1,151 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from polyspan.errors import CorruptFile, UnreadableFile, WrongContent
+from polyspan.io import (
+    EmbeddingReader,
+    EmbeddingWriter,
+    PartialRows,
+    filled_rows,
+    read_array,
+    replace_vectors,
+    swap_in,
+    text_batches,
+    write_array,
+)
+
+X = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+WORK = {"by": "me"}
+
+
+def opened(path, **changes):
+    return PartialRows(path, **({"n_rows": 20, "dim": 4, "work": WORK} | changes))
+
+
+def test_rows_filled_over_several_runs_are_the_array(tmp_path):
+    path = tmp_path / "a" / "x.npy"
+    for start in range(0, 20, 8):
+        rows = opened(path)
+        assert rows.filled == start
+        rows.append(start, X[start : start + 8])
+        rows.sync()
+        rows.close()
+    assert filled_rows(path) == 20
+    np.testing.assert_array_equal(read_array(path), X)
+
+
+def test_what_is_not_synced_counts_as_not_written(tmp_path):
+    rows = opened(tmp_path / "x.npy")
+    rows.append(0, X[:5])
+    rows.sync()
+    rows.append(5, X[5:9])
+    assert (rows.filled, rows.written) == (5, 9)
+    rows.close()
+    again = opened(tmp_path / "x.npy")
+    assert again.filled == again.written == 5
+    again.close()
+
+
+def test_rows_are_written_anew_wherever_they_stand(tmp_path):
+    rows = opened(tmp_path / "x.npy", dtype=np.float16)
+    rows.append(0, X)
+    rows.rewrite([7, 2], np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32))
+    rows.sync()
+    rows.close()
+    expected = X.astype(np.float16)
+    expected[7], expected[2] = [1, 2, 3, 4], [5, 6, 7, 8]
+    np.testing.assert_array_equal(read_array(tmp_path / "x.npy", dtype=np.float32), expected.astype(np.float32))
+
+
+def test_other_work_other_writers_and_holes_are_refused(tmp_path):
+    path = tmp_path / "x.npy"
+    rows = opened(path)
+    with pytest.raises(UnreadableFile, match="another run writing it"):
+        opened(path)
+    with pytest.raises(ValueError, match="start must be 0, the first row not written, got 3"):
+        rows.append(3, X[:2])
+    with pytest.raises(ValueError, match=r"rows must have shape \(b, 4\)"):
+        rows.append(0, X[:, :3])
+    with pytest.raises(ValueError, match="rows must be finite"):
+        rows.append(0, np.full((1, 4), np.inf, np.float32))
+    with pytest.raises(ValueError, match="20 in all"):
+        rows.append(0, np.zeros((21, 4), np.float32))
+    with pytest.raises(ValueError, match="one written row each"):
+        rows.rewrite([0], X[:1])
+    rows.append(0, X[:5])
+    rows.sync()
+    rows.close()
+    with pytest.raises(ValueError, match="belongs to other work"):
+        opened(path, work={"by": "you"})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptFile, match="both, or neither"):
+        opened(path)
+    assert filled_rows(tmp_path / "none.npy") == 0
+
+
+def test_a_swap_keeps_the_old_file_and_is_done_once(tmp_path):
+    old, new, kept = (tmp_path / name for name in ("x.npy", "new.npy", "x.before.npy"))
+    old.write_bytes(b"old")
+    new.write_bytes(b"new")
+    for _ in range(2):
+        swap_in(old, new, kept)
+        assert (old.read_bytes(), kept.read_bytes(), new.exists()) == (b"new", b"old", False)
+    new.write_bytes(b"newer")
+    with pytest.raises(UnreadableFile, match="a file of that name"):
+        swap_in(old, new, kept)
+    kept.unlink()
+    new.unlink()
+    with pytest.raises(UnreadableFile, match="the file that is to take the place"):
+        swap_in(old, new, kept)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".fvecs", ".parquet", ".arrow"])
+def test_vectors_of_another_width_take_the_place_of_a_files(tmp_path, suffix):
+    source, target, vectors = tmp_path / f"x{suffix}", tmp_path / f"y{suffix}", tmp_path / "v.npy"
+    write_array(source, X)
+    write_array(vectors, X[:, :3] * 2)
+    replace_vectors(source, target, vectors, batch_rows=7)
+    np.testing.assert_array_equal(read_array(target), X[:, :3] * 2)
+    write_array(vectors, X[:19])
+    with pytest.raises(WrongContent, match="19 rows; expected 20"):
+        replace_vectors(source, target, vectors)
+    with pytest.raises(ValueError, match="like source"):
+        replace_vectors(source, tmp_path / "y.other", vectors)
+
+
+def test_no_array_is_lost_from_a_file_of_several(tmp_path):
+    np.savez(tmp_path / "x.npz", a=X, b=X)
+    write_array(tmp_path / "v.npy", X)
+    with pytest.raises(WrongContent, match="2 arrays"):
+        replace_vectors(tmp_path / "x.npz", tmp_path / "y.npz", tmp_path / "v.npy", member="a")
+
+
+def test_texts_come_in_the_batches_of_the_vectors(tmp_path):
+    texts = [f"t{i}" for i in range(20)]
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(X.ravel()), 4)
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"vector": lists, "text": texts, "n": range(20)}), path, row_group_size=6)
+    told = list(text_batches(path, "text", batch_rows=8, start=3))
+    rows = [batch.rows for batch in EmbeddingReader(path, batch_rows=8).batches(3)]
+    assert [len(part) for part in told] == [len(part) for part in rows]
+    assert [text for part in told for text in part] == texts[3:]
+    with pytest.raises(WrongContent, match="words"):
+        list(text_batches(path, "words"))
+    with pytest.raises(WrongContent, match="a column of text"):
+        list(text_batches(path, "n"))
+    pq.write_table(pa.table({"text": ["a", None]}), path)
+    with pytest.raises(WrongContent, match="text, row 1"):
+        list(text_batches(path, "text"))
+
+
+def test_fvecs_are_written_batch_by_batch_and_hold_single_floats(tmp_path):
+    with EmbeddingWriter(tmp_path / "x.fvecs", dim=4) as writer:
+        writer.write(X[:9])
+        writer.write(X[9:])
+    np.testing.assert_array_equal(read_array(tmp_path / "x.fvecs"), X)
+    write_array(tmp_path / "y.fvecs", X)
+    assert (tmp_path / "x.fvecs").read_bytes() == (tmp_path / "y.fvecs").read_bytes()
+    with pytest.raises(ValueError, match=r"dtype must be float32 for \.fvecs"):
+        EmbeddingWriter(tmp_path / "x.fvecs", dim=4, dtype=np.float64)
