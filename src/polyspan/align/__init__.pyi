@@ -29,3 +29,7 @@ from .unit_matching import unit_correlations as unit_correlations
 from .unit_matching import unit_mutual_information as unit_mutual_information
 from .unit_sharing import SparseUnitMapping as SparseUnitMapping
 from .unit_sharing import UnitCoClustering as UnitCoClustering
+from .upgrade_plan import StrategyRow as StrategyRow
+from .upgrade_plan import UpgradePlan as UpgradePlan
+from .upgrade_plan import plan_upgrade as plan_upgrade
+from .upgrade_plots import plot_upgrade_plan as plot_upgrade_plan

@@ -25,6 +25,7 @@ align = App(name="align", help="Carry vectors from one embedding space into anot
 cluster = App(name="cluster", help="Find groups in graphs and points by the subspaces they lie on.")
 grassmann = App(name="grassmann", help="Classify embeddings by one subspace a class.")
 retrieve = App(name="retrieve", help="Mend a gallery of retrieval vectors.")
+upgrade = App(name="upgrade", help="Move a vector store to another embedding model without embedding it again.")
 gallery = App(name="gallery", help="The web page of all systems and verdicts.")
 
 align.command("polyspan.cli.align:fit", name="fit", help="Fit a map on items that both models have embedded.")
@@ -38,6 +39,11 @@ grassmann.command(
     "polyspan.cli.classify:report", name="report", help="Measure a fitted classifier on labelled embeddings."
 )
 retrieve.command("polyspan.cli.retrieve:debias", name="debias", help="Take the hubs out of a gallery.")
+upgrade.command("polyspan.cli.upgrade:plan", name="plan", help="Predict what each way gives and costs, on a sample.")
+upgrade.command("polyspan.cli.upgrade:apply", name="apply", help="Fill in new vectors beside those in use.")
+upgrade.command("polyspan.cli.upgrade:check", name="check", help="Look at every new vector before it comes in use.")
+upgrade.command("polyspan.cli.upgrade:cutover", name="cutover", help="Put the new vectors in use; the old ones stay.")
+upgrade.command("polyspan.cli.upgrade:rollback", name="rollback", help="Put the old vectors in use again.")
 gallery.command("polyspan.cli.gallery:build", name="build", help="Write the static site.")
 gallery.command("polyspan.cli.gallery:serve", name="serve", help="Build it and serve it on this machine.")
 app.command("polyspan.cli.systems:list_", name="list", help="List the systems, or those that match some words.")
@@ -45,7 +51,7 @@ app.command("polyspan.cli.systems:show", name="show", help="Tell all about one s
 app.command("polyspan.cli.claim:claim", name="claim", help="Measure claims again: method against baseline and control.")
 app.command("polyspan.cli.doctor:doctor", name="doctor", help="Say what is installed, or what is wrong with a file.")
 app.command("polyspan.cli.compare:compare", name="compare", help="Say which units of two networks are the same.")
-for group in (align, retrieve, cluster, grassmann, gallery):
+for group in (align, upgrade, retrieve, cluster, grassmann, gallery):
     app.command(group)
 app.register_install_completion_command(help="Install completion for your shell.")
 

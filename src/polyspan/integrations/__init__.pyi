@@ -1,0 +1,14 @@
+from .encoders import Encoder as Encoder
+from .encoders import load_encoder as load_encoder
+from .file_tables import FaissTable as FaissTable
+from .file_tables import FileTable as FileTable
+from .file_tables import wrap_queries as wrap_queries
+from .lance_tables import LanceTable as LanceTable
+from .postgres_tables import PostgresTable as PostgresTable
+from .qdrant_tables import QdrantTable as QdrantTable
+from .upgrading import Upgrade as Upgrade
+from .upgrading import UpgradeCheck as UpgradeCheck
+from .vector_tables import TableBatch as TableBatch
+from .vector_tables import TableFacts as TableFacts
+from .vector_tables import VectorTable as VectorTable
+from .vector_tables import open_vector_table as open_vector_table

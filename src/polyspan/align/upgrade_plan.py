@@ -1,0 +1,239 @@
+"""What it will cost and give to move a vector store from an old embedding model to a new one, predicted on a sample."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from sklearn.base import clone
+from sklearn.model_selection import KFold
+
+from polyspan.linalg import label_hits, top_k
+
+from ._aligner import Aligner
+from .choosing import default_candidates, pairing_p_value
+
+STRATEGIES = ("stay", "query", "gallery", "backfill", "re-embed")
+RESAMPLES = 1000
+UNPAIRED = 0.05
+
+
+class StrategyRow(NamedTuple):
+    """One way to move and what it is predicted to give.
+
+    ``strategy``: one of ``STRATEGIES``; ``aligner``: family, or ``""`` where no map is used; ``recall`` in [0, 1] with
+    its 95 % ``interval``; ``share``: of the items that are embedded again; ``n_written``: vectors that are written;
+    ``seconds`` and ``cost`` (in the unit of ``price_per_item``) for the whole store, or None where not known.
+    """
+
+    strategy: str
+    aligner: str
+    recall: float
+    interval: tuple[float, float]
+    share: float
+    n_written: int
+    seconds: float | None
+    cost: float | None
+
+
+class UpgradePlan(NamedTuple):
+    """The table, best first; which row is recommended and why; and what is suspicious.
+
+    ``aligners`` holds, by strategy, the best map fitted on all anchors: ``"gallery"`` carries old vectors to the new
+    space, ``"query"`` new queries to the old space. ``table[recommended]`` is the recommended row.
+    """
+
+    table: list[StrategyRow]
+    recommended: int
+    reason: str
+    aligners: dict[str, Aligner]
+    k: int
+    n_anchors: int
+    n_rows: int
+    warnings: list[str]
+
+
+def plan_upgrade(
+    old: Any,
+    new: Any,
+    *,
+    n_rows: int,
+    k: int = 10,
+    labels: Any = None,
+    candidates: Mapping[str, Aligner] | None = None,
+    backfill_shares: Sequence[float] = (0.1, 0.3),
+    loss: float = 0.05,
+    seconds_per_item: float | None = None,
+    price_per_item: float | None = None,
+    n_splits: int = 3,
+    random_state: int | None = 0,
+) -> UpgradePlan:
+    r"""Predict recall@k, time and cost of every way to move a store, on a sample that was really embedded again.
+
+    The sample stands for the store. Each held-out fold is searched by its own new vectors (and by what the strategy
+    makes of them), every query leaving out its own item:
+
+    * ``stay``: old queries, old vectors; what users have now.
+    * ``query``: new queries carried to the old vectors; nothing is written.
+    * ``gallery``: old vectors carried to the new space, asked by new queries.
+    * ``backfill``: as ``gallery``, and a share of the items embedded again, farthest from the mean of its class first
+      where labels are given, else drawn at random.
+    * ``re-embed``: new queries, new vectors: 1 by definition without labels.
+
+    Without labels, recall@k is the share of the k neighbours that full re-embedding would give. With labels it is the
+    share of queries with a hit of their label among the k. A larger store has more near neighbours to confuse: expect
+    less than predicted there, in the same order.
+
+    Parameters
+    ----------
+    old, new : arrays of shape (n, d_A) and (n, d_B)
+        The same sampled items by both models.
+    n_rows : int
+        Size of the store.
+    k : int
+    labels : array of shape (n,), optional
+    candidates : mapping of str to aligner, optional
+        See :func:`polyspan.align.default_candidates`.
+    backfill_shares : sequence of float
+        In (0, 1).
+    loss : float
+        Recall that may be given up against the best row for a cheaper one.
+    seconds_per_item, price_per_item : float, optional
+        Of the new encoder.
+
+    Raises
+    ------
+    ValueError
+        Shapes do not fit, too few anchors, or a number out of range.
+    """
+    A, B = np.asarray(old), np.asarray(new)
+    if A.ndim != 2 or B.ndim != 2 or len(A) != len(B):
+        raise ValueError(f"old and new must be 2-d with one row an item, got shapes {A.shape} and {B.shape}")
+    for name, rows in (("old", A), ("new", B)):
+        if not np.isfinite(rows).all():
+            bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+            raise ValueError(f"{name} must be finite, got NaN or infinity at row {bad}")
+    if len(A) < 4 * n_splits:
+        raise ValueError(f"old must hold at least 4 anchors a fold ({4 * n_splits}), got {len(A)}")
+    if n_rows < len(A):
+        raise ValueError(f"n_rows must be at least the sample's {len(A)}, got {n_rows}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if not all(0 < share < 1 for share in backfill_shares):
+        raise ValueError(f"backfill_shares must lie in (0, 1), got {list(backfill_shares)}")
+    if not 0 <= loss < 1:
+        raise ValueError(f"loss must lie in [0, 1), got {loss}")
+    labels = None if labels is None else np.asarray(labels)
+    if labels is not None and labels.shape != (len(A),):
+        raise ValueError(f"labels must have shape ({len(A)},), got {labels.shape}")
+    tried = dict(candidates or default_candidates(A.shape[1], B.shape[1], len(A), random_state))
+    hits = _held_out_hits(A, B, labels, tried, backfill_shares, k, n_splits, random_state)
+    rng = np.random.default_rng(random_state)
+    rows = []
+    for (strategy, name, share), found in hits.items():
+        n_embedded = n_rows if strategy == "re-embed" else round(share * n_rows)
+        rows.append(
+            StrategyRow(
+                strategy=strategy,
+                aligner=name,
+                recall=float(found.mean()),
+                interval=_interval(found, rng),
+                share=share,
+                n_written=0 if strategy in ("stay", "query") else n_rows,
+                seconds=None if seconds_per_item is None else n_embedded * seconds_per_item,
+                cost=None if price_per_item is None else n_embedded * price_per_item,
+            )
+        )
+    rows.sort(key=lambda row: (-row.recall, row.share, STRATEGIES.index(row.strategy)))
+    chosen, reason = _recommend(rows, loss)
+    best = {s: next((r.aligner for r in rows if r.strategy == s), None) for s in ("gallery", "query")}
+    aligners = {}
+    for direction, name in best.items():
+        if name is not None:
+            source, target = (A, B) if direction == "gallery" else (B, A)
+            aligners[direction] = clone(tried[name]).fit(source, target)
+    return UpgradePlan(rows, chosen, reason, aligners, k, len(A), n_rows, _suspicions(A, B, aligners, rows))
+
+
+def _held_out_hits(A, B, labels, tried, shares, k, n_splits, random_state) -> dict[tuple[str, str, float], np.ndarray]:
+    """Return, for each strategy, map and share, what every sampled query found, in [0, 1], (n,)."""
+    hits: dict[tuple[str, str, float], np.ndarray] = {}
+
+    def note(key: tuple[str, str, float], held: np.ndarray, queries: np.ndarray, gallery: np.ndarray) -> None:
+        own = np.arange(len(held))
+        found = top_k(queries, gallery, min(k, len(held) - 1), exclude=own).indices
+        if labels is None:
+            true = top_k(B[held], B[held], min(k, len(held) - 1), exclude=own).indices
+            scores = (found[:, :, None] == true[:, None, :]).any(axis=2).mean(axis=1)
+        else:
+            scores = label_hits(labels[held], labels[held], found).any(axis=1)
+        hits.setdefault(key, np.zeros(len(A)))[held] = scores
+
+    rng = np.random.default_rng(random_state)
+    for fitting, held in KFold(n_splits, shuffle=True, random_state=random_state).split(A):
+        note(("stay", "", 0.0), held, A[held], A[held])
+        note(("re-embed", "", 1.0), held, B[held], B[held])
+        order = rng.permutation(len(held))
+        for name, candidate in tried.items():
+            back = clone(candidate).fit(B[fitting], A[fitting])
+            note(("query", name, 0.0), held, back.transform(B[held]), A[held])
+            mapped = clone(candidate).fit(A[fitting], B[fitting]).transform(A[held])
+            note(("gallery", name, 0.0), held, B[held], mapped)
+            for share in shares:
+                again = order if labels is None else _farthest_first(mapped, labels[held])
+                mixed = np.array(mapped)
+                picked = again[: round(share * len(held))]
+                mixed[picked] = B[held][picked]
+                note(("backfill", name, float(share)), held, B[held], mixed)
+    return hits
+
+
+def _farthest_first(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    from .backfilling import backfill_order
+
+    return backfill_order(rows, labels)
+
+
+def _interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """Percentile bootstrap of the mean over queries."""
+    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _recommend(rows: list[StrategyRow], loss: float) -> tuple[int, str]:
+    """Take the cheapest row within ``loss`` of the best; cost is items embedded, then vectors written."""
+    best = max(row.recall for row in rows)
+    near = [i for i, row in enumerate(rows) if row.recall >= best - loss and row.strategy != "stay"]
+    chosen = min(near, key=lambda i: (rows[i].share, rows[i].n_written > 0, -rows[i].recall))
+    row, stay = rows[chosen], next(r for r in rows if r.strategy == "stay")
+    told = f"the cheapest within {loss:.2f} of the best, {best:.3f}"
+    if row.share == 1:
+        told = f"no cheaper way comes within {loss:.2f} of embedding everything again"
+    if row.recall < stay.recall:
+        told += f"; the store as it is has {stay.recall:.3f}"
+    return chosen, told
+
+
+def _suspicions(A: np.ndarray, B: np.ndarray, aligners: dict[str, Aligner], rows: list[StrategyRow]) -> list[str]:
+    """Say what of the sample makes one doubt: rows unpaired, too few anchors, lengths that are lost."""
+    said = []
+    p = pairing_p_value(A, B)
+    if p > UNPAIRED:
+        said.append(f"old and new rows do not seem to belong together (permutation test, p = {p:.2f})")
+    small = min(A.shape[1], B.shape[1])
+    if len(A) < small:
+        said.append(f"{len(A)} anchors leave part of {small} dimensions open: sample more")
+    spread = [float(np.std(np.linalg.norm(X, axis=1)) / (np.mean(np.linalg.norm(X, axis=1)) or 1)) for X in (A, B)]
+    if "gallery" in aligners:
+        norms = np.linalg.norm(aligners["gallery"].transform(A), axis=1)
+        if spread[1] < 1e-3 and np.std(norms) > 0.01 * np.mean(norms):
+            said.append("new vectors are of one length, carried ones are not: search by cosine, or normalise them")
+    if spread[0] < 1e-3 < spread[1]:
+        said.append("old vectors are of one length, new ones are not: if search is by inner product, lengths are lost")
+    duplicates = len(A) - len(np.unique(A, axis=0))
+    if duplicates:
+        said.append(f"{duplicates} anchors repeat others")
+    best = {s: max((r.recall for r in rows if r.strategy == s), default=0.0) for s in ("query", "gallery", "stay")}
+    if max(best["query"], best["gallery"]) < best["stay"]:
+        said.append("no map does as well as the store as it is: more anchors, or embed again")
+    return said

@@ -1,0 +1,55 @@
+"""Picture of an upgrade plan: recall of every way against how much of the store it embeds again."""
+
+from pathlib import Path
+
+from polyspan.io import atomic_path
+
+from .upgrade_plan import STRATEGIES, UpgradePlan
+
+UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
+MARKS = dict(zip(STRATEGIES, "xv^os", strict=True))
+
+
+def plot_upgrade_plan(plan: UpgradePlan, path: Path | str) -> Path:
+    """Draw predicted recall with its interval against the share embedded again, one point a row of the plan.
+
+    Parameters
+    ----------
+    plan : UpgradePlan
+    path : path
+        .svg, .png or .pdf; written atomically, with equal bytes for equal input.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    if path.suffix not in UNDATED:
+        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=120)
+        FigureCanvasAgg(figure)
+        axis = figure.subplots()
+        maps = sorted({row.aligner for row in plan.table})
+        colours = {name: mpl.colormaps["tab10"](i) for i, name in enumerate(maps)}
+        for row in plan.table:
+            low, high = row.interval
+            axis.errorbar(
+                row.share,
+                row.recall,
+                yerr=[[max(row.recall - low, 0)], [max(high - row.recall, 0)]],
+                marker=MARKS[row.strategy],
+                color=colours[row.aligner],
+                capsize=2,
+                linestyle="none",
+                label=f"{row.strategy} {row.aligner}".strip() if row.strategy != "backfill" else None,
+            )
+        best = plan.table[plan.recommended]
+        axis.plot(
+            best.share, best.recall, marker="o", markersize=14, fillstyle="none", color="black", label="recommended"
+        )
+        axis.set(xlabel="share of the store embedded again", ylabel=f"recall@{plan.k}", ylim=(0, 1.05))
+        figure.legend(loc="outside right upper", fontsize=7)
+        with atomic_path(path) as temp:
+            figure.savefig(temp, dpi=120, format=path.suffix[1:], metadata=UNDATED[path.suffix])
+    return path

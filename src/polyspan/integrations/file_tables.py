@@ -1,0 +1,448 @@
+"""Files of vectors and FAISS indexes as stores that can be upgraded: the new file is made beside the old one."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyspan.errors import UnreadableFile, WrongContent, require
+from polyspan.io import (
+    EmbeddingReader,
+    PartialRows,
+    atomic_path,
+    digest_array,
+    filled_rows,
+    make_folder,
+    read_array,
+    read_json,
+    remove_file,
+    replace_vectors,
+    swap_in,
+    text_batches,
+    write_json,
+)
+
+from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_verb
+
+FAISS_FILES = (".faiss", ".index")
+STORED = ("float16", "float32", "float64")
+
+
+class _SwappedFile:
+    """What a store of one file has in common: places, stamps, partial rows, and the swap.
+
+    All that an upgrade writes stands in ``NAME.upgrade`` beside the file until it is cut over; then the old file is
+    ``NAME.before.SUFFIX``. Stamps are kept by the content of a file, so that they stay true wherever it is moved.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UnreadableFile(path, found="no such file", expected="a store of vectors")
+        self.work = self.path.with_name(self.path.name + ".upgrade")
+        self.before = self.path.with_name(f"{self.path.stem}.before{self.path.suffix}")
+        self.next = self.work / f"next{self.path.suffix}"
+        self._rows: PartialRows | None = None
+
+    def _content(self, path: Path) -> str:
+        """Return what names a file's content, wherever it stands."""
+        raise NotImplementedError
+
+    def _state(self) -> dict[str, Any]:
+        """Return what changes when the vectors in use do."""
+        return {"content": self._content(self.path), "modified_ns": self.path.stat().st_mtime_ns}
+
+    def _build(self, rows: Path) -> None:
+        """Write ``self.next`` from a ``.npy`` of its vectors."""
+        raise NotImplementedError
+
+    def _source(self, batch_rows: int, start: int = 0) -> Iterator[TableBatch]:
+        raise NotImplementedError
+
+    def _size(self) -> tuple[int, int, str]:
+        """Return rows, components and the dtype in which next vectors are kept."""
+        raise NotImplementedError
+
+    def _stamps(self) -> dict[str, Any]:
+        place = self.work / "spaces.json"
+        return read_json(place) if place.exists() else {}
+
+    def _put_stamp(self, content: str, space: Mapping[str, Any]) -> None:
+        make_folder(self.work)
+        write_json(self.work / "spaces.json", self._stamps() | {content: dict(space)})
+
+    def _plan(self) -> dict[str, Any] | None:
+        place = self.work / "next.json"
+        return read_json(place) if place.exists() else None
+
+    def _common(self, *, metric: str | None, exact: bool, unit: bool) -> TableFacts:
+        n, dim, _ = self._size()
+        plan, content = self._plan(), self._content(self.path)
+        pending = None if plan is None else n - self._filled()
+        return TableFacts(
+            n_rows=n,
+            dim=dim,
+            metric=metric,
+            exact=exact,
+            unit=unit,
+            space=self._stamps().get(content),
+            next_dim=None if plan is None else plan["dim"],
+            n_pending=pending,
+            next_space=None if plan is None else plan["space"],
+            has_before=self.before.exists() and not self.before.samefile(self.path),
+            state=self._state(),
+        )
+
+    def _filled(self) -> int:
+        if self._rows is not None:
+            return self._rows.filled
+        return filled_rows(self.work / "rows.npy")
+
+    def _open(self, plan: Mapping[str, Any]) -> PartialRows:
+        if self._rows is None:
+            self._check_unchanged(plan)
+            n, _, dtype = self._size()
+            work = {"source": plan["source"], **plan["work"]}
+            self._rows = PartialRows(self.work / "rows.npy", n_rows=n, dim=plan["dim"], dtype=dtype, work=work)
+        return self._rows
+
+    def _check_unchanged(self, plan: Mapping[str, Any]) -> None:
+        if plan["source"] != self._state():
+            raise ValueError(
+                f"{self.path} must not change while it is upgraded, got other contents; forget the upgrade, begin anew"
+            )
+
+    def sync(self) -> None:
+        """Put what was filled on the disk and let go of it, so that another run may go on."""
+        if self._rows is not None:
+            self._rows.sync()
+            self._rows.close()
+            self._rows = None
+
+    def stamp(self, space: Mapping[str, Any]) -> None:
+        """Keep with the vectors in use what space they are of."""
+        self._put_stamp(self._content(self.path), space)
+
+    def prepare(self, dim: int, space: Mapping[str, Any], work: Mapping[str, Any]) -> None:
+        """Make room for the next vectors, stamped; other work than that under way is refused."""
+        plan = self._plan()
+        wanted = {"dim": dim, "space": dict(space), "work": dict(work)}
+        if plan is None:
+            if self.before.exists():
+                raise ValueError(
+                    f"{self.path} must have no upgrade that is cut over and not forgotten, got {self.before.name}"
+                )
+            make_folder(self.work)
+            wanted["source"] = self._state()
+            write_json(self.work / "next.json", wanted)
+        elif any(plan[name] != wanted[name] for name in wanted):
+            changed = sorted(name for name in wanted if plan.get(name) != wanted[name])
+            raise ValueError(
+                f"{self.path} is being upgraded in another way ({', '.join(changed)} differ); forget that upgrade first"
+            )
+        self._open(self._planned())
+
+    def rows(self, batch_rows: int = BATCH_ROWS) -> Iterator[TableBatch]:
+        """Yield the rows in use, in the order of the file."""
+        yield from self._source(batch_rows)
+
+    def pending(self, batch_rows: int = BATCH_ROWS) -> Iterator[TableBatch]:
+        """Yield rows in use that have no next vector yet, in the order of the file."""
+        self._check_unchanged(self._planned())
+        start, n = self._filled(), self._size()[0]
+        if start < n:
+            yield from self._source(batch_rows, start)
+
+    def _planned(self) -> dict[str, Any]:
+        plan = self._plan()
+        if plan is None:
+            raise ValueError(f"{self.path} must be prepared for an upgrade first, got none under way")
+        return plan
+
+    def fill(self, batch: TableBatch, rows: np.ndarray) -> None:
+        """Write the next vectors of a batch: the next rows of the file, or rows already filled anew."""
+        partial = self._open(self._planned())
+        keys = np.asarray(batch.keys)
+        if len(keys) and keys.max() < partial.written:
+            remove_file(self.next)
+            partial.rewrite(keys, rows)
+        else:
+            partial.append(int(keys[0]), rows)
+
+    def seal(self) -> None:
+        """Write the new file, whole and synced, into the folder of the upgrade."""
+        plan = self._planned()
+        self._check_unchanged(plan)
+        self._open(plan)
+        self.sync()
+        n, filled = self._size()[0], self._filled()
+        if filled != n:
+            raise ValueError(f"every row must have a next vector, got {filled} of {n}")
+        if not self.next.exists():
+            self._build(self.work / "rows.npy")
+            self._put_stamp(self._content(self.next), plan["space"])
+
+    def switch(self, verb: str) -> None:
+        """Cut over, roll back or forget: renames in one folder, so that a whole file stands at the path always."""
+        check_verb(verb)
+        if verb == "cut over":
+            if not self.next.exists() and not self.before.exists():
+                raise ValueError(f"{self.path} must have next vectors that are sealed, got none")
+            swap_in(self.path, self.next, self.before)
+            self._clear()
+        elif verb == "roll back":
+            if not self.before.exists():
+                raise ValueError(f"{self.path} must have been cut over and not forgotten, got no {self.before.name}")
+            away = self.path.with_name(f"{self.path.stem}.after{self.path.suffix}")
+            swap_in(self.path, self.before, away)
+            remove_file(away)
+        elif self.before.exists():
+            remove_file(self.before)
+        else:
+            remove_file(self.next)
+            self._clear()
+
+    def _clear(self) -> None:
+        self.sync()
+        for name in ("next.json", "rows.npy.journal", "rows.npy"):
+            remove_file(self.work / name)
+
+
+class FileTable(_SwappedFile):
+    """A file of vectors, (n, d), as a store; keys are row numbers.
+
+    Of tables all other columns are kept. Next vectors have the stored float width of the old ones, or float32 where
+    these were integers.
+
+    Parameters
+    ----------
+    path : path-like
+        ``.npy``, ``.npz``, ``.safetensors``, ``.parquet``, ``.arrow``, ``.feather`` or ``.fvecs``.
+    column, id_column, text_column : str, optional
+        Of a table: vectors, ids, and the text that was embedded.
+    member : str, optional
+        Which array of ``.npz`` or ``.safetensors``.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        column: str | None = None,
+        id_column: str | None = None,
+        text_column: str | None = None,
+        member: str | None = None,
+    ):
+        super().__init__(path)
+        if self.path.suffix.lower() in (".bvecs", ".ivecs"):
+            raise WrongContent(path, found="whole numbers", expected="a store whose vectors may become floats")
+        self._given: dict[str, Any] = {"column": column, "member": member, "id_column": id_column}
+        self.text_column = text_column
+        self.reader = EmbeddingReader(path, **self._given)
+
+    def _content(self, path: Path) -> str:
+        facts = EmbeddingReader(path, **self._given).fingerprint()
+        return f"{facts['ends_sha256']}:{facts['bytes']}"
+
+    def _size(self) -> tuple[int, int, str]:
+        stored = self.reader.stored_dtype
+        kept = stored if stored in STORED and self.path.suffix.lower() != ".fvecs" else "float32"
+        return self.reader.n_rows, self.reader.dim, kept
+
+    def facts(self) -> TableFacts:
+        """Look at the file; no metric is known of it."""
+        self.reader = EmbeddingReader(self.path, **self._given)
+        return self._common(metric=None, exact=True, unit=False)
+
+    def _source(self, batch_rows: int, start: int = 0) -> Iterator[TableBatch]:
+        reader = EmbeddingReader(self.path, **self._given, batch_rows=batch_rows)
+        texts = None
+        if self.text_column is not None:
+            texts = text_batches(self.path, self.text_column, batch_rows=batch_rows, start=start)
+        with contextlib.closing(reader.batches(start)) as batches:
+            for batch in batches:
+                keys = np.arange(batch.start, batch.start + len(batch.rows))
+                yield TableBatch(keys, batch.rows, None if texts is None else next(texts))
+
+    def _build(self, rows: Path) -> None:
+        replace_vectors(self.path, self.next, rows, column=self._given["column"], member=self._given["member"])
+
+    def pairs(self, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[TableBatch, np.ndarray]]:
+        """Yield every row in use with its next vector, from the file that will take the place."""
+        name = {"column": self.reader.column, "member": self._given["member"]}
+        if self.path.suffix.lower() in (".npz", ".safetensors"):
+            name = {"member": None}
+        new = EmbeddingReader(self.next, **name, batch_rows=batch_rows)
+        with contextlib.closing(new.batches()) as batches:
+            for old, made in zip(self._source(batch_rows), batches, strict=True):
+                yield old, made.rows
+
+
+class FaissTable(_SwappedFile):
+    """A FAISS index of flat, IVF-flat or HNSW-flat kind as a store; keys are positions.
+
+    The new index is of the same kind with the same parameters, trained on the new vectors; ids of an IndexIDMap are
+    kept. Codes (PQ, SQ, ...) do not give vectors back: there, carry the queries, see :func:`wrap_queries`.
+    """
+
+    def __init__(self, path: Path | str):
+        super().__init__(path)
+        self.index = read_index(self.path)
+        self._inner, self.ids = _inner(self.index)
+
+    def _content(self, path: Path) -> str:
+        inner, _ = _inner(self.index if path == self.path else read_index(path))
+        n = min(inner.ntotal, 1000)
+        ends = np.vstack([_vectors(inner, 0, n), _vectors(inner, inner.ntotal - n, n)])
+        return f"{digest_array(ends)}:{inner.ntotal}"
+
+    def _size(self) -> tuple[int, int, str]:
+        return self._inner.ntotal, self._inner.d, "float32"
+
+    def facts(self) -> TableFacts:
+        """Look at the index, as it is on the disk now."""
+        self.index = read_index(self.path)
+        self._inner, self.ids = _inner(self.index)
+        faiss = _faiss()
+        metric = {faiss.METRIC_INNER_PRODUCT: "dot", faiss.METRIC_L2: "l2"}.get(self._inner.metric_type)
+        return self._common(metric=metric, exact=True, unit=False)
+
+    def _source(self, batch_rows: int, start: int = 0) -> Iterator[TableBatch]:
+        for first in range(start, self._inner.ntotal, batch_rows):
+            n = min(batch_rows, self._inner.ntotal - first)
+            yield TableBatch(np.arange(first, first + n), _vectors(self._inner, first, n))
+
+    def _build(self, rows: Path) -> None:
+        vectors = read_array(rows, mmap=True)
+        made = _same_kind(self._inner, vectors.shape[1])
+        if not made.is_trained:
+            picked = np.sort(np.random.default_rng(0).permutation(len(vectors))[: 256 * made.nlist])
+            made.train(np.ascontiguousarray(vectors[picked]))
+        if self.ids is not None:
+            made = _faiss().IndexIDMap(made)
+        for first in range(0, len(vectors), BATCH_ROWS):
+            batch = np.ascontiguousarray(vectors[first : first + BATCH_ROWS])
+            if self.ids is None:
+                made.add(batch)
+            else:
+                made.add_with_ids(batch, self.ids[first : first + BATCH_ROWS])
+        write_index(self.next, made)
+
+    def pairs(self, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[TableBatch, np.ndarray]]:
+        """Yield every row in use with its next vector, from the index that will take the place."""
+        new, ids = _inner(read_index(self.next))
+        if new.ntotal != self._inner.ntotal or not np.array_equal(
+            np.empty(0) if ids is None else ids, np.empty(0) if self.ids is None else self.ids
+        ):
+            raise WrongContent(self.next, found="other rows or ids", expected=f"those of {self.path}")
+        for batch in self._source(batch_rows):
+            yield batch, _vectors(new, int(batch.keys[0]), len(batch.keys))
+
+    def switch(self, verb: str) -> None:
+        """Cut over, roll back or forget; see :class:`VectorTable`."""
+        super().switch(verb)
+        self.index = read_index(self.path)
+        self._inner, self.ids = _inner(self.index)
+
+
+def _faiss() -> Any:
+    return require("faiss", extra="vectors", purpose="a FAISS index")
+
+
+def read_index(path: Path | str) -> Any:
+    """Read a FAISS index; what FAISS cannot read is ``WrongContent``."""
+    try:
+        return _faiss().read_index(str(path))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rpartition("Error: ")[2][:200]
+        raise WrongContent(path, found=reason, expected="a whole FAISS index") from error
+
+
+def write_index(path: Path | str, index: Any) -> None:
+    """Write a FAISS index atomically."""
+    with atomic_path(path) as temp:
+        _faiss().write_index(index, str(temp))
+
+
+def _inner(index: Any) -> tuple[Any, np.ndarray | None]:
+    """Return the index that holds the vectors, made ready to give them back, and the ids, if it has its own."""
+    faiss = _faiss()
+    whole = index
+    index = faiss.downcast_index(index)
+    ids = None
+    if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
+        ids = faiss.vector_to_array(index.id_map).copy()
+        index = faiss.downcast_index(index.index)
+    if isinstance(index, faiss.IndexIVFFlat):
+        index.make_direct_map()
+    elif not isinstance(index, faiss.IndexFlat | faiss.IndexHNSWFlat):
+        raise ValueError(
+            f"the index must hold whole vectors (flat, IVF flat, HNSW flat), got {type(index).__name__}; "
+            "carry the queries to it instead"
+        )
+    index.referenced_objects = [whole]  # what owns the memory must outlive this view of it
+    return index, ids
+
+
+def _vectors(index: Any, first: int, n: int) -> np.ndarray:
+    return index.reconstruct_n(int(first), int(n)) if n else np.empty((0, index.d), np.float32)
+
+
+def _same_kind(old: Any, dim: int) -> Any:
+    """Return an empty index of the kind of ``old`` for another width."""
+    faiss = _faiss()
+    if isinstance(old, faiss.IndexIVFFlat):
+        quantizer = faiss.IndexFlat(dim, old.metric_type)
+        made = faiss.IndexIVFFlat(quantizer, dim, old.nlist, old.metric_type)
+        made.nprobe = old.nprobe
+        made.own_fields = True
+        quantizer.this.disown()
+        return made
+    if isinstance(old, faiss.IndexHNSWFlat):
+        made = faiss.IndexHNSWFlat(dim, old.hnsw.nb_neighbors(1), old.metric_type)
+        made.hnsw.efConstruction, made.hnsw.efSearch = old.hnsw.efConstruction, old.hnsw.efSearch
+        return made
+    return faiss.IndexFlat(dim, old.metric_type)
+
+
+def wrap_queries(index: Path | str, aligner: Any, out: Path | str) -> None:
+    r"""Write an index that takes queries of the new model and searches the old vectors; nothing else is copied.
+
+    The map becomes FAISS's own :math:`q \mapsto Aq + b` in front of the index, whatever that is.
+
+    Parameters
+    ----------
+    index : path-like
+        The old index, of any kind; it is not changed.
+    aligner : fitted aligner
+        From the new space to the old one; affine on rows, or on unit rows (``normalize=True``).
+    out : path-like
+
+    Raises
+    ------
+    ValueError
+        Widths differ, or the map is not affine.
+    """
+    faiss = _faiss()
+    old = read_index(index)
+    d_in, d_out = aligner.n_features_in_, aligner._n_features_out
+    if d_out != old.d:
+        raise ValueError(f"aligner must map to the index's {old.d} dimensions, got {d_out}")
+    unit, basis = bool(aligner.normalize), np.eye(d_in)
+    plus, minus = (np.asarray(aligner.transform(sign * basis), dtype=np.float64) for sign in (1, -1))
+    b = (plus + minus).mean(axis=0) / 2
+    A = (plus - minus) / 2
+    probe = np.random.default_rng(0).normal(size=(64, d_in))
+    rows = probe / np.linalg.norm(probe, axis=1, keepdims=True) if unit else probe
+    if not np.allclose(rows @ A + b, aligner.transform(probe), rtol=1e-6, atol=1e-6):
+        raise ValueError(f"aligner must be an affine map of rows, got a {type(aligner).__name__} that is none")
+    linear = faiss.LinearTransform(d_in, d_out, True)
+    faiss.copy_array_to_vector(np.ascontiguousarray(A.T, dtype=np.float32).ravel(), linear.A)
+    faiss.copy_array_to_vector(b.astype(np.float32), linear.b)
+    linear.is_trained = True
+    wrapped = faiss.IndexPreTransform(linear, old)
+    if unit:
+        wrapped.prepend_transform(faiss.NormalizationTransform(d_in, 2.0))
+    write_index(out, wrapped)

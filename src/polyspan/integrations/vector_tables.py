@@ -1,0 +1,161 @@
+"""What an upgrade needs of a vector store, whatever keeps it; and the stores that are known by their address."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+BATCH_ROWS = 16_384
+VERBS = ("cut over", "roll back", "forget")
+
+
+class TableFacts(NamedTuple):
+    """What a store says of itself.
+
+    ``n_rows``, ``dim`` of the vectors in use; ``metric``: ``"cosine"``, ``"dot"``, ``"l2"`` or None where nothing says
+    it; ``exact``: whether vectors come back as they were put in; ``unit``: whether the store keeps directions only;
+    ``space``: the stamp of the vectors in use, or None; ``next_dim``, ``n_pending`` and ``next_space`` of the vectors
+    that are being filled in, or None where there are none; ``has_before``: whether an upgrade was cut over whose old
+    vectors still stand; ``state``: JSON types that change when the vectors in use do, as far as the store can tell.
+    """
+
+    n_rows: int
+    dim: int
+    metric: str | None
+    exact: bool
+    unit: bool
+    space: Mapping[str, Any] | None
+    next_dim: int | None
+    n_pending: int | None
+    next_space: Mapping[str, Any] | None
+    has_before: bool
+    state: Mapping[str, Any]
+
+
+class TableBatch(NamedTuple):
+    """``keys`` (b,): the store's own names of the rows; ``rows`` (b, d); ``texts``: b strings, or None."""
+
+    keys: np.ndarray
+    rows: np.ndarray
+    texts: list[str] | None = None
+
+
+@runtime_checkable
+class VectorTable(Protocol):
+    """A store of vectors beside which another set of vectors can be filled in and then put in their place.
+
+    Three sets: the vectors in use, *next* while an upgrade runs, and *before* once it is cut over. The vectors in use
+    are never written to. Each call may be repeated after a kill and then ends what was begun.
+    """
+
+    def facts(self) -> TableFacts:
+        """Look at the store; writes nothing."""
+        ...
+
+    def stamp(self, space: Mapping[str, Any]) -> None:
+        """Keep with the vectors in use what space they are of: ``model``, ``dim``, ``metric``, ``normalized``."""
+        ...
+
+    def prepare(self, dim: int, space: Mapping[str, Any], work: Mapping[str, Any]) -> None:
+        """Make room for the next vectors, stamped; ``work`` says how they are made, and other work is refused."""
+        ...
+
+    def rows(self, batch_rows: int = BATCH_ROWS) -> Iterator[TableBatch]:
+        """Yield the rows in use."""
+        ...
+
+    def pending(self, batch_rows: int = BATCH_ROWS) -> Iterator[TableBatch]:
+        """Yield rows in use that have no next vector yet, each once."""
+        ...
+
+    def fill(self, batch: TableBatch, rows: np.ndarray) -> None:
+        """Write the next vectors (b, dim) of a batch, or write them anew."""
+        ...
+
+    def seal(self) -> None:
+        """Put the next vectors on the disk in the form in which they will be used.
+
+        Raises ``ValueError`` where a row has none, or the vectors in use have changed meanwhile.
+        """
+        ...
+
+    def pairs(self, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[TableBatch, np.ndarray]]:
+        """Yield every row in use with its next vector; a row without one has NaN."""
+        ...
+
+    def sync(self) -> None:
+        """Put what was filled on the disk, and let another run go on from there."""
+        ...
+
+    def switch(self, verb: str) -> None:
+        """Do one of three atomic acts.
+
+        ``"cut over"``: next vectors come in use, those in use become *before*; ``"roll back"``: the reverse;
+        ``"forget"``: *before*, or *next* where nothing was cut over, is removed.
+        """
+        ...
+
+
+def check_verb(verb: str) -> None:
+    """Refuse what :meth:`VectorTable.switch` does not know."""
+    if verb not in VERBS:
+        raise ValueError(f"verb must be one of {', '.join(VERBS)}, got {verb!r}")
+
+
+def open_vector_table(
+    address: str | Path,
+    *,
+    table: str | None = None,
+    column: str | None = None,
+    id_column: str | None = None,
+    text_column: str | None = None,
+    member: str | None = None,
+) -> VectorTable:
+    """Open a store by its address.
+
+    Parameters
+    ----------
+    address : str or path
+        A file of vectors (``.npy``, ``.npz``, ``.safetensors``, ``.parquet``, ``.arrow``, ``.feather``, ``.fvecs``), a
+        FAISS index (``.faiss``, ``.index``), a LanceDB folder, a folder of a local Qdrant (it holds ``meta.json``), the
+        ``http`` address of a Qdrant server, or a ``postgresql`` address.
+    table : str, optional
+        LanceDB's or PostgreSQL's table, Qdrant's collection or alias; needed where there are several.
+    column, id_column, text_column : str, optional
+        Where vectors, ids and the text that was embedded stand.
+    member : str, optional
+        Which array of ``.npz`` or ``.safetensors``.
+
+    Raises
+    ------
+    ValueError
+        Nothing of that kind is known, or a name is missing.
+    FileError
+        A file cannot be used.
+    """
+    text = str(address)
+    if text.startswith(("postgresql:", "postgres:")):
+        from .postgres_tables import PostgresTable
+
+        return PostgresTable(text, _needed(table), column=column, id_column=id_column, text_column=text_column)
+    if text.startswith(("http:", "https:")) or (Path(text) / "meta.json").is_file():
+        from .qdrant_tables import QdrantTable
+
+        return QdrantTable(text, _needed(table), vector=column, text_field=text_column)
+    path = Path(text)
+    if path.is_dir():
+        from .lance_tables import LanceTable
+
+        return LanceTable(path, table, column=column, id_column=id_column, text_column=text_column)
+    from .file_tables import FAISS_FILES, FaissTable, FileTable
+
+    if path.suffix.lower() in FAISS_FILES:
+        return FaissTable(path)
+    return FileTable(path, column=column, id_column=id_column, text_column=text_column, member=member)
+
+
+def _needed(table: str | None) -> str:
+    if table is None:
+        raise ValueError("table must be given: the table or collection that holds the vectors, got None")
+    return table

@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+from scipy.stats import ortho_group
+
+from polyspan.align import IdentityMap, OrthogonalMap, RidgeMap, plan_upgrade
+from polyspan.align.upgrade_plots import plot_upgrade_plan
+from polyspan.linalg import recall_at_k, top_k
+
+
+def world(seed=0, n=240, d=12, noise=0.0):
+    rng = np.random.default_rng(seed)
+    old = rng.normal(size=(n, d))
+    return old, old @ ortho_group.rvs(d, random_state=seed) + noise * rng.normal(size=(n, d))
+
+
+def by(plan, strategy, aligner=None):
+    return next(r for r in plan.table if r.strategy == strategy and aligner in (None, r.aligner))
+
+
+def test_a_rotated_space_needs_no_embedding_and_queries_are_carried():
+    plan = plan_upgrade(*world(), n_rows=10_000, seconds_per_item=0.01, price_per_item=0.5)
+    best = plan.table[plan.recommended]
+    assert best.strategy == "query"
+    assert best.recall > 0.999
+    assert best.n_written == 0
+    assert best.cost == 0
+    assert by(plan, "re-embed").cost == 5000
+    assert by(plan, "re-embed").seconds == 100
+    assert by(plan, "backfill").seconds == pytest.approx(100 * by(plan, "backfill").share)
+    assert plan.warnings == []
+    source, target = world(1)
+    assert plan.aligners["query"].transform(target).shape == source.shape
+
+
+def test_unrelated_spaces_are_embedded_again_and_the_rows_are_doubted():
+    rng = np.random.default_rng(0)
+    plan = plan_upgrade(rng.normal(size=(200, 8)), rng.normal(size=(200, 6)), n_rows=200)
+    assert plan.table[plan.recommended].strategy == "re-embed"
+    assert "no cheaper way" in plan.reason
+    assert any("do not seem to belong together" in said for said in plan.warnings)
+
+
+def test_recall_is_that_of_a_literal_leave_one_out_over_the_folds():
+    old, new = world(2, n=60, noise=0.4)
+    candidates = {"ridge": RidgeMap(1.0)}
+    plan = plan_upgrade(old, new, n_rows=60, k=5, candidates=candidates, backfill_shares=(0.25,), random_state=3)
+    from sklearn.model_selection import KFold
+
+    found = {"query": [], "gallery": [], "backfill": [], "stay": []}
+    rng = np.random.default_rng(3)
+    for fitting, held in KFold(3, shuffle=True, random_state=3).split(old):
+        own, order = np.arange(len(held)), rng.permutation(len(held))
+        true = top_k(new[held], new[held], 5, exclude=own).indices
+        back = RidgeMap(1.0).fit(new[fitting], old[fitting]).transform(new[held])
+        forth = RidgeMap(1.0).fit(old[fitting], new[fitting]).transform(old[held])
+        mixed = forth.copy()
+        mixed[order[: round(0.25 * len(held))]] = new[held][order[: round(0.25 * len(held))]]
+        sides = {"query": (back, old[held]), "gallery": (new[held], forth), "backfill": (new[held], mixed)}
+        sides["stay"] = (old[held], old[held])
+        for name, (queries, gallery) in sides.items():
+            hits = top_k(queries, gallery, 5, exclude=own).indices
+            found[name] += [recall_at_k(hits[i : i + 1], true[i : i + 1]) for i in range(len(held))]
+    for name, scores in found.items():
+        assert by(plan, name).recall == pytest.approx(np.mean(scores))
+        low, high = by(plan, name).interval
+        assert low < np.mean(scores) < high
+
+
+def test_more_embedded_again_never_predicts_less_by_much_and_all_is_one():
+    plan = plan_upgrade(*world(4, noise=1.5), n_rows=500, backfill_shares=(0.2, 0.8), candidates={"r": RidgeMap()})
+    shares = {row.share: row.recall for row in plan.table if row.strategy in ("gallery", "backfill", "re-embed")}
+    assert shares[0.0] < shares[0.8] < shares[1.0] == 1.0
+
+
+def test_labels_make_recall_a_hit_of_the_same_class():
+    rng = np.random.default_rng(5)
+    labels = rng.integers(4, size=160)
+    centres = 6 * rng.normal(size=(4, 10))
+    old = centres[labels] + rng.normal(size=(160, 10))
+    new = old @ ortho_group.rvs(10, random_state=5)
+    plan = plan_upgrade(old, new, n_rows=160, labels=labels, k=1)
+    assert by(plan, "re-embed").recall > 0.95
+    assert by(plan, "query", "orthogonal").recall > 0.95
+
+
+def test_cheaper_is_recommended_within_the_loss_and_not_beyond():
+    old, new = world(6, noise=0.8)
+    strict = plan_upgrade(old, new, n_rows=300, loss=0.0)
+    loose = plan_upgrade(old, new, n_rows=300, loss=0.9)
+    assert strict.table[strict.recommended].strategy == "re-embed"
+    assert loose.table[loose.recommended].share == 0
+    assert loose.table[loose.recommended].strategy == "query"
+
+
+def test_what_is_suspicious_of_a_sample_is_said():
+    old, new = world(7, noise=1.0)
+    unit = new / np.linalg.norm(new, axis=1, keepdims=True)
+    said = plan_upgrade(old, unit, n_rows=240, candidates={"r": RidgeMap(1.0)}).warnings
+    assert "carried ones are not" in " ".join(said)
+    old, new = world(7, n=24, d=40)
+    said = plan_upgrade(old, new, n_rows=24, candidates={"r": RidgeMap(1.0)}).warnings
+    assert "24 anchors leave part of 40 dimensions open" in " ".join(said)
+    old = np.vstack([old[:12], old[:12]])
+    assert "12 anchors repeat others" in " ".join(
+        plan_upgrade(old, new, n_rows=24, candidates={"o": OrthogonalMap()}).warnings
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"new": np.zeros((239, 12))}, "one row an item"),
+        ({"old": np.full((240, 12), np.nan)}, "old must be finite, got NaN or infinity at row 0"),
+        ({"n_rows": 10}, "n_rows must be at least the sample's 240, got 10"),
+        ({"k": 0}, "k must be at least 1, got 0"),
+        ({"backfill_shares": (0.0,)}, r"backfill_shares must lie in \(0, 1\)"),
+        ({"loss": 1.0}, r"loss must lie in \[0, 1\), got 1.0"),
+        ({"labels": np.zeros(3)}, r"labels must have shape \(240,\)"),
+        ({"old": np.zeros((9, 12)), "new": np.zeros((9, 12))}, "at least 4 anchors a fold"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    old, new = world()
+    given = {"old": old, "new": new, "n_rows": 240} | change
+    with pytest.raises(ValueError, match=message):
+        plan_upgrade(given.pop("old"), given.pop("new"), **given)
+
+
+def test_the_picture_has_equal_bytes_for_equal_plans(tmp_path):
+    plan = plan_upgrade(*world(), n_rows=240, candidates={"no map": IdentityMap(), "orthogonal": OrthogonalMap()})
+    first = plot_upgrade_plan(plan, tmp_path / "a.svg").read_bytes()
+    assert plot_upgrade_plan(plan, tmp_path / "b.svg").read_bytes() == first
+    with pytest.raises(ValueError, match=r"must end in \.svg"):
+        plot_upgrade_plan(plan, tmp_path / "a.gif")

@@ -1,0 +1,506 @@
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from polyspan.align import OrthogonalMap, RidgeMap
+from polyspan.errors import FileError, UnreadableFile, WrongContent
+from polyspan.integrations import (
+    FaissTable,
+    FileTable,
+    LanceTable,
+    PostgresTable,
+    QdrantTable,
+    TableBatch,
+    VectorTable,
+    open_vector_table,
+    wrap_queries,
+)
+from polyspan.io import read_array, write_array
+
+N, D, NEW = 300, 8, 5
+RNG = np.random.default_rng(0)
+OLD = RNG.normal(size=(N, D)).astype(np.float32)
+OLD /= np.linalg.norm(OLD, axis=1, keepdims=True)
+MAP = RNG.normal(size=(D, NEW)).astype(np.float32)
+TEXTS = [f"text {i}" for i in range(N)]
+SPACE = {"model": "new", "dim": NEW, "normalized": False}
+WORK = {"map": "m"}
+FILES = (".npy", ".npz", ".safetensors", ".parquet", ".arrow", ".fvecs")
+INDEXES = ("flat.faiss", "ip.faiss", "ivf.faiss", "hnsw.faiss", "ids.faiss")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def make_file(path):
+    if path.suffix in (".parquet", ".arrow"):
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(OLD.ravel()), D)
+        table = pa.table(
+            {"id": [f"k{i}" for i in range(N)], "text": TEXTS, "vector": lists, "n": np.arange(N)},
+        ).replace_schema_metadata({"owner": "me"})
+        if path.suffix == ".parquet":
+            pq.write_table(table, path, row_group_size=70)
+        else:
+            with pa.ipc.new_file(str(path), table.schema) as writer:
+                writer.write_table(table, max_chunksize=64)
+    else:
+        write_array(path, OLD)
+    return path
+
+
+def make_index(path):
+    faiss = pytest.importorskip("faiss")
+    kind = path.stem
+    if kind == "ivf":
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(D), D, 4, faiss.METRIC_INNER_PRODUCT)
+        index.train(OLD)
+        index.nprobe = 4
+    elif kind == "hnsw":
+        index = faiss.IndexHNSWFlat(D, 12)
+    elif kind == "ids":
+        index = faiss.IndexIDMap2(faiss.IndexFlatL2(D))
+    else:
+        index = faiss.IndexFlatIP(D) if kind == "ip" else faiss.IndexFlatL2(D)
+    if kind == "ids":
+        index.add_with_ids(OLD, np.arange(N) * 7)
+    else:
+        index.add(OLD)
+    faiss.write_index(index, str(path))
+    return path
+
+
+def make_lance(folder):
+    lancedb = pytest.importorskip("lancedb")
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(OLD.ravel()), D)
+    table = pa.table({"id": [f"k{i}" for i in range(N)], "text": TEXTS, "vector": lists})
+    lancedb.connect(str(folder)).create_table("docs", table)
+    return folder
+
+
+def make_qdrant(folder, distance="Dot"):
+    qdrant = pytest.importorskip("qdrant_client")
+    m = qdrant.models
+    client = qdrant.QdrantClient(path=str(folder))
+    client.create_collection("docs", vectors_config=m.VectorParams(size=D, distance=m.Distance[distance.upper()]))
+    points = [m.PointStruct(id=i, vector=OLD[i].tolist(), payload={"text": TEXTS[i]}) for i in range(N)]
+    client.upsert("docs", points)
+    alias = m.CreateAliasOperation(create_alias=m.CreateAlias(collection_name="docs", alias_name="live"))
+    client.update_collection_aliases([alias])
+    client.close()
+    return folder
+
+
+def postgres_programs():
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return found[-1].parent if found else None
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """The address of a server of its own, on a socket in a folder; it ends with the tests."""
+    pytest.importorskip("psycopg")
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL server is installed: PostgresTable is untested here")
+    folder = Path(tempfile.mkdtemp(prefix="polyspan-pg-"))  # a socket's path must be short
+    user = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        user = ["runuser", "-u", "postgres", "--"]
+        shutil.chown(folder, "postgres")
+    data = folder / "data"
+    command = [*user, programs / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "-N"]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    server = subprocess.Popen(
+        [*user, programs / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-F"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+    )
+    try:
+        for _ in range(100):
+            ready = subprocess.run([programs / "pg_isready", "-h", folder, "-U", "postgres"], capture_output=True)
+            if ready.returncode == 0:
+                break
+            time.sleep(0.1)
+        yield f"postgresql://postgres@/postgres?host={folder}"
+    finally:
+        subprocess.run([*user, programs / "pg_ctl", "-D", data, "stop", "-m", "immediate"], capture_output=True)
+        server.wait(timeout=20)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_postgres(address, kind="real[]"):
+    import psycopg
+
+    with psycopg.connect(address, autocommit=True) as connection:
+        connection.execute("DROP TABLE IF EXISTS docs")
+        connection.execute(f"CREATE TABLE docs (id text PRIMARY KEY, body text, v {kind})")
+        with connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO docs VALUES (%s, %s, %s)",
+                [(f"k{i:03}", TEXTS[i], [float(x) for x in OLD[i]]) for i in range(N)],
+            )
+    return address
+
+
+STORES = [f"x{suffix}" for suffix in FILES] + [*INDEXES, "lance", "qdrant", "postgres"]
+
+
+@pytest.fixture
+def opened(request, tmp_path):
+    name = request.param
+    if name == "lance":
+        yield (
+            lambda: (
+                LanceTable(tmp_path, text_column="text")
+                if (tmp_path / "docs.lance").exists()
+                else LanceTable(make_lance(tmp_path), text_column="text")
+            )
+        )
+    elif name == "qdrant":
+        make_qdrant(tmp_path / "q")
+        open_tables = []
+
+        def again():
+            for table in open_tables:
+                table.close()
+            open_tables[:] = [QdrantTable(str(tmp_path / "q"), "live", text_field="text")]
+            return open_tables[0]
+
+        yield again
+        open_tables[0].close()
+    elif name == "postgres":
+        address = make_postgres(request.getfixturevalue("postgres"))
+        tables = []
+
+        def fresh():
+            tables.append(PostgresTable(address, "docs", text_column="body"))
+            return tables[-1]
+
+        yield fresh
+        for table in tables:
+            table.close()
+    else:
+        path = tmp_path / name
+        make_index(path) if name in INDEXES else make_file(path)
+        yield lambda: open_vector_table(path, text_column="text" if path.suffix in (".parquet", ".arrow") else None)
+
+
+def all_rows(table):
+    keys, rows = [], []
+    for batch in table.rows(64):
+        keys += batch.keys.tolist()
+        rows.append(batch.rows)
+    return dict(zip(keys, np.concatenate(rows), strict=True))
+
+
+def fill_all(table, batches=None):
+    for number, batch in enumerate(table.pending(64)):
+        if batches is not None and number == batches:
+            break
+        table.fill(batch, batch.rows @ MAP)
+    table.sync()
+
+
+every_store = pytest.mark.parametrize("opened", STORES, indirect=True)
+
+
+@every_store
+def test_a_store_answers_to_the_protocol_and_tells_what_it_holds(opened):
+    table = opened()
+    assert isinstance(table, VectorTable)
+    facts = table.facts()
+    assert (facts.n_rows, facts.dim, facts.space, facts.next_dim, facts.has_before) == (N, D, None, None, False)
+    held = all_rows(table)
+    assert len(held) == N
+    np.testing.assert_allclose(np.array(list(held.values())), OLD, atol=1e-6)
+    table.stamp({"model": "old", "dim": D, "normalized": True})
+    assert opened().facts().space == {"model": "old", "dim": D, "normalized": True}
+
+
+@every_store
+def test_five_verbs_carry_a_store_over_and_back(opened):
+    table = opened()
+    before = all_rows(table)
+    table.stamp({"model": "old", "dim": D, "normalized": True})
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table, batches=2)
+    table = opened()
+    assert table.facts().n_pending == N - 128, "what was filled is known to the store"
+    with pytest.raises(ValueError, match="every row must have a next vector"):
+        table.seal()
+    table = opened()
+    fill_all(table)
+    table.seal()
+    for batch, rows in table.pairs(50):
+        np.testing.assert_allclose(rows, batch.rows @ MAP, atol=1e-5)
+    assert all_rows(opened()).keys() == before.keys(), "vectors in use stay in use"
+    facts = opened().facts()
+    assert facts.next_space == SPACE
+    assert facts.dim == D
+    table = opened()
+    table.switch("cut over")
+    table = opened()
+    facts = table.facts()
+    assert (facts.dim, facts.n_rows, facts.space, facts.next_dim, facts.has_before) == (NEW, N, SPACE, None, True)
+    after = all_rows(table)
+    for key, row in before.items():
+        np.testing.assert_allclose(after[key], row @ MAP, atol=1e-5)
+    table.switch("cut over")
+    assert opened().facts().dim == NEW, "said twice, done once"
+    with pytest.raises(ValueError, match="cut over and not forgotten"):
+        opened().prepare(3, SPACE, WORK)
+    table = opened()
+    table.switch("roll back")
+    table = opened()
+    assert table.facts().space == {"model": "old", "dim": D, "normalized": True}
+    for key, row in all_rows(table).items():
+        np.testing.assert_array_equal(row, before[key])
+
+
+@every_store
+def test_forgetting_frees_the_old_and_lets_the_next_upgrade_come(opened):
+    table = opened()
+    for round_, width in enumerate((NEW, 3)):
+        table = opened()
+        table.prepare(width, SPACE | {"dim": width}, {"round": round_})
+        for batch in table.pending(100):
+            table.fill(batch, np.ascontiguousarray((batch.rows @ np.ones((batch.rows.shape[1], width))), np.float32))
+        table.sync()
+        table.seal()
+        table.switch("cut over")
+        table = opened()
+        assert table.facts().has_before
+        table.switch("forget")
+        facts = opened().facts()
+        assert not facts.has_before
+        assert facts.dim == width
+    with pytest.raises(ValueError, match="must have been cut over and not forgotten"):
+        opened().switch("roll back")
+
+
+@every_store
+def test_an_upgrade_under_way_is_forgotten_without_a_trace_in_the_vectors(opened):
+    table = opened()
+    before = all_rows(table)
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table, batches=1)
+    with pytest.raises(ValueError, match="another way"):
+        opened().prepare(NEW, SPACE, {"map": "other"})
+    with pytest.raises(ValueError, match="verb must be one of"):
+        table.switch("commit")
+    table = opened()
+    table.switch("forget")
+    facts = opened().facts()
+    assert facts.next_dim is None
+    assert facts.n_pending is None
+    for key, row in all_rows(opened()).items():
+        np.testing.assert_array_equal(row, before[key])
+
+
+@every_store
+def test_rows_may_be_filled_anew(opened):
+    table = opened()
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table)
+    first = next(iter(table.rows(64)))
+    picked = TableBatch(first.keys[5:9], first.rows[5:9])
+    table.fill(picked, np.full((4, NEW), 2.5, np.float32))
+    table.seal()
+    made = {key: row for batch, rows in table.pairs(64) for key, row in zip(batch.keys.tolist(), rows, strict=True)}
+    for i, key in enumerate(first.keys.tolist()):
+        expected = np.full(NEW, 2.5) if 5 <= i < 9 else first.rows[i] @ MAP
+        np.testing.assert_allclose(made[key], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_other_columns_order_and_metadata_of_a_table_are_kept(tmp_path, suffix):
+    path = make_file(tmp_path / f"x{suffix}")
+    table = FileTable(path, text_column="text")
+    assert next(iter(table.rows(64))).texts == TEXTS[:64]
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table)
+    table.seal()
+    table.switch("cut over")
+    found = pq.read_table(path) if suffix == ".parquet" else pa.ipc.open_file(str(path)).read_all()
+    assert found.schema.names == ["id", "text", "vector", "n"]
+    assert found.column("text").to_pylist() == TEXTS
+    assert found.column("n").to_pylist() == list(range(N))
+    assert found.schema.metadata[b"owner"] == b"me"
+    assert found.schema.field("vector").type.list_size == NEW
+
+
+def test_a_whole_file_stands_at_the_path_whenever_the_swap_is_cut_off(tmp_path, monkeypatch):
+    """The n-th rename, link and sync fail in turn; then the same verb is said again."""
+    from polyspan.io import partial
+
+    calls = ("link", "replace")
+    for verb in ("cut over", "roll back"):
+        for failing in calls:
+            path = tmp_path / f"{verb}-{failing}.npy".replace(" ", "")
+            write_array(path, OLD)
+            table = FileTable(path)
+            table.prepare(NEW, SPACE, WORK)
+            fill_all(table)
+            table.seal()
+            if verb == "roll back":
+                table.switch("cut over")
+
+            def broken(*_, **__):
+                raise OSError(28, "No space left on device")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(partial.os, failing, broken)
+                with pytest.raises(UnreadableFile):
+                    table.switch(verb)
+            assert read_array(path).shape == ((N, D) if verb == "cut over" else (N, NEW))
+            table = FileTable(path)
+            table.switch(verb)
+            assert read_array(path).shape == ((N, NEW) if verb == "cut over" else (N, D))
+
+
+def test_a_file_that_changes_while_it_is_filled_is_refused(tmp_path):
+    path = make_file(tmp_path / "x.npy")
+    table = FileTable(path)
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table, batches=1)
+    changed = OLD.copy()
+    changed[150] += 1
+    write_array(path, changed)
+    with pytest.raises(ValueError, match="must not change while it is upgraded"):
+        list(FileTable(path).pending())
+    table.switch("forget")
+    table = FileTable(path)
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table)
+    write_array(path, OLD)
+    with pytest.raises(ValueError, match="must not change while it is upgraded"):
+        table.seal()
+
+
+def test_bad_addresses_and_contents_are_named(tmp_path):
+    with pytest.raises(UnreadableFile):
+        open_vector_table(tmp_path / "none.npy")
+    for suffix in (".bvecs", ".ivecs"):
+        np.hstack([np.full((3, 4 if suffix == ".bvecs" else 1), 0)]).tofile(tmp_path / f"x{suffix}")
+        with pytest.raises(FileError):
+            open_vector_table(tmp_path / f"x{suffix}")
+    with pytest.raises(ValueError, match="table must be given"):
+        open_vector_table("postgresql://localhost/nowhere")
+    (tmp_path / "broken.faiss").write_bytes(b"IxF2 no index")
+    with pytest.raises(WrongContent, match="whole FAISS index"):
+        FaissTable(tmp_path / "broken.faiss")
+
+
+def test_codes_are_refused_for_rewriting_and_wrapped_instead(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    index = faiss.IndexPQ(D, 4, 4)
+    index.train(OLD)
+    index.add(OLD)
+    faiss.write_index(index, str(tmp_path / "pq.faiss"))
+    with pytest.raises(ValueError, match="carry the queries"):
+        FaissTable(tmp_path / "pq.faiss")
+    new = OLD @ np.linalg.qr(RNG.normal(size=(D, D)))[0].astype(np.float32) + 0.1
+    for aligner in (RidgeMap(), OrthogonalMap(), OrthogonalMap(normalize=True)):
+        back = aligner.fit(new, OLD)
+        wrap_queries(tmp_path / "pq.faiss", back, tmp_path / "asks.faiss")
+        wrapped = faiss.read_index(str(tmp_path / "asks.faiss"))
+        direct = index.search(np.ascontiguousarray(back.transform(new[:40])), 5)[1]
+        agreed = (wrapped.search(np.ascontiguousarray(new[:40]), 5)[1] == direct).mean()
+        assert agreed > 0.97, "rounding may swap a tie of codes"
+    with pytest.raises(ValueError, match="8 dimensions"):
+        wrap_queries(tmp_path / "pq.faiss", RidgeMap().fit(new, OLD[:, :5]), tmp_path / "asks.faiss")
+
+
+def test_ids_of_an_index_stay_with_their_vectors(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    table = FaissTable(make_index(tmp_path / "ids.faiss"))
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table)
+    table.seal()
+    table.switch("cut over")
+    found = faiss.read_index(str(tmp_path / "ids.faiss"))
+    np.testing.assert_array_equal(found.search(OLD[:20] @ MAP, 1)[1][:, 0], np.arange(20) * 7)
+
+
+def test_a_lance_table_that_grows_meanwhile_is_pending_again(tmp_path):
+    table = LanceTable(make_lance(tmp_path))
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table)
+    more = pa.table({"id": ["late"], "text": ["t"], "vector": pa.FixedSizeListArray.from_arrays(pa.array(OLD[0]), D)})
+    table.table.add(more)
+    with pytest.raises(ValueError, match="got 1 rows without one"):
+        table.seal()
+    assert [batch.keys.tolist() for batch in table.pending()] == [["late"]]
+    other = LanceTable(tmp_path, column="vector")
+    other.switch("forget")
+    other.table.add(more)
+    with pytest.raises(WrongContent, match="an id of its own"):
+        other.prepare(NEW, SPACE, WORK)
+
+
+def test_lance_names_what_is_missing(tmp_path):
+    make_lance(tmp_path)
+    with pytest.raises(UnreadableFile, match="a table other"):
+        LanceTable(tmp_path, "other")
+    with pytest.raises(WrongContent, match="a column of vectors"):
+        LanceTable(tmp_path, column="text")
+    with pytest.raises(WrongContent, match="a column nothing"):
+        LanceTable(tmp_path, text_column="nothing")
+
+
+def test_a_cosine_collection_says_that_lengths_are_gone_and_a_plain_name_is_not_cut_over(tmp_path):
+    pytest.importorskip("qdrant_client")
+    table = QdrantTable(str(make_qdrant(tmp_path / "q", "Cosine")), "docs", text_field="text")
+    try:
+        facts = table.facts()
+        assert facts.unit
+        assert facts.metric == "cosine"
+        table.prepare(NEW, SPACE, WORK)
+        fill_all(table)
+        table.seal()
+        with pytest.raises(ValueError, match="must be an alias to be cut over"):
+            table.switch("cut over")
+        first = next(iter(table.pairs(32)))[0]
+        payload = table.client.retrieve("docs__next", first.keys[:1].tolist())[0].payload
+        assert payload == {"text": first.texts[0]}
+        with pytest.raises(UnreadableFile, match="no collection other"):
+            QdrantTable("", "other", client=table.client)
+    finally:
+        table.close()
+
+
+def test_postgres_refuses_what_it_cannot_serve(postgres):
+    import psycopg
+
+    make_postgres(postgres)
+    with pytest.raises(WrongContent, match="a column nothing"):
+        PostgresTable(postgres, "docs", text_column="nothing")
+    with pytest.raises(WrongContent, match="a table that this user may read"):
+        PostgresTable(postgres, "none")
+    with pytest.raises(UnreadableFile, match="a server that answers") as caught:
+        PostgresTable("postgresql://me:secret@/postgres?host=/nowhere", "docs")
+    assert "secret" not in str(caught.value)
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS twins AS SELECT 'a' AS id, v FROM docs LIMIT 2")
+    table = PostgresTable(postgres, "twins")
+    with pytest.raises(WrongContent, match="1 ids missing or repeated"):
+        table.prepare(NEW, SPACE, WORK)
+    table.close()
+
+
+def test_a_row_without_a_next_vector_is_nan_in_pairs(tmp_path):
+    table = LanceTable(make_lance(tmp_path))
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table, batches=1)
+    missing = sum(int(np.isnan(rows).all(axis=1).sum()) for _, rows in table.pairs())
+    assert missing == N - 64
+    assert json.dumps(dict(table.facts().state))
