@@ -4,12 +4,16 @@ import pytest
 import torch
 
 from polyspan.cluster import CodingRate, DoublyStochastic, RateReductionLoss, TotalCodingRateLoss
-from polyspan.nn import GrassmannHead, RotationHead
+from polyspan.nn import ULSAM, GrassmannHead, RotationHead
 from polyspan.testing import ModuleCase, check_module, public_modules
 
 
 def normal(*shape):
     return lambda batch, generator: (torch.randn(batch, *shape, generator=generator),)
+
+
+def normals(*shapes):
+    return lambda batch, generator: tuple(torch.randn(batch, *shape, generator=generator) for shape in shapes)
 
 
 def unit(*shape, n=1):
@@ -23,6 +27,33 @@ def unit(*shape, n=1):
 
 def with_memberships(batch, generator):
     return torch.randn(batch, 6, 4, generator=generator), torch.rand(batch, 6, 3, generator=generator)
+
+
+def tokens_and_bases(batch, generator):
+    return (torch.randn(batch, 6, 8, generator=generator), torch.randn(batch, 2, 8, 4, generator=generator))
+
+
+def logits_and_vectors(batch, generator):
+    return torch.randn(batch, 4, generator=generator), torch.randn(batch, 5, generator=generator)
+
+
+def at_noise(batch, generator):
+    return torch.randn(batch, 12, generator=generator), torch.rand(batch, generator=generator) + 0.2
+
+
+def low_rank_bases():
+    return torch.linalg.qr(torch.randn(3, 12, 4, generator=torch.Generator().manual_seed(0)))[0]
+
+
+class Joined(torch.nn.Module):
+    """A module whose outputs are a tuple, side by side: the checks look at one output."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return torch.cat(self.module(x), dim=-1)
 
 
 CASES = {
@@ -43,6 +74,11 @@ CASES = {
         ModuleCase(lambda **kw: RotationHead(12, "9d", **kw), normal(12)),
         ModuleCase(lambda **kw: RotationHead(12, "quaternion", **kw), normal(12)),
         ModuleCase(lambda **kw: RotationHead(12, n=4, **kw), normal(12)),
+    ],
+    "nn.ULSAM": [
+        ModuleCase(lambda **kw: ULSAM(12, 3, **kw), normal(12, 5, 4)),
+        ModuleCase(lambda **kw: ULSAM(12, 4, bias=True, residual=False, dims=1, **kw), normal(12, 9)),
+        ModuleCase(lambda **kw: ULSAM(12, 2, kernel_size=5, norm=False, **kw), normal(12, 6, 6)),
     ],
 }
 

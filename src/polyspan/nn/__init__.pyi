@@ -1,3 +1,8 @@
+from ._model_cost import model_cost as model_cost
+from .attention_maps import attention_facts as attention_facts
+from .attention_surgery import insert_ulsam as insert_ulsam
+from .attention_surgery import replace_with_ulsam as replace_with_ulsam
+from .attention_surgery import replaceable_blocks as replaceable_blocks
 from .grassmann_classifier import GrassmannClassifier as GrassmannClassifier
 from .grassmann_head import GrassmannHead as GrassmannHead
 from .grassmann_head import replace_head as replace_head
@@ -6,6 +11,8 @@ from .grassmann_optim import GrassmannParameter as GrassmannParameter
 from .grassmann_optim import RiemannianAdam as RiemannianAdam
 from .grassmann_optim import RiemannianSGD as RiemannianSGD
 from .grassmann_optim import grassmann_groups as grassmann_groups
+from .mobilenet import mobilenet_v1 as mobilenet_v1
+from .mobilenet import mobilenet_v2 as mobilenet_v2
 from .rotation import axis_angle_to_matrix as axis_angle_to_matrix
 from .rotation import axis_angle_to_quaternion as axis_angle_to_quaternion
 from .rotation import euler_to_matrix as euler_to_matrix
@@ -59,3 +66,4 @@ from .rotation_grid import rotation9d_to_quaternion as rotation9d_to_quaternion
 from .rotation_grid import rotation9d_to_rotation5d as rotation9d_to_rotation5d
 from .rotation_grid import rotation9d_to_rotation6d as rotation9d_to_rotation6d
 from .rotation_head import RotationHead as RotationHead
+from .subspace_attention import ULSAM as ULSAM
