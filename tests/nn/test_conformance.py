@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from polyspan.align import RelaxedOrthogonalLinear
 from polyspan.cluster import CodingRate, DoublyStochastic, RateReductionLoss, TotalCodingRateLoss
 from polyspan.nn import ULSAM, GrassmannHead, RotationHead
 from polyspan.testing import ModuleCase, check_module, public_modules
@@ -57,6 +58,10 @@ class Joined(torch.nn.Module):
 
 
 CASES = {
+    "align.RelaxedOrthogonalLinear": [
+        ModuleCase(lambda **kw: RelaxedOrthogonalLinear(12, 5, **kw), normal(12)),
+        ModuleCase(lambda **kw: RelaxedOrthogonalLinear(5, 12, bias=False, **kw), normal(4, 5)),
+    ],
     "cluster.CodingRate": [ModuleCase(lambda **kw: CodingRate(**kw), normal(6, 4))],
     "cluster.DoublyStochastic": [ModuleCase(lambda **kw: DoublyStochastic(**kw), unit(6, 4), compiles=False)],
     "cluster.RateReductionLoss": [

@@ -1,5 +1,10 @@
 from ._aligner import Aligner as Aligner
 from ._aligner import load_aligner as load_aligner
+from .backfilling import BackfillCurve as BackfillCurve
+from .backfilling import backfill_batches as backfill_batches
+from .backfilling import backfill_curve as backfill_curve
+from .backfilling import backfill_distances as backfill_distances
+from .backfilling import backfill_order as backfill_order
 from .choosing import AlignerChoice as AlignerChoice
 from .choosing import AlignerScore as AlignerScore
 from .choosing import alignment_report as alignment_report
@@ -21,6 +26,10 @@ from .orthogonal_map import MeanShift as MeanShift
 from .orthogonal_map import OrthogonalMap as OrthogonalMap
 from .orthogonal_map import ResidualMLPMap as ResidualMLPMap
 from .orthogonal_map import RidgeMap as RidgeMap
+from .relaxed_linear import RelaxedOrthogonalLinear as RelaxedOrthogonalLinear
+from .relaxed_linear import orthogonality_penalty as orthogonality_penalty
+from .relaxed_linear import relaxed_orthogonality as relaxed_orthogonality
+from .relaxed_orthogonal import RelaxedOrthogonalAdapter as RelaxedOrthogonalAdapter
 from .unit_activations import ActivationCollector as ActivationCollector
 from .unit_matching import UnitCorrelations as UnitCorrelations
 from .unit_matching import UnitMatching as UnitMatching
