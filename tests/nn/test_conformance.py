@@ -5,7 +5,18 @@ import torch
 
 from polyspan.align import RelaxedOrthogonalLinear
 from polyspan.cluster import CodingRate, DoublyStochastic, RateReductionLoss, TotalCodingRateLoss
-from polyspan.nn import ULSAM, GrassmannHead, RotationHead
+from polyspan.nn import (
+    CRATE,
+    CRATEMAE,
+    ULSAM,
+    CRATEBlock,
+    CRATEDecoderBlock,
+    GrassmannHead,
+    RotationHead,
+    SparseRateReductionLoss,
+    SparsifyingISTA,
+    SubspaceSelfAttention,
+)
 from polyspan.testing import ModuleCase, check_module, public_modules
 
 
@@ -69,6 +80,19 @@ CASES = {
         ModuleCase(lambda **kw: RateReductionLoss(top=3, frobenius=0.1, **kw), with_memberships),
     ],
     "cluster.TotalCodingRateLoss": [ModuleCase(lambda **kw: TotalCodingRateLoss(**kw), unit(6, 4, n=2))],
+    "nn.CRATE": [
+        ModuleCase(lambda **kw: CRATE((6, 4), 2, 3, 8, 2, 2, channels=1, **kw), normal(1, 6, 4)),
+        ModuleCase(lambda **kw: CRATE(4, 2, 0, 8, 1, 2, pool="mean", causal=True, **kw), normal(3, 4, 4)),
+        ModuleCase(
+            lambda **kw: CRATE(4, 2, 3, 8, 2, 2, block={"step": "exact", "tied_output": True}, **kw), normal(3, 4, 4)
+        ),
+    ],
+    "nn.CRATEBlock": [
+        ModuleCase(lambda **kw: CRATEBlock(8, 2, **kw), normal(5, 8)),
+        ModuleCase(lambda **kw: CRATEBlock(8, 2, step="eq10", dict_size=12, residual=True, **kw), normal(5, 8)),
+    ],
+    "nn.CRATEDecoderBlock": [ModuleCase(lambda **kw: CRATEDecoderBlock(8, 2, **kw), normal(5, 8))],
+    "nn.CRATEMAE": [ModuleCase(lambda **kw: CRATEMAE((4, 6), 2, 8, 2, 2, channels=1, **kw), normal(1, 4, 6))],
     "nn.GrassmannHead": [
         ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(12)),
         ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(4, 12)),
@@ -79,6 +103,19 @@ CASES = {
         ModuleCase(lambda **kw: RotationHead(12, "9d", **kw), normal(12)),
         ModuleCase(lambda **kw: RotationHead(12, "quaternion", **kw), normal(12)),
         ModuleCase(lambda **kw: RotationHead(12, n=4, **kw), normal(12)),
+    ],
+    "nn.SparseRateReductionLoss": [
+        ModuleCase(lambda **kw: SparseRateReductionLoss(eps2=0.5, **kw), tokens_and_bases),
+    ],
+    "nn.SparsifyingISTA": [
+        ModuleCase(lambda **kw: SparsifyingISTA(8, **kw), normal(5, 8)),
+        ModuleCase(lambda **kw: SparsifyingISTA(8, 20, n_steps=2, nonneg=False, residual=True, **kw), normal(5, 8)),
+    ],
+    "nn.SubspaceSelfAttention": [
+        ModuleCase(lambda **kw: SubspaceSelfAttention(8, 2, **kw), normal(5, 8)),
+        ModuleCase(lambda **kw: SubspaceSelfAttention(8, 2, 3, step="eq10", causal=True, **kw), normal(5, 8)),
+        ModuleCase(lambda **kw: SubspaceSelfAttention(8, 2, 3, step="exact", **kw), normal(5, 8)),
+        ModuleCase(lambda **kw: SubspaceSelfAttention(8, 1, 8, tied_output=True, scale=1.0, **kw), normal(3, 8)),
     ],
     "nn.ULSAM": [
         ModuleCase(lambda **kw: ULSAM(12, 3, **kw), normal(12, 5, 4)),

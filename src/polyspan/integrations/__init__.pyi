@@ -1,3 +1,9 @@
+from .crate_model import CrateConfig as CrateConfig
+from .crate_model import CrateForImageClassification as CrateForImageClassification
+from .crate_model import CrateForMaskedImageModeling as CrateForMaskedImageModeling
+from .crate_model import CrateModel as CrateModel
+from .crate_model import register_crate as register_crate
+from .crate_model import to_hugging_face as to_hugging_face
 from .encoders import Encoder as Encoder
 from .encoders import load_encoder as load_encoder
 from .file_tables import FaissTable as FaissTable

@@ -1,0 +1,166 @@
+"""``polyspan crate train`` and ``report``: a white-box transformer on pictures, measured layer by layer."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from ._output import show_json, show_table
+
+COLUMNS = ("layer", "rate within", "within turned", "rate", "non-zero", "all zero")
+
+
+def train(
+    source: Path,
+    *,
+    labels: Path,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    dim: int = 64,
+    depth: int = 4,
+    heads: int = 4,
+    patch: int | None = None,
+    step: Literal["published", "eq10", "exact"] = "published",
+    steps: int = 500,
+    batch_size: int = 128,
+    rate: float = 3e-3,
+    shift: int = 0,
+    held_out: float = 0.2,
+    checkpoint: Path | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Train a rate-reduction transformer on labelled pictures, and measure every layer on those held out.
+
+    Parameters
+    ----------
+    source : Path
+        Pictures: an array (.npy) of shape (n, h, w) or (n, channels, h, w).
+    labels : Path
+        A whole number for each (.npy).
+    out : Path
+        The trained network, one .safetensors file.
+    dim : int
+        Width of tokens.
+    depth : int
+        Layers.
+    heads : int
+        Subspaces a layer.
+    patch : int
+        Pixels of a patch's side; left out, four patches a side.
+    step : {"published", "eq10", "exact"}
+        How tokens are compressed.
+    steps : int
+        Mini-batch steps.
+    batch_size : int
+        Pictures a step.
+    rate : float
+        Learning rate at its highest.
+    shift : int
+        Most pixels by which pictures are moved while training.
+    held_out : float
+        Share of the pictures kept for measuring, at least one.
+    checkpoint : Path
+        A .safetensors file that lets a run that was stopped go on.
+    device : str
+        "auto" takes an accelerator where there is one.
+    seed : int
+        Of the held-out pictures, the weights and the order of batches.
+    plot : Path
+        Draw rates and sparsity (.svg, .png or .pdf).
+    json : bool
+        Print JSON.
+    """
+    from sklearn.model_selection import train_test_split
+
+    from polyspan.io import read_array
+    from polyspan.nn import CrateClassifier
+
+    if not 0 < held_out < 1:
+        raise ValueError(f"--held-out must be between 0 and 1, got {held_out}")
+    X, y = _pictures(source), read_array(labels, ndim=1, dtype="int64")
+    if len(X) != len(y):
+        raise ValueError(f"there must be one label a picture, got {len(X)} pictures and {len(y)} labels")
+    kept, test, kept_y, test_y = train_test_split(X, y, test_size=held_out, random_state=seed)
+    model = CrateClassifier(
+        dim, depth, heads, patch_size=patch, block={"step": step}, max_iter=steps, batch_size=batch_size,
+        learning_rate=rate, shift=shift, checkpoint=checkpoint, device=device, random_state=seed, verbose=True,
+    ).fit(kept, kept_y)  # fmt: skip
+    model.save(out)
+    told = model.layer_report(test)
+    facts = {
+        "out": str(out),
+        "pictures": len(X),
+        "classes": len(model.classes_),
+        "accuracy": float(model.score(test, test_y)),
+    }
+    _show(told, facts, plot, json)
+
+
+def report(
+    model: Path,
+    *,
+    data: Path,
+    eps2: float = 0.01,
+    where: Literal["half", "input"] = "half",
+    plot: Path | None = None,
+    maps: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Measure every layer of a trained network on pictures: coding rates and sparsity.
+
+    Parameters
+    ----------
+    model : Path
+        What ``polyspan crate train`` wrote.
+    data : Path
+        Pictures: an array (.npy) of the shape trained on.
+    eps2 : float
+        Squared distortion for tokens of length 1.
+    where : {"half", "input"}
+        Between a layer's halves, as the paper says, or before its attention, as its code measures.
+    plot : Path
+        Draw rates and sparsity (.svg, .png or .pdf).
+    maps : Path
+        Draw what each head of the last layer looks at, for the first eight pictures (.svg, .png or .pdf).
+    json : bool
+        Print JSON.
+    """
+    from polyspan.nn import CrateClassifier
+
+    fitted, X = CrateClassifier.load(model), _pictures(data)
+    told = fitted.layer_report(X, eps2=eps2, where=where)
+    facts: dict[str, Any] = {"pictures": len(X)}
+    if maps is not None:
+        from polyspan.nn.rate_report_plots import plot_masks
+
+        first = X[:8].reshape(-1, *fitted.image_shape_)
+        facts["maps"] = str(plot_masks(first, fitted.attention_maps(X[:8]), maps))
+    _show(told, facts, plot, json)
+
+
+def _pictures(source: Path) -> Any:
+    from polyspan.io import read_array
+
+    X = read_array(source, ndim=None)
+    if X.ndim not in (3, 4):
+        raise ValueError(f"pictures must be (n, h, w) or (n, channels, h, w), got shape {X.shape} in {source}")
+    return X
+
+
+def _show(told: Any, facts: dict[str, Any], plot: Path | None, json: bool) -> None:
+    if plot is not None:
+        from polyspan.nn.rate_report_plots import plot_layer_rates
+
+        facts["plot"] = str(plot_layer_rates(told, plot))
+    if json:
+        show_json({"layers": told.to_json(), **facts})
+        return
+    columns = (told.rate_within, told.rate_random, told.rate)
+    rows = [
+        [str(i + 1), *(f"{c[i]:.2f}" for c in columns), f"{told.nonzero_share[i]:.3f}", f"{told.dead_share[i]:.3f}"]
+        for i in range(len(told.names))
+    ]
+    show_table("Rates in nats, shares of entries and of tokens", COLUMNS, rows)
+    show_table("", ("what", "value"), [(k, f"{v:.4f}" if isinstance(v, float) else str(v)) for k, v in facts.items()])
