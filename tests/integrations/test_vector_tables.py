@@ -142,16 +142,21 @@ def make_postgres(address, kind="real[]"):
 
     with psycopg.connect(address, autocommit=True) as connection:
         connection.execute("DROP TABLE IF EXISTS docs")
+        if "[" not in kind:
+            found = connection.execute("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'").fetchone()
+            if found is None:
+                pytest.skip("the server has no pgvector: its types are untested here")
+            connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
         connection.execute(f"CREATE TABLE docs (id text PRIMARY KEY, body text, v {kind})")
         with connection.cursor() as cursor:
             cursor.executemany(
-                "INSERT INTO docs VALUES (%s, %s, %s)",
+                f"INSERT INTO docs VALUES (%s, %s, %s::real[]::{kind})",
                 [(f"k{i:03}", TEXTS[i], [float(x) for x in OLD[i]]) for i in range(N)],
             )
     return address
 
 
-STORES = [f"x{suffix}" for suffix in FILES] + [*INDEXES, "lance", "qdrant", "postgres"]
+STORES = [f"x{suffix}" for suffix in FILES] + [*INDEXES, "lance", "qdrant", "postgres", "pgvector"]
 
 
 @pytest.fixture
@@ -177,8 +182,9 @@ def opened(request, tmp_path):
 
         yield again
         open_tables[0].close()
-    elif name == "postgres":
-        address = make_postgres(request.getfixturevalue("postgres"))
+    elif name in ("postgres", "pgvector"):
+        kind = "real[]" if name == "postgres" else f"vector({D})"
+        address = make_postgres(request.getfixturevalue("postgres"), kind)
         tables = []
 
         def fresh():
@@ -495,6 +501,26 @@ def test_postgres_refuses_what_it_cannot_serve(postgres):
     with pytest.raises(WrongContent, match="1 ids missing or repeated"):
         table.prepare(NEW, SPACE, WORK)
     table.close()
+
+
+def test_half_vectors_and_the_metric_of_an_index_are_known(postgres):
+    import psycopg
+
+    make_postgres(postgres, f"halfvec({D})")
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute("CREATE INDEX ON docs USING hnsw (v halfvec_cosine_ops)")
+    table = PostgresTable(postgres, "docs")
+    try:
+        assert table.facts().metric == "cosine"
+        table.prepare(NEW, SPACE, WORK)
+        fill_all(table)
+        table.seal()
+        for batch, rows in table.pairs():
+            np.testing.assert_allclose(rows, batch.rows @ MAP, rtol=2e-3, atol=2e-3)
+        table.switch("cut over")
+        assert table.facts().dim == NEW
+    finally:
+        table.close()
 
 
 def test_a_row_without_a_next_vector_is_nan_in_pairs(tmp_path):
