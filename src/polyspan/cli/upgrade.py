@@ -124,7 +124,7 @@ def apply(
     strategy: str | None = None,
     share: float | None = None,
     apply: Annotated[bool, Parameter(negative="")] = False,
-    batch_rows: int = 16384,
+    batch_rows: int | None = None,
     device: str = "auto",
     seed: int = 0,
     json: bool = False,
@@ -144,7 +144,7 @@ def apply(
     apply : bool
         Really write.
     batch_rows : int
-        Rows at a time.
+        Rows between two points from which a run goes on; left out, 65,536, or 1,024 that are embedded again.
     device : str
         For a model.
     seed : int

@@ -17,7 +17,7 @@ from polyspan.linalg import label_hits, recall_at_k, top_k
 from polyspan.run import Interrupt, Journal, Progress, first_interrupt_finishes, progress
 
 from .encoders import Encoder
-from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, VectorTable
+from .vector_tables import BATCH_ROWS, ENCODED_ROWS, TableBatch, TableFacts, VectorTable
 
 FILLED = ("gallery", "backfill", "re-embed")
 SLACK = 0.02
@@ -298,10 +298,17 @@ class Upgrade:
 
     # Fill
 
-    def fill(self, *, batch_rows: int = BATCH_ROWS, verbose: bool = True) -> int:
+    def fill(self, *, batch_rows: int | None = None, verbose: bool = True) -> int:
         """Make every next vector that is not there yet, seal them, and return how many were made now.
 
         The first Ctrl-C ends after the batch at hand; the same call goes on from there.
+
+        Parameters
+        ----------
+        batch_rows : int, optional
+            Rows between two points from which it can go on; left out, 65,536, or 1,024 that an encoder makes.
+        verbose : bool
+            Show progress on stderr.
 
         Raises
         ------
@@ -316,18 +323,18 @@ class Upgrade:
             if facts.has_before:
                 return 0
             raise ValueError("the store must have room for next vectors, got none; begin again")
-        made = 0
+        made, own = 0, ENCODED_ROWS if strategy == "re-embed" else BATCH_ROWS
         make = self._maker(strategy)
         try:
             with first_interrupt_finishes() as stop, Progress("filling", facts.n_pending, enabled=verbose) as bar:
-                for batch in self.table.pending(batch_rows):
+                for batch in self.table.pending(batch_rows or own):
                     self.table.fill(batch, make(batch))
                     made += len(batch.keys)
                     bar.advance(len(batch.keys))
                     if stop.requested:
                         raise KeyboardInterrupt
                 if strategy == "backfill":
-                    made += self._backfill(batch_rows, stop)
+                    made += self._backfill(batch_rows or BATCH_ROWS, stop)
             self.table.seal()
         finally:
             self.table.sync()

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-BATCH_ROWS = 16_384
+BATCH_ROWS = 65_536
+ENCODED_ROWS = 1024
+"""Rows between two points from which a fill goes on, where a map makes them and where an encoder does."""
 VERBS = ("cut over", "roll back", "forget")
 
 
