@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polyspan.align import RelaxedOrthogonalLinear
+from polyspan.align import PointNetEncoder, RelaxedOrthogonalLinear
 from polyspan.cluster import CodingRate, DoublyStochastic, RateReductionLoss, TotalCodingRateLoss
 from polyspan.nn import (
     CRATE,
@@ -68,7 +68,21 @@ class Joined(torch.nn.Module):
         return torch.cat(self.module(x), dim=-1)
 
 
+class OfTokens(torch.nn.Module):
+    """A module of token ids, fed by floats: the checks draw floats."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module((5 * x.detach()).long().remainder(7))
+
+
 CASES = {
+    "align.PointNetEncoder": [
+        ModuleCase(lambda **kw: PointNetEncoder(embedding_dim=5, widths=(6, 8), **kw), normal(7, 3))
+    ],
     "align.RelaxedOrthogonalLinear": [
         ModuleCase(lambda **kw: RelaxedOrthogonalLinear(12, 5, **kw), normal(12)),
         ModuleCase(lambda **kw: RelaxedOrthogonalLinear(5, 12, bias=False, **kw), normal(4, 5)),

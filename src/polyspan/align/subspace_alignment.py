@@ -1,0 +1,452 @@
+"""Match and retrieve across two embedding spaces trained apart, in the small subspaces in which they agree."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
+
+from polyspan.linalg import Neighbours, PairedMoments, top_k
+from polyspan.run import available_memory_bytes
+
+from ._aligner import Aligner
+from .canonical_correlation import (
+    FLOATS,
+    CanonicalSubspaces,
+    all_subspaces,
+    canonical_subspaces,
+    checked_rows,
+    checked_weights,
+    warn_if_few,
+)
+from .local_alignment import AnchorProducts, linear_local_cka
+
+METHODS = ("affine", "local_cka", "cosine")
+SIZES = (2, 3, 5, 7, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500)
+HELD_SHARE, MOST_HELD = 0.2, 1000
+BLOCK_BYTES, BLOCK_ROWS = 2**26, 2**16
+
+
+class Match(NamedTuple):
+    """A one-to-one matching: row ``rows[i]`` of the first view goes with row ``columns[i]`` of the second.
+
+    ``scores`` are theirs, and ``confidence`` is a pair's score less the best other score of its row and column, in
+    standard deviations of all scores seen: below 0 where one of the two would rather have another partner, and
+    infinite where there is no other.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    scores: np.ndarray
+    confidence: np.ndarray
+
+
+class SubspaceAligner(Aligner):
+    r"""Join two spaces through the pair of subspaces in which paired anchors agree, and match or retrieve across.
+
+    Canonical correlation (see :class:`CanonicalCorrelation`) gives coordinates a and b of both views, k of them, with
+    correlations ρ. Three routes score a pair in these coordinates:
+
+    - ``"affine"``: cosine of T(a) and b, where T is the least-squares map of the anchors' coordinates; without a ridge
+      it is diag(ρ). It is not symmetric: the first view is carried to the second.
+    - ``"local_cka"``: alignment of the anchors with the pair appended (see :func:`local_cka`), in closed form.
+    - ``"cosine"``: cosine of :math:`\rho^{t/2} a` and :math:`\rho^{t/2} b`: direction i counts :math:`\rho_i^t`.
+
+    :meth:`transform` carries rows of the first space to the second for any store that compares vectors there: T(a) is
+    mapped back through the loadings of the second view. With all components and no ridge this is least squares; with
+    fewer it is a least-squares map of rank k.
+
+    It helps where much of the variance of either space is its own: raw local CKA then compares what is not shared.
+    Where the shared part is wide and anchors are plenty, a full ridge map may find more: see :func:`choose_aligner`.
+    k matters: few components lose detail, many are fitted to noise where anchors are few.
+
+    Source: catalogue entry ``plato-3d``.
+
+    Parameters
+    ----------
+    n_components : int, "auto", "all" or None, default=None
+        Dimension k. ``"auto"`` holds a fifth of the anchors back and takes the k that ranks their partners best; None
+        takes 50, or as many as there are.
+    method : {"affine", "local_cka", "cosine"}, default="affine"
+        Route of scores; it is read when scores are asked for, and can be set after the fit.
+    reg : float, default=1e-3
+        Ridge of the canonical correlation, as a share of each view's mean variance.
+    rho_power : float, default=1.0
+        t of the route ``"cosine"``; 0 leaves canonical coordinates as they are.
+    normalize : bool, default=False
+        Scale rows of both spaces to length 1 first.
+    random_state : int, RandomState instance or None, default=0
+        Which anchors ``"auto"`` holds back.
+
+    Attributes
+    ----------
+    correlations_ : ndarray of shape (k,)
+        In [0, 1], descending, on the anchors.
+    x_mean_, x_weights_, x_loadings_ : ndarray of shape (d_A,), (d_A, k), (d_A, k)
+        As in :class:`CanonicalCorrelation`; likewise ``y_`` for the second view.
+    affine_ : ndarray of shape (k, k)
+        T, acting on rows: ``a @ affine_``.
+    gram_x_, gram_y_ : ndarray of shape (k, k)
+        Sums of products of the anchors' coordinates, for local CKA.
+    anchor_weight_ : float
+        Sum of the anchors' weights, their number where none are given.
+    anchor_marks_ : ndarray of shape (n_anchors_,), int64
+        Sorted digests of the anchors' rows, by which :meth:`seen` knows them again.
+    n_components_ : int
+    n_anchors_ : int
+    tried_ : list of (int, float)
+        Of ``"auto"``: each k and the mean reciprocal rank of held-out partners, in [0, 1]. Not saved.
+    """
+
+    _arrays = (
+        "x_mean_", "y_mean_", "x_weights_", "y_weights_", "x_loadings_", "y_loadings_", "correlations_", "affine_",
+        "gram_x_", "gram_y_", "anchor_marks_",
+    )  # fmt: skip
+    _facts = ("n_components_", "anchor_weight_")
+
+    x_mean_: np.ndarray
+    y_mean_: np.ndarray
+    x_weights_: np.ndarray
+    y_weights_: np.ndarray
+    x_loadings_: np.ndarray
+    y_loadings_: np.ndarray
+    correlations_: np.ndarray
+
+    def __init__(
+        self,
+        n_components: Any = None,
+        *,
+        method="affine",
+        reg: Any = 1e-3,
+        rho_power: Any = 1.0,
+        normalize=False,
+        random_state=0,
+    ):
+        self.n_components = n_components
+        self.method = method
+        self.reg = reg
+        self.rho_power = rho_power
+        self.normalize = normalize
+        self.random_state = random_state
+
+    def fit(self, X, y, sample_weight=None) -> "SubspaceAligner":
+        """Fit on anchors ``X`` (n, d_A) and ``y`` (n, d_B): row i of both is one item.
+
+        Raises
+        ------
+        ValueError
+            Row counts differ, fewer than two anchors, a value is not finite, a view is constant, or a parameter is out
+            of its range.
+
+        Warns
+        -----
+        UserWarning
+            Fewer anchors than features of both views.
+        """
+        super().fit(X, y, sample_weight)
+        return self
+
+    def partial_fit(self, X, y, sample_weight=None, *, solve=True) -> "SubspaceAligner":
+        """Add anchors to those seen so far; equal to one :meth:`fit` on all of them.
+
+        Parameters
+        ----------
+        solve : bool
+            Solve for the subspaces now. False only gathers, which is cheap: the last batch must solve.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`fit`, or ``n_components="auto"``, which needs all anchors at once.
+        """
+        self._check_parameters()
+        if self.n_components == "auto":
+            raise ValueError("n_components must be a number or None for partial_fit, got 'auto'")
+        first = not hasattr(self, "_moments")
+        X, Y, weights = self._anchors(X, y, sample_weight, reset=first)
+        if first:
+            self._start(X, Y)
+        self._add(X, Y, weights)
+        if solve:
+            self._solve(self.n_components)
+        return self
+
+    def _fit_rows(self, X, Y, weights) -> None:
+        self._check_parameters()
+        weights = checked_weights(weights, len(X))
+        self._start(X, Y)
+        self._add(X, Y, weights)
+        self._solve(self._best_size(X, Y, weights) if self.n_components == "auto" else self.n_components)
+        warn_if_few(self._moments, 4)
+
+    def _start(self, X, Y) -> None:
+        self._moments = PairedMoments(X.shape[1], Y.shape[1])
+        self.anchor_marks_ = np.zeros(0, dtype=np.int64)
+
+    def _add(self, X, Y, weights) -> None:
+        self._moments.update(X, Y, weights)
+        self.n_anchors_ = self._moments.n_rows
+        self.anchor_marks_ = np.sort(np.concatenate([self.anchor_marks_, row_marks(X)]))
+
+    def _solve(self, k: Any) -> None:
+        self._take(canonical_subspaces(self._moments, k, self.reg), self._moments)
+
+    def _take(self, found: CanonicalSubspaces, moments: PairedMoments) -> None:
+        """Fill in all that scoring needs, from k-by-k matrices."""
+        for name, value in found._asdict().items():
+            setattr(self, f"{name}_", value)
+        self.n_components_ = len(found.correlations)
+        self.anchor_weight_ = float(moments.weight)
+        self.gram_x_ = found.x_weights.T @ moments.cov_in @ found.x_weights
+        self.gram_y_ = found.y_weights.T @ moments.cov_out @ found.y_weights
+        self.affine_ = np.linalg.solve(self.gram_x_, moments.weight * np.diag(found.correlations))
+
+    def _best_size(self, X, Y, weights) -> int:
+        """Rank partners among anchors held back, for each k of one solution on the others."""
+        if len(X) < 10:
+            raise ValueError(f"n_components='auto' needs at least 10 anchors, got {len(X)}")
+        order = check_random_state(self.random_state).permutation(len(X))
+        held, kept = np.split(order, [min(MOST_HELD, max(2, int(HELD_SHARE * len(X))))])
+        moments = PairedMoments(X.shape[1], Y.shape[1]).update(X[kept], Y[kept], _some(weights, kept))
+        whole = all_subspaces(moments, self.reg)
+        limit = min(len(whole.correlations), max(SIZES))
+        trial = SubspaceAligner(method=self.method, reg=self.reg, rho_power=self.rho_power)
+        sizes = sorted({k for k in SIZES if k < limit} | {limit})
+        self.tried_ = []
+        for k in sizes:
+            trial._take(whole.first(k), moments)
+            scores = trial._scores(trial._coordinates(X[held], "x"), trial._coordinates(Y[held], "y"))
+            own = np.diag(scores)[:, None]
+            ranks = np.sum(scores > own, axis=1) + (np.sum(scores == own, axis=1) + 1) / 2
+            self.tried_.append((k, float(np.mean(1 / ranks))))
+        return max(self.tried_, key=lambda row: (row[1], -row[0]))[0]
+
+    def _apply(self, X):
+        carried = self._coordinates(X, "x") @ self.affine_.astype(X.dtype)
+        return carried @ self.y_loadings_.astype(X.dtype).T + self.y_mean_.astype(X.dtype)
+
+    def inverse_transform(self, Z) -> np.ndarray:
+        """Return rows of space B as seen from space A: the least-squares map of rank k the other way round.
+
+        It is no inverse of :meth:`transform`: what both lose, neither gives back. With ``normalize=True`` rows are
+        scaled to length 1 first, and lengths are not restored.
+        """
+        check_is_fitted(self)
+        Z = checked_rows(Z, "Z", self._n_features_out)
+        back = np.linalg.solve(self.gram_y_, self.anchor_weight_ * np.diag(self.correlations_)).astype(Z.dtype)
+        carried = self._coordinates(self._directions(Z, "Z"), "y") @ back
+        return carried @ self.x_loadings_.astype(Z.dtype).T + self.x_mean_.astype(Z.dtype)
+
+    def transform_x(self, X) -> np.ndarray:
+        """Return canonical coordinates (m, k) of rows of the first space, in their own float width."""
+        check_is_fitted(self)
+        X = validate_data(self, X, reset=False, dtype=FLOATS)
+        return self._coordinates(self._directions(X), "x")
+
+    def transform_y(self, Y) -> np.ndarray:
+        """Return canonical coordinates (m, k) of rows of the second space, in their own float width."""
+        check_is_fitted(self)
+        Y = checked_rows(Y, "y", self._n_features_out)
+        return self._coordinates(self._directions(Y, "y"), "y")
+
+    def _coordinates(self, rows: np.ndarray, view: str) -> np.ndarray:
+        mean, weights = (getattr(self, f"{view}_{name}_").astype(rows.dtype) for name in ("mean", "weights"))
+        if len(rows) <= BLOCK_ROWS:
+            return (rows - mean) @ weights
+        made = np.empty((len(rows), weights.shape[1]), dtype=rows.dtype)
+        for start in range(0, len(rows), BLOCK_ROWS):
+            part = slice(start, start + BLOCK_ROWS)
+            made[part] = (rows[part] - mean) @ weights
+        return made
+
+    def _directed(self, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return coordinates whose cosine is the score, for the two routes that have such."""
+        if self.method == "affine":
+            return A @ self.affine_.astype(A.dtype), B
+        scale = self.correlations_ ** (self.rho_power / 2)
+        return A * scale.astype(A.dtype), B * scale.astype(B.dtype)
+
+    def _scores(self, A: np.ndarray, B: np.ndarray) -> np.ndarray:
+        if self.method == "local_cka":
+            cross = self.anchor_weight_ * np.diag(self.correlations_)
+            anchors = AnchorProducts(self.anchor_weight_, cross, self.gram_x_, self.gram_y_)
+            return linear_local_cka(anchors, A, B)
+        left, right = (unit_rows(Z) for Z in self._directed(A, B))
+        return left @ right.T
+
+    def similarity(self, X, Y) -> np.ndarray:
+        """Score every pair of a row of ``X`` (a, d_A) and a row of ``Y`` (b, d_B) by the route: (a, b).
+
+        Cosines lie in [-1, 1]; local CKA in [0, 1], with differences of about one over the number of anchors, hence
+        float64.
+
+        Raises
+        ------
+        ValueError
+            The scores do not fit into memory, or a parameter or the rows are not as said.
+        """
+        A, B = self._both(X, Y)
+        _fits(len(A), len(B))
+        return self._scores(A, B)
+
+    def match(self, X, Y, *, candidates: int | None = None) -> Match:
+        """Find the one-to-one matching of rows of ``X`` (a, d_A) and ``Y`` (b, d_B) with the largest sum of scores.
+
+        Parameters
+        ----------
+        candidates : int, optional
+            Consider only so many best partners of each row and of each column, in memory that grows with a + b. Rows
+            that find no partner among them are left out, so fewer than min(a, b) pairs may come back. Left out, all
+            scores are held at once and the matching is exact; it takes time that grows with the cube of a.
+
+        Raises
+        ------
+        ValueError
+            The scores do not fit into memory (give ``candidates``), or ``candidates`` is below 1.
+        """
+        A, B = self._both(X, Y)
+        if candidates is None:
+            _fits(len(A), len(B), "; give candidates= for a matching among the best partners only")
+            scores = self._scores(A, B).astype(np.float64)
+            rows, columns = linear_sum_assignment(scores, maximize=True)
+            return _judged(rows, columns, scores)
+        if isinstance(candidates, bool) or candidates < 1:
+            raise ValueError(f"candidates must be at least 1, got {candidates!r}")
+        return self._sparse_match(A, B, int(candidates))
+
+    def _sparse_match(self, A, B, candidates: int) -> Match:
+        near = self._nearest(A, B, min(candidates, len(B)))
+        rows = np.repeat(np.arange(len(A)), near.indices.shape[1])
+        found = [(rows, near.indices.ravel(), near.scores.ravel().astype(np.float64))]
+        back = self._nearest(A, B, min(candidates, len(A)), of_columns=True)
+        columns = np.repeat(np.arange(len(B)), back.indices.shape[1])
+        found.append((back.indices.ravel(), columns, back.scores.ravel().astype(np.float64)))
+        rows, columns, scores = (np.concatenate(part) for part in zip(*found, strict=True))
+        keep = np.unique(rows.astype(np.int64) * len(B) + columns, return_index=True)[1]
+        rows, columns, scores = rows[keep], columns[keep], scores[keep]
+        # Costs are positive, and a column of its own for every row, dearer than all others, makes a full matching
+        # exist; the rows that end there have no partner.
+        spread = float(np.std(scores)) or 1.0
+        costs = 1.0 + (scores.max() - scores) / spread
+        own = np.arange(len(A))
+        graph = coo_array(
+            (
+                np.concatenate([costs, np.full(len(A), 2.0 * costs.max() * (min(len(A), len(B)) + 1))]),
+                (np.concatenate([rows, own]), np.concatenate([columns, len(B) + own])),
+            ),
+            shape=(len(A), len(B) + len(A)),
+        ).tocsr()
+        taken_rows, taken = min_weight_full_bipartite_matching(graph)
+        partnered = taken < len(B)
+        taken_rows, taken = taken_rows[partnered], taken[partnered]
+        order = np.lexsort((columns, rows))
+        keys = (rows.astype(np.int64) * len(B) + columns)[order]
+        chosen = scores[order][np.searchsorted(keys, taken_rows.astype(np.int64) * len(B) + taken)]
+        rivals = np.full(len(taken_rows), -np.inf)
+        for ends, mine in ((rows, taken_rows), (columns, taken)):
+            best = np.full((2, int(ends.max()) + 1), -np.inf)
+            np.maximum.at(best[0], ends, scores)
+            first = scores == best[0][ends]
+            repeated = np.bincount(ends[first], minlength=best.shape[1]) > 1
+            np.maximum.at(best[1], ends[~first], scores[~first])
+            best[1][repeated] = best[0][repeated]
+            rivals = np.maximum(rivals, np.where(chosen == best[0][mine], best[1][mine], best[0][mine]))
+        return Match(taken_rows, taken, chosen, (chosen - rivals) / spread)
+
+    def retrieve(self, X, Y, k: int = 5) -> Neighbours:
+        """Find the k best rows of the gallery ``Y`` (b, d_B) for each query ``X`` (a, d_A), in flat memory.
+
+        Returns
+        -------
+        Neighbours
+            ``indices`` (a, k) into the gallery, best first, and ``scores``.
+
+        Raises
+        ------
+        ValueError
+            ``k`` is not between 1 and b.
+        """
+        A, B = self._both(X, Y)
+        if isinstance(k, bool) or not 1 <= k <= len(B):
+            raise ValueError(f"k must be between 1 and the {len(B)} rows of the gallery, got {k!r}")
+        return self._nearest(A, B, k)
+
+    def _nearest(self, A, B, k: int, *, of_columns: bool = False) -> Neighbours:
+        if self.method != "local_cka":
+            sides = self._directed(A, B)
+            return top_k(*(sides[::-1] if of_columns else sides), k)
+        parts = [_best(block, k) for block in self._blocks(A, B, of_columns=of_columns)]
+        return Neighbours(*(np.concatenate(side) for side in zip(*parts, strict=True)))
+
+    def _blocks(self, A, B, *, of_columns: bool) -> Iterator[np.ndarray]:
+        asked, other = (B, A) if of_columns else (A, B)
+        step = max(1, BLOCK_BYTES // (8 * len(other)))
+        for start in range(0, len(asked), step):
+            part = asked[start : start + step]
+            yield self._scores(A, part).T if of_columns else self._scores(part, B)
+
+    def seen(self, X) -> np.ndarray:
+        """Return which rows of ``X`` (m, d_A) equal an anchor's row bit for bit, (m,) bool: scores flatter there."""
+        check_is_fitted(self)
+        X = self._directions(validate_data(self, X, reset=False, dtype=np.float64))
+        return np.isin(row_marks(X), self.anchor_marks_)
+
+    def _both(self, X, Y) -> tuple[np.ndarray, np.ndarray]:
+        self._check_parameters()
+        A, B = self.transform_x(X), self.transform_y(Y)
+        width = np.result_type(A, B)
+        return A.astype(width, copy=False), B.astype(width, copy=False)
+
+    def _check_parameters(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be 'affine', 'local_cka' or 'cosine', got {self.method!r}")
+        if isinstance(self.n_components, str) and self.n_components not in ("auto", "all"):
+            raise ValueError(f"n_components must be a number, 'auto', 'all' or None, got {self.n_components!r}")
+        if not (np.isfinite(self.rho_power) and self.rho_power >= 0):
+            raise ValueError(f"rho_power must be finite and at least 0, got {self.rho_power!r}")
+
+
+def _some(weights: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if weights is None else weights[rows]
+
+
+def unit_rows(Z: np.ndarray) -> np.ndarray:
+    """Scale rows to length 1; a row of zeros stays."""
+    norms = np.linalg.norm(Z, axis=1, keepdims=True)
+    return Z / np.where(norms > 0, norms, norms.dtype.type(1))
+
+
+def row_marks(X: np.ndarray) -> np.ndarray:
+    """Digest float64 rows to 64 bits each, the same on every machine."""
+    bits = (np.ascontiguousarray(X, dtype=np.float64) + 0.0).view(np.uint64)
+    odd = np.arange(1, 2 * X.shape[1], 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (bits ^ (bits >> np.uint64(29))) * odd
+    return (mixed ^ (mixed >> np.uint64(32))).sum(axis=1, dtype=np.uint64).view(np.int64)
+
+
+def _fits(a: int, b: int, hint: str = "; use retrieve, or fewer rows") -> None:
+    needed, free = 3 * 8 * a * b, available_memory_bytes()
+    if needed > free:
+        raise ValueError(f"X and Y must have scores that fit into memory, got {a} by {b}: {needed:,} bytes{hint}")
+
+
+def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k largest of each row, descending, ties by position."""
+    if k < scores.shape[1]:
+        chosen = np.sort(np.argpartition(scores, -k, axis=1)[:, -k:], axis=1)
+    else:
+        chosen = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
+    values = np.take_along_axis(scores, chosen, axis=1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    return np.take_along_axis(chosen, order, axis=1), np.take_along_axis(values, order, axis=1)
+
+
+def _judged(rows: np.ndarray, columns: np.ndarray, scores: np.ndarray) -> Match:
+    chosen = scores[rows, columns]
+    others = scores.copy()
+    others[rows, columns] = -np.inf
+    rivals = np.maximum(others.max(axis=1)[rows], others.max(axis=0)[columns])
+    return Match(rows, columns, chosen, (chosen - rivals) / (float(np.std(scores)) or 1.0))
