@@ -11,10 +11,14 @@ from polyspan.nn import (
     ULSAM,
     CRATEBlock,
     CRATEDecoderBlock,
+    GauntConvolution,
+    GauntManyBody,
+    GauntTensorProduct,
     GrassmannHead,
     RotationHead,
     SparseRateReductionLoss,
     SparsifyingISTA,
+    SphericalTransform,
     SubspaceSelfAttention,
 )
 from polyspan.testing import ModuleCase, check_module, public_modules
@@ -107,6 +111,25 @@ CASES = {
     ],
     "nn.CRATEDecoderBlock": [ModuleCase(lambda **kw: CRATEDecoderBlock(8, 2, **kw), normal(5, 8))],
     "nn.CRATEMAE": [ModuleCase(lambda **kw: CRATEMAE((4, 6), 2, 8, 2, 2, channels=1, **kw), normal(1, 4, 6))],
+    "nn.GauntConvolution": [
+        ModuleCase(lambda **kw: GauntConvolution("2x0e+2x1o", 2, **kw), normals((8,), (3,))),
+        ModuleCase(
+            lambda **kw: GauntConvolution("2x0e+2x1o", 1, paths="all", weights="shared", **kw), normals((8,), (3,))
+        ),
+    ],
+    "nn.GauntManyBody": [
+        ModuleCase(lambda **kw: GauntManyBody("2x0e+2x1o", correlation=2, **kw), normal(8)),
+        ModuleCase(lambda **kw: GauntManyBody("2x0e+2x1o", method="separable", weights="none", **kw), normal(8)),
+    ],
+    "nn.GauntTensorProduct": [
+        ModuleCase(lambda **kw: GauntTensorProduct("2x0e+2x1o", "2x1o+2x2e", **kw), normals((8,), (16,))),
+        ModuleCase(
+            lambda **kw: GauntTensorProduct("2x0e+2x1o+2x1e", "1x1o", paths="all", weights="per_degree", **kw),
+            normals((14,), (3,)),
+        ),
+        ModuleCase(lambda **kw: GauntTensorProduct("2x2e", "2x1o", method="separable", **kw), normals((10,), (6,))),
+        ModuleCase(lambda **kw: GauntTensorProduct("2x2e", "2x1o", method="fourier", **kw), normals((10,), (6,))),
+    ],
     "nn.GrassmannHead": [
         ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(12)),
         ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(4, 12)),
@@ -124,6 +147,10 @@ CASES = {
     "nn.SparsifyingISTA": [
         ModuleCase(lambda **kw: SparsifyingISTA(8, **kw), normal(5, 8)),
         ModuleCase(lambda **kw: SparsifyingISTA(8, 20, n_steps=2, nonneg=False, residual=True, **kw), normal(5, 8)),
+    ],
+    "nn.SphericalTransform": [
+        ModuleCase(lambda **kw: SphericalTransform(2, **kw), normal(9)),
+        ModuleCase(lambda **kw: SphericalTransform(2, 7, method="separable", **kw), normal(3, 9)),
     ],
     "nn.SubspaceSelfAttention": [
         ModuleCase(lambda **kw: SubspaceSelfAttention(8, 2, **kw), normal(5, 8)),

@@ -7,6 +7,14 @@ from .crate_checkpoints import convert_official as convert_official
 from .crate_checkpoints import load_crate as load_crate
 from .crate_checkpoints import save_crate as save_crate
 from .crate_classifier import CrateClassifier as CrateClassifier
+from .gaunt_convolution import GauntConvolution as GauntConvolution
+from .gaunt_many_body import GauntManyBody as GauntManyBody
+from .gaunt_product import GauntTensorProduct as GauntTensorProduct
+from .gaunt_product import convert_e3nn_layout as convert_e3nn_layout
+from .gaunt_product import equivalent_e3nn_product as equivalent_e3nn_product
+from .gaunt_product import gaunt_coefficients as gaunt_coefficients
+from .gaunt_product import gaunt_path_weights as gaunt_path_weights
+from .gaunt_product import gaunt_tensor_product as gaunt_tensor_product
 from .grassmann_classifier import GrassmannClassifier as GrassmannClassifier
 from .grassmann_head import GrassmannHead as GrassmannHead
 from .grassmann_head import replace_head as replace_head
@@ -85,4 +93,7 @@ from .rotation_grid import rotation9d_to_quaternion as rotation9d_to_quaternion
 from .rotation_grid import rotation9d_to_rotation5d as rotation9d_to_rotation5d
 from .rotation_grid import rotation9d_to_rotation6d as rotation9d_to_rotation6d
 from .rotation_head import RotationHead as RotationHead
+from .spherical_transform import SphericalTransform as SphericalTransform
+from .spherical_transform import harmonics_to_e3nn as harmonics_to_e3nn
+from .spherical_transform import real_spherical_harmonics as real_spherical_harmonics
 from .subspace_attention import ULSAM as ULSAM
