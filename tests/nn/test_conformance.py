@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from polyspan.align import PointNetEncoder, RelaxedOrthogonalLinear
-from polyspan.cluster import CodingRate, DoublyStochastic, RateReductionLoss, TotalCodingRateLoss
+from polyspan.cluster import CodingRate, DoublyStochastic, NestedMatryoshkaHead, RateReductionLoss, TotalCodingRateLoss
 from polyspan.nn import (
     CRATE,
     CRATEMAE,
@@ -93,6 +93,15 @@ CASES = {
     ],
     "cluster.CodingRate": [ModuleCase(lambda **kw: CodingRate(**kw), normal(6, 4))],
     "cluster.DoublyStochastic": [ModuleCase(lambda **kw: DoublyStochastic(**kw), unit(6, 4), compiles=False)],
+    "cluster.NestedMatryoshkaHead": [
+        ModuleCase(lambda **kw: Joined(NestedMatryoshkaHead(16, 32, hidden=8, bottleneck=6, **kw)), normal(16)),
+        ModuleCase(
+            lambda **kw: Joined(
+                NestedMatryoshkaHead(8, 9, [2, 8], "linear", 8, 6, num_layers=2, normalize=False, **kw)
+            ),
+            normal(5, 8),
+        ),
+    ],
     "cluster.RateReductionLoss": [
         ModuleCase(lambda **kw: RateReductionLoss(**kw), with_memberships),
         ModuleCase(lambda **kw: RateReductionLoss(top=3, frobenius=0.1, **kw), with_memberships),

@@ -8,8 +8,6 @@ from cyclopts import Parameter
 from ._output import say, show_json, show_table
 from .points import METHODS, check_names, count_clusters, read_labels, run_method
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-
 
 def images(
     source: Path,
@@ -53,7 +51,7 @@ def images(
     n_clusters : int
         How many groups; the number of classes where there are true ones.
     method : str
-        mlc, lhdsc, or any other of "polyspan cluster points", which sees pixels in rows.
+        mlc, lhdsc, franca, or any other of "polyspan cluster points", which sees pixels in rows.
     labels : Path
         True classes, to score against (.npy, or .csv with columns label and, for the files of a folder, id). They are
         not used in clustering.
@@ -248,22 +246,7 @@ def _read(source: Path, side: int, colour: bool) -> tuple[Any, Any]:
         if X.ndim not in (3, 4):
             raise ValueError(f"images must be (n, h, w) or (n, channels, h, w), got shape {X.shape} in {source}")
         return X, np.arange(len(X))
-    import io
+    from polyspan.cluster.image_folder import ImageFolder
 
-    from polyspan.errors import CorruptFile, require
-    from polyspan.io import list_folder, read_bytes
-
-    pictures = require("PIL.Image", extra="images", purpose="pictures")
-    files = sorted(path for path in list_folder(source) if path.suffix.lower() in PICTURES)
-    if not files:
-        raise ValueError(f"{source} must hold pictures ({', '.join(PICTURES)}), got none")
-    found = []
-    for file in files:
-        try:
-            with pictures.open(io.BytesIO(read_bytes(file))) as picture:
-                plain = picture.convert("RGB" if colour else "L").resize((side, side), pictures.Resampling.BILINEAR)
-        except (OSError, ValueError, pictures.DecompressionBombError) as error:
-            raise CorruptFile(file, found=str(error), expected="a picture") from error
-        found.append(np.asarray(plain, dtype=np.float32) / 255)
-    X = np.stack(found)
-    return (X.transpose(0, 3, 1, 2) if colour else X), np.array([file.name for file in files])
+    folder = ImageFolder(source, (3, side, side) if colour else (side, side))
+    return np.stack([folder[i] for i in range(len(folder))]), np.array([file.name for file in folder.files])

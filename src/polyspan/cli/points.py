@@ -32,6 +32,7 @@ METHODS = {
         "polyspan.cluster:DeepSelfExpressiveClustering",
         {"seed": "random_state", "dim": "subspace_dim", "image": "image_shape"},
     ),
+    "franca": Method("polyspan.cluster:NestedMatryoshkaClustering", {"seed": "random_state", "image": "image_shape"}),
     "mlc": Method("polyspan.cluster:ManifoldLinearizingClustering", {"seed": "random_state"}),
     "kmeans": Method("sklearn.cluster:KMeans", {"seed": "random_state"}, {"n_init": 10}),
     "spectral": Method(
@@ -79,7 +80,7 @@ def points(
     n_clusters : int
         How many groups; the number of classes where there are true ones.
     method : str
-        ensc, ssc, omp, lsr, lsr-squared, tsc, lhdsc, mlc, kmeans or spectral.
+        ensc, ssc, omp, lsr, lsr-squared, tsc, lhdsc, franca, mlc, kmeans or spectral.
     labels : Path
         True classes, to score against (.npy, or .csv with a column label, in the order of the rows or with ids). They
         are not used in clustering.
