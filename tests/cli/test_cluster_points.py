@@ -82,7 +82,7 @@ def test_every_method_takes_what_the_registry_says():
     given = {"seed": 3, "jobs": 2, "dim": 5, "normalize": False, "image": (4, 4)}
     for name, method in METHODS.items():
         made = _make(name, 4, given, []).get_params()
-        assert made["n_clusters"] == 4
+        assert made[method.clusters] == 4
         for option, parameter in method.takes.items():
             assert made[parameter] == given[option]
     assert set(COMPARED) <= set(METHODS)

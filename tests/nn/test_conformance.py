@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from polyspan.align import PointNetEncoder, RelaxedOrthogonalLinear
-from polyspan.cluster import CodingRate, DoublyStochastic, NestedMatryoshkaHead, RateReductionLoss, TotalCodingRateLoss
+from polyspan.cluster import (
+    CodingRate,
+    DoublyStochastic,
+    LowRankDenoiser,
+    NestedMatryoshkaHead,
+    RateReductionLoss,
+    TotalCodingRateLoss,
+)
 from polyspan.nn import (
     CRATE,
     CRATEMAE,
@@ -93,6 +100,10 @@ CASES = {
     ],
     "cluster.CodingRate": [ModuleCase(lambda **kw: CodingRate(**kw), normal(6, 4))],
     "cluster.DoublyStochastic": [ModuleCase(lambda **kw: DoublyStochastic(**kw), unit(6, 4), compiles=False)],
+    "cluster.LowRankDenoiser": [
+        ModuleCase(lambda **kw: LowRankDenoiser(low_rank_bases(), **kw), at_noise),
+        ModuleCase(lambda **kw: LowRankDenoiser(low_rank_bases(), noise_variance=torch.ones(3), **kw), at_noise),
+    ],
     "cluster.NestedMatryoshkaHead": [
         ModuleCase(lambda **kw: Joined(NestedMatryoshkaHead(16, 32, hidden=8, bottleneck=6, **kw)), normal(16)),
         ModuleCase(

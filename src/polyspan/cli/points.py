@@ -10,17 +10,21 @@ from .cluster import LABEL_FILES
 
 
 class Method(NamedTuple):
-    """Where a clusterer lives, which of the command's options its parameters are, and what it is always given."""
+    """Where a clusterer lives, which of the command's options its parameters are, and what it is always given.
+
+    ``clusters`` is what it calls the number of groups.
+    """
 
     where: str
     takes: dict[str, str]
     always: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    clusters: str = "n_clusters"
 
 
 SELF = {"seed": "random_state", "dim": "subspace_dim", "normalize": "normalize"}
 SPARSE = SELF | {"jobs": "n_jobs"}
 UNIT = {"seed": "random_state", "dim": "subspace_dim", "jobs": "n_jobs"}
-# A system joins with one line; every class takes n_clusters. What --option may set is whatever the class has.
+# A system joins with one line. What --option may set is whatever the class has.
 METHODS = {
     "ensc": Method("polyspan.cluster:ElasticNetSubspaceClustering", SPARSE),
     "ssc": Method("polyspan.cluster:ElasticNetSubspaceClustering", SPARSE, {"tau": 1.0}),
@@ -31,6 +35,13 @@ METHODS = {
     "lhdsc": Method(
         "polyspan.cluster:DeepSelfExpressiveClustering",
         {"seed": "random_state", "dim": "subspace_dim", "image": "image_shape"},
+    ),
+    # Bases are told without means: subspaces go through the origin, as those of the other methods do.
+    "diffusion-subspace": Method(
+        "polyspan.cluster:LowRankGaussianMixture",
+        {"seed": "random_state", "dim": "rank"},
+        {"center": False},
+        "n_components",
     ),
     "franca": Method("polyspan.cluster:NestedMatryoshkaClustering", {"seed": "random_state", "image": "image_shape"}),
     "mlc": Method("polyspan.cluster:ManifoldLinearizingClustering", {"seed": "random_state"}),
@@ -80,7 +91,7 @@ def points(
     n_clusters : int
         How many groups; the number of classes where there are true ones.
     method : str
-        ensc, ssc, omp, lsr, lsr-squared, tsc, lhdsc, franca, mlc, kmeans or spectral.
+        ensc, ssc, omp, lsr, lsr-squared, tsc, lhdsc, diffusion-subspace, franca, mlc, kmeans or spectral.
     labels : Path
         True classes, to score against (.npy, or .csv with a column label, in the order of the rows or with ids). They
         are not used in clustering.
@@ -219,6 +230,8 @@ def run_method(
     subspaces = getattr(fitted, "bases_", None)
     if subspaces is None:
         subspaces = found_subspaces(rows, found, dim)
+    # Columns of zeros fill up where ranks differ.
+    subspaces = [basis[:, np.square(basis).sum(axis=0) > 0.5] for basis in subspaces]
     told: dict[str, Any] = {"method": method, "n_clusters": n_clusters} | clustering_report(
         rows,
         found,
@@ -340,7 +353,7 @@ def _make(name: str, k: int, given: dict[str, Any], options: list[str]) -> Any:
         if not mark or parameter not in known:
             raise ValueError(f"--option must be name=value with one of {', '.join(sorted(known))}, got {text!r}")
         takes[parameter] = _value(value)
-    return estimator.set_params(**{"n_clusters": k} | METHODS[name].always | takes)
+    return estimator.set_params(**{METHODS[name].clusters: k} | METHODS[name].always | takes)
 
 
 def _value(text: str) -> Any:
