@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from polyspan.align import PointNetEncoder, RelaxedOrthogonalLinear
+from polyspan.align import (
+    CompatibleOutput,
+    OrthogonalCompatibleHead,
+    OrthogonalCompatibleLoss,
+    PointNetEncoder,
+    RelaxedOrthogonalLinear,
+)
 from polyspan.cluster import (
     CodingRate,
     DoublyStochastic,
@@ -56,6 +62,14 @@ def tokens_and_bases(batch, generator):
     return (torch.randn(batch, 6, 8, generator=generator), torch.randn(batch, 2, 8, 4, generator=generator))
 
 
+class CompatibleTotal(OrthogonalCompatibleLoss):
+    """The loss of tensors alone, one number an item, against each item's likeliest class."""
+
+    def forward(self, logits, compatible):
+        out = CompatibleOutput(logits, compatible, logits, compatible)
+        return super().forward(out, logits.detach().argmax(dim=-1))["total"]
+
+
 def logits_and_vectors(batch, generator):
     return torch.randn(batch, 4, generator=generator), torch.randn(batch, 5, generator=generator)
 
@@ -91,6 +105,13 @@ class OfTokens(torch.nn.Module):
 
 
 CASES = {
+    "align.OrthogonalCompatibleHead": [
+        ModuleCase(lambda how=how, **kw: OrthogonalCompatibleHead(9, 5, 4, 3, orthogonal_map=how, **kw), normal(9))
+        for how in ("cayley", "matrix-exp", "householder", "retraction")
+    ],
+    "align.OrthogonalCompatibleLoss": [
+        ModuleCase(lambda **kw: CompatibleTotal(torch.eye(5)[:4], reduction="none", **kw), logits_and_vectors)
+    ],
     "align.PointNetEncoder": [
         ModuleCase(lambda **kw: PointNetEncoder(embedding_dim=5, widths=(6, 8), **kw), normal(7, 3))
     ],

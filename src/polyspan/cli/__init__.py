@@ -24,6 +24,7 @@ app = App(
 align = App(name="align", help="Carry vectors from one embedding space into another.")
 cluster = App(name="cluster", help="Find groups in graphs and points by the subspaces they lie on.")
 grassmann = App(name="grassmann", help="Classify embeddings by one subspace a class.")
+compat = App(name="compat", help="Train encoders whose vectors can be compared with those of older ones.")
 crossmodal = App(name="crossmodal", help="Match and retrieve across two spaces trained apart.")
 crate = App(name="crate", help="Train and measure transformers that compress tokens towards subspaces.")
 retrieve = App(name="retrieve", help="Mend a gallery of retrieval vectors.")
@@ -42,6 +43,9 @@ grassmann.command("polyspan.cli.classify:fit", name="fit", help="Train a classif
 grassmann.command(
     "polyspan.cli.classify:report", name="report", help="Measure a fitted classifier on labelled embeddings."
 )
+compat.command("polyspan.cli.compat:train", name="train", help="Train an encoder, compatible with an older one.")
+compat.command("polyspan.cli.compat:embed", name="embed", help="Embed a file of feature rows.")
+compat.command("polyspan.cli.compat:evaluate", name="evaluate", help="Say which encoders may search whose index.")
 crossmodal.command("polyspan.cli.crossmodal:fit", name="fit", help="Find the subspaces in which two spaces agree.")
 crossmodal.command("polyspan.cli.crossmodal:match", name="match", help="Match items of two spaces one to one.")
 crossmodal.command("polyspan.cli.crossmodal:retrieve", name="retrieve", help="Find items of one space by the other.")
@@ -64,7 +68,7 @@ app.command("polyspan.cli.systems:show", name="show", help="Tell all about one s
 app.command("polyspan.cli.claim:claim", name="claim", help="Measure claims again: method against baseline and control.")
 app.command("polyspan.cli.doctor:doctor", name="doctor", help="Say what is installed, or what is wrong with a file.")
 app.command("polyspan.cli.compare:compare", name="compare", help="Say which units of two networks are the same.")
-for group in (align, upgrade, retrieve, crossmodal, cluster, images, grassmann, crate, gallery):
+for group in (align, upgrade, compat, retrieve, crossmodal, cluster, images, grassmann, crate, gallery):
     app.command(group)
 app.register_install_completion_command(help="Install completion for your shell.")
 
