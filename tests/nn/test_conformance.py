@@ -28,10 +28,14 @@ from polyspan.nn import (
     GauntManyBody,
     GauntTensorProduct,
     GrassmannHead,
+    HouseholderProjector,
+    LowRankOrthogonal,
     RotationHead,
     SparseRateReductionLoss,
     SparsifyingISTA,
     SphericalTransform,
+    StyleAutoencoder,
+    StyleGenerator,
     SubspaceSelfAttention,
 )
 from polyspan.testing import ModuleCase, check_module, public_modules
@@ -80,6 +84,12 @@ def at_noise(batch, generator):
 
 def low_rank_bases():
     return torch.linalg.qr(torch.randn(3, 12, 4, generator=torch.Generator().manual_seed(0)))[0]
+
+
+def low_rank_layer(rank, *, gain="mean", **kw):
+    layer = torch.nn.Linear(9, 7, **kw)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", LowRankOrthogonal(rank, gain=gain))
+    return layer
 
 
 class Joined(torch.nn.Module):
@@ -175,6 +185,15 @@ CASES = {
         ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(12)),
         ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(4, 12)),
     ],
+    "nn.HouseholderProjector": [
+        ModuleCase(lambda **kw: HouseholderProjector(9, 7, 3, **kw), normal(9)),
+        ModuleCase(lambda **kw: HouseholderProjector(5, 5, 5, False, "learned", "random", **kw), normal(4, 5)),
+        ModuleCase(lambda **kw: HouseholderProjector(4, 12, 2, gain=0.5, **kw), normal(4)),
+    ],
+    "nn.LowRankOrthogonal": [
+        ModuleCase(lambda **kw: low_rank_layer(3, **kw), normal(9)),
+        ModuleCase(lambda **kw: low_rank_layer(7, gain="learned", **kw), normal(4, 9)),
+    ],
     "nn.RotationHead": [
         ModuleCase(lambda **kw: RotationHead(12, **kw), normal(12)),
         ModuleCase(lambda **kw: RotationHead(12, "5d", **kw), normal(4, 12)),
@@ -193,6 +212,8 @@ CASES = {
         ModuleCase(lambda **kw: SphericalTransform(2, **kw), normal(9)),
         ModuleCase(lambda **kw: SphericalTransform(2, 7, method="separable", **kw), normal(3, 9)),
     ],
+    "nn.StyleAutoencoder": [ModuleCase(lambda **kw: StyleAutoencoder((4, 3), 5, 8, 2, **kw), normal(4, 3))],
+    "nn.StyleGenerator": [ModuleCase(lambda **kw: StyleGenerator((4, 3), 5, 8, 2, **kw), normal(5))],
     "nn.SubspaceSelfAttention": [
         ModuleCase(lambda **kw: SubspaceSelfAttention(8, 2, **kw), normal(5, 8)),
         ModuleCase(lambda **kw: SubspaceSelfAttention(8, 2, 3, step="eq10", causal=True, **kw), normal(5, 8)),

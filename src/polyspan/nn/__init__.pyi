@@ -23,6 +23,16 @@ from .grassmann_optim import GrassmannParameter as GrassmannParameter
 from .grassmann_optim import RiemannianAdam as RiemannianAdam
 from .grassmann_optim import RiemannianSGD as RiemannianSGD
 from .grassmann_optim import grassmann_groups as grassmann_groups
+from .householder_projector import HouseholderProjector as HouseholderProjector
+from .householder_projector import LowRankOrthogonal as LowRankOrthogonal
+from .latent_directions import Directions as Directions
+from .latent_directions import direction_strengths as direction_strengths
+from .latent_directions import discover_directions as discover_directions
+from .latent_directions import interpretable_path_length as interpretable_path_length
+from .latent_directions import load_directions as load_directions
+from .latent_directions import perceptual_path_length as perceptual_path_length
+from .latent_directions import save_directions as save_directions
+from .latent_directions import traverse as traverse
 from .layer_rates import LayerRates as LayerRates
 from .layer_rates import SparseRateReductionLoss as SparseRateReductionLoss
 from .layer_rates import layer_report as layer_report
@@ -30,6 +40,11 @@ from .lion import Lion as Lion
 from .masked_rate_autoencoder import CRATEMAE as CRATEMAE
 from .mobilenet import mobilenet_v1 as mobilenet_v1
 from .mobilenet import mobilenet_v2 as mobilenet_v2
+from .projector_surgery import ProjectedLayer as ProjectedLayer
+from .projector_surgery import ProjectionReport as ProjectionReport
+from .projector_surgery import merge_projections as merge_projections
+from .projector_surgery import project_model as project_model
+from .projector_surgery import project_weights as project_weights
 from .rate_reduction_transformer import CRATE as CRATE
 from .rate_reduction_transformer import CRATEBlock as CRATEBlock
 from .rate_reduction_transformer import CRATEDecoderBlock as CRATEDecoderBlock
@@ -96,4 +111,7 @@ from .rotation_head import RotationHead as RotationHead
 from .spherical_transform import SphericalTransform as SphericalTransform
 from .spherical_transform import harmonics_to_e3nn as harmonics_to_e3nn
 from .spherical_transform import real_spherical_harmonics as real_spherical_harmonics
+from .style_autoencoder import StyleAutoencoder as StyleAutoencoder
+from .style_autoencoder import StyleGenerator as StyleGenerator
+from .style_autoencoder import train_autoencoder as train_autoencoder
 from .subspace_attention import ULSAM as ULSAM
