@@ -70,7 +70,7 @@ def test_labels_memberships_bases_report_and_picture_are_written_and_true(files,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_finds_clear_subspaces(files, method, capsys):
-    option = ["n_nonzero=3"] if method == "omp" else None
+    option = {"omp": ["n_nonzero=3"], "franca": ["max_steps=10"]}.get(method)
     points(files / "x.npy", labels=files / "y.npy", method=method, option=option, json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["method"] == method
