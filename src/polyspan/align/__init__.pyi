@@ -1,5 +1,7 @@
 from ._aligner import Aligner as Aligner
 from ._aligner import load_aligner as load_aligner
+from ._prototypes import class_prototypes as class_prototypes
+from ._prototypes import prototype_separability as prototype_separability
 from .backfilling import BackfillCurve as BackfillCurve
 from .backfilling import backfill_batches as backfill_batches
 from .backfilling import backfill_curve as backfill_curve
