@@ -22,12 +22,17 @@ from polyspan.nn import (
     CRATE,
     CRATEMAE,
     ULSAM,
+    CausalGrassmannMixing,
     CRATEBlock,
     CRATEDecoderBlock,
     GauntConvolution,
     GauntManyBody,
     GauntTensorProduct,
+    GrassmannBlock,
     GrassmannHead,
+    GrassmannLM,
+    GrassmannPairHead,
+    GrassmannSequenceClassifier,
     HouseholderProjector,
     LowRankOrthogonal,
     RotationHead,
@@ -181,9 +186,35 @@ CASES = {
         ModuleCase(lambda **kw: GauntTensorProduct("2x2e", "2x1o", method="separable", **kw), normals((10,), (6,))),
         ModuleCase(lambda **kw: GauntTensorProduct("2x2e", "2x1o", method="fourier", **kw), normals((10,), (6,))),
     ],
+    "nn.CausalGrassmannMixing": [
+        ModuleCase(lambda **kw: CausalGrassmannMixing(8, 4, (1, 3), **kw), normal(5, 8)),
+        ModuleCase(lambda **kw: CausalGrassmannMixing(8, 4, (1, 3), norm="none", gate="none", **kw), normal(40, 8)),
+        ModuleCase(
+            lambda **kw: CausalGrassmannMixing(
+                8, 6, (2,), 0.0, "l2", out_proj=True, causal=False, num_heads=2, per_offset_weight=True, **kw
+            ),
+            normal(6, 8),
+        ),
+    ],
+    "nn.GrassmannBlock": [
+        ModuleCase(lambda **kw: GrassmannBlock(8, 4, (1, 2), **kw), normal(5, 8)),
+        ModuleCase(lambda **kw: GrassmannBlock(8, 4, (1, 2), norm_first=False, **kw), normal(5, 8)),
+    ],
     "nn.GrassmannHead": [
         ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(12)),
         ModuleCase(lambda **kw: GrassmannHead(12, 5, 3, **kw), normal(4, 12)),
+    ],
+    "nn.GrassmannLM": [
+        ModuleCase(lambda **kw: OfTokens(GrassmannLM(7, 8, 2, 4, (1, 2), **kw)), normal(5), gradient=False),
+        ModuleCase(
+            lambda **kw: OfTokens(GrassmannLM(7, 8, 2, 4, ((1,), (2,)), positions="none", tied=False, **kw)),
+            normal(5),
+            gradient=False,
+        ),
+    ],
+    "nn.GrassmannPairHead": [ModuleCase(lambda **kw: GrassmannPairHead(6, 3, 8, 4, **kw), normals((6,), (6,)))],
+    "nn.GrassmannSequenceClassifier": [
+        ModuleCase(lambda **kw: GrassmannSequenceClassifier(6, 3, 8, 8, offsets=(1, 2), ffn=8, **kw), normal(5, 6)),
     ],
     "nn.HouseholderProjector": [
         ModuleCase(lambda **kw: HouseholderProjector(9, 7, 3, **kw), normal(9)),

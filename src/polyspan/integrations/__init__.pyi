@@ -9,6 +9,11 @@ from .encoders import load_encoder as load_encoder
 from .file_tables import FaissTable as FaissTable
 from .file_tables import FileTable as FileTable
 from .file_tables import wrap_queries as wrap_queries
+from .grassmann_model import GrassmannForCausalLM as GrassmannForCausalLM
+from .grassmann_model import GrassmannForSequenceClassification as GrassmannForSequenceClassification
+from .grassmann_model import GrassmannLMConfig as GrassmannLMConfig
+from .grassmann_model import grassmann_to_hugging_face as grassmann_to_hugging_face
+from .grassmann_model import register_grassmann_lm as register_grassmann_lm
 from .lance_tables import LanceTable as LanceTable
 from .postgres_tables import PostgresTable as PostgresTable
 from .qdrant_tables import QdrantTable as QdrantTable

@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from polyspan.nn import GrassmannLM
+from polyspan.run import torch_generator
+
+transformers = pytest.importorskip("transformers")
+
+from polyspan.integrations import (  # noqa: E402
+    GrassmannForCausalLM,
+    GrassmannForSequenceClassification,
+    GrassmannLMConfig,
+    grassmann_to_hugging_face,
+    register_grassmann_lm,
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(1, 11, shape, generator=torch_generator(seed))
+
+
+def lm(**options):
+    made = GrassmannLM(11, 8, 2, 4, (1, 2, 3), 0.0, max_length=40, generator=torch_generator(0), **options).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.ndim > 1:
+                p.mul_(10)
+    return made
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": False, "positions": "none", "mixing": {"per_offset_weight": True}}])
+def test_a_saved_model_comes_back_through_the_auto_classes_with_equal_logits(tmp_path, options):
+    model, ids = lm(**options), tokens(2, 9)
+    made = grassmann_to_hugging_face(model)
+    assert torch.equal(made(ids).logits, model(ids))
+    made.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(read) is GrassmannForCausalLM
+    assert torch.equal(read(ids).logits, model(ids))
+
+
+def test_generate_with_the_state_equals_ours_and_reading_again():
+    model = lm()
+    made, ids = grassmann_to_hugging_face(model), tokens(2, 5)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    found = made.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(found, model.generate(ids, 12, temperature=0))
+    assert torch.equal(found, made.generate(ids, use_cache=False, **options))
+
+
+def test_generate_feeds_one_token_after_the_first_step():
+    made, seen = grassmann_to_hugging_face(lm()), []
+    made.model.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+    made.generate(tokens(2, 5), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert seen == [(2, 5), (2, 1), (2, 1), (2, 1)]
+
+
+def test_left_padding_does_not_change_what_is_generated():
+    made, ids = grassmann_to_hugging_face(lm()), tokens(1, 5)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    padded, mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1), torch.tensor([[0] * 3 + [1] * 5])
+    found = made.generate(padded, attention_mask=mask, **options)
+    assert torch.equal(found[:, 3:], made.generate(ids, **options))
+
+
+def test_beams_find_a_text_at_least_as_likely_as_the_greedy_one():
+    made, ids = grassmann_to_hugging_face(lm()), tokens(1, 5)
+
+    def likelihood(text):
+        told = made(text).logits[0].log_softmax(dim=-1)
+        return float(told[torch.arange(4, len(text[0]) - 1), text[0, 5:]].sum().detach())
+
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    found = made.generate(ids, num_beams=11, **options)
+    assert likelihood(found) >= likelihood(made.generate(ids, **options)) - 1e-5
+    assert torch.equal(found, made.generate(ids, num_beams=11, use_cache=False, **options))
+
+
+def test_the_loss_is_that_of_the_model_and_labels_can_be_left_out():
+    model, ids = lm(), tokens(2, 9)
+    made = grassmann_to_hugging_face(model)
+    assert made(ids, labels=ids).loss.item() == pytest.approx(model.loss(ids).item(), rel=1e-6)
+    some = ids.masked_fill(torch.arange(9) < 5, -100)
+    told = model(ids).log_softmax(dim=-1)[:, 4:-1].gather(2, ids[:, 5:, None])
+    assert made(ids, labels=some).loss.item() == pytest.approx(-told.mean().item(), rel=1e-5)
+
+
+def test_the_classifier_looks_at_real_tokens_only_and_is_trained_by_its_loss(tmp_path):
+    config = GrassmannLMConfig(11, 8, 1, 4, [1, 2], max_position_embeddings=20, num_labels=3, hidden_dropout_prob=0.0)
+    made, ids = GrassmannForSequenceClassification(config).eval(), tokens(4, 6)
+    padded = torch.cat([ids, tokens(4, 3, seed=1)], dim=1)
+    mask = (torch.arange(9) < 6).long().expand(4, 9)
+    torch.testing.assert_close(made(padded, attention_mask=mask).logits, made(ids).logits)
+    labels = torch.tensor([0, 1, 2, 1])
+    made(ids, labels=labels).loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in made.parameters())
+    made.save_pretrained(tmp_path)
+    read = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(read(ids).logits, made(ids).logits)
+
+
+def test_a_fresh_model_starts_as_ours_does_and_registering_twice_is_harmless():
+    register_grassmann_lm()
+    config = GrassmannLMConfig(50, 32, 1, 8, mixing={"per_offset_weight": True})
+    made = transformers.AutoModelForCausalLM.from_config(config)
+    assert abs(float(made.model.embedding.weight.detach().std()) - 0.02) < 0.002
+    assert made.model.blocks[0].mixing.offset_weight.tolist() == [1] * 6
+    assert not made.model.blocks[0].ffn[0].bias.any()
