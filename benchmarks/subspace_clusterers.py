@@ -73,16 +73,16 @@ def foreseen(rows, n):
     return two["seconds"] * (n / two["n"]) ** power
 
 
-def climb(name, code):
+def climb(name, code, sizes=SIZES, limit_s=LIMIT_S):
     """Run one method size by size until it would take too long or too much."""
     rows = []
-    for n in SIZES:
+    for n in sizes:
         needed = DENSE.get(name, 0) * n * n * 8
         if needed > 0.8 * available_memory_bytes():
             rows.append({"n": n, "stopped": f"needs {needed / 2**30:.0f} GiB for matrices of n x n"})
             break
         guess = foreseen([row for row in rows if "seconds" in row], n)
-        if guess > LIMIT_S:
+        if guess > limit_s:
             rows.append({"n": n, "stopped": f"would take some {guess:.0f} s"})
             break
         rows.append({"n": n} | once(code, n))
