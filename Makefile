@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.developed: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[dask,equivariant,graphs,postgres,text,vectors]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[dask,equivariant,graphs,hf,postgres,text,vectors]"
 	touch $@
 
 lint: $(VENV)/.developed

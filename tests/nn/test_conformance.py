@@ -10,6 +10,7 @@ from polyspan.align import (
     PointNetEncoder,
     RelaxedOrthogonalLinear,
 )
+from polyspan.checkpoints import TuckerAdapterConfig, TuckerAdapterModel
 from polyspan.cluster import (
     CodingRate,
     DoublyStochastic,
@@ -71,6 +72,22 @@ def tokens_and_bases(batch, generator):
     return (torch.randn(batch, 6, 8, generator=generator), torch.randn(batch, 2, 8, 4, generator=generator))
 
 
+def adapted(**factory):
+    layers = torch.nn.Sequential(
+        torch.nn.Conv1d(2, 6, 3, padding=1, **factory),
+        torch.nn.Tanh(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(30, 3, **factory),
+    )
+    model = TuckerAdapterModel(
+        layers, TuckerAdapterConfig(r_in=2, r_out=2, target_modules=["0", "3"], seed=0), "default"
+    )
+    for name, parameter in model.named_parameters():
+        if "core" in name:
+            torch.nn.init.constant_(parameter, 0.5)
+    return model
+
+
 class CompatibleTotal(OrthogonalCompatibleLoss):
     """The loss of tensors alone, one number an item, against each item's likeliest class."""
 
@@ -120,6 +137,7 @@ class OfTokens(torch.nn.Module):
 
 
 CASES = {
+    "checkpoints.TuckerAdapterModel": [ModuleCase(adapted, normal(2, 5))],
     "align.OrthogonalCompatibleHead": [
         ModuleCase(lambda how=how, **kw: OrthogonalCompatibleHead(9, 5, 4, 3, orthogonal_map=how, **kw), normal(9))
         for how in ("cayley", "matrix-exp", "householder", "retraction")

@@ -1,0 +1,9 @@
+from .tucker_adapter import TuckerAdapterConfig as TuckerAdapterConfig
+from .tucker_adapter import TuckerAdapterModel as TuckerAdapterModel
+from .tucker_files import advise_tucker_ranks as advise_tucker_ranks
+from .tucker_files import extract_tucker_adapter as extract_tucker_adapter
+from .tucker_files import merge_tucker_adapter as merge_tucker_adapter
+from .tucker_update import TuckerUpdate as TuckerUpdate
+from .tucker_update import adapter_from_delta as adapter_from_delta
+from .tucker_update import tucker_delta as tucker_delta
+from .tucker_update import tucker_ranks as tucker_ranks

@@ -29,6 +29,7 @@ crossmodal = App(name="crossmodal", help="Match and retrieve across two spaces t
 crate = App(name="crate", help="Train and measure transformers that compress tokens towards subspaces.")
 retrieve = App(name="retrieve", help="Mend a gallery of retrieval vectors.")
 upgrade = App(name="upgrade", help="Move a vector store to another embedding model without embedding it again.")
+adapt = App(name="adapt", help="Small adapters of fine-tuned networks, from checkpoints and back.")
 images = App(name="images", help="Mend and search features of images.")
 position = App(name="position", help="Take the position of patches out of dense features.")
 gallery = App(name="gallery", help="The web page of all systems and verdicts.")
@@ -57,6 +58,11 @@ upgrade.command("polyspan.cli.upgrade:apply", name="apply", help="Fill in new ve
 upgrade.command("polyspan.cli.upgrade:check", name="check", help="Look at every new vector before it comes in use.")
 upgrade.command("polyspan.cli.upgrade:cutover", name="cutover", help="Put the new vectors in use; the old ones stay.")
 upgrade.command("polyspan.cli.upgrade:rollback", name="rollback", help="Put the old vectors in use again.")
+adapt.command(
+    "polyspan.cli.adapt:extract", name="extract", help="Turn a fine-tuned checkpoint into an adapter of its base."
+)
+adapt.command("polyspan.cli.adapt:merge", name="merge", help="Add an adapter to the weights of its base.")
+adapt.command("polyspan.cli.adapt:ranks", name="ranks", help="Say which ranks the updates of a checkpoint need.")
 position.command("polyspan.cli.position:fit", name="fit", help="Find what tells position in dense features.")
 position.command("polyspan.cli.position:apply", name="apply", help="Take position out of features.")
 position.command("polyspan.cli.position:score", name="score", help="Measure how well position can be told.")
@@ -68,7 +74,7 @@ app.command("polyspan.cli.systems:show", name="show", help="Tell all about one s
 app.command("polyspan.cli.claim:claim", name="claim", help="Measure claims again: method against baseline and control.")
 app.command("polyspan.cli.doctor:doctor", name="doctor", help="Say what is installed, or what is wrong with a file.")
 app.command("polyspan.cli.compare:compare", name="compare", help="Say which units of two networks are the same.")
-for group in (align, upgrade, compat, retrieve, crossmodal, cluster, images, grassmann, crate, gallery):
+for group in (align, upgrade, compat, retrieve, crossmodal, cluster, images, adapt, grassmann, crate, gallery):
     app.command(group)
 app.register_install_completion_command(help="Install completion for your shell.")
 

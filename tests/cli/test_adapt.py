@@ -1,0 +1,47 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from polyspan.cli.adapt import extract, merge, ranks
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    base = {"conv.weight": rng.normal(size=(6, 4, 3, 3)), "conv.bias": rng.normal(size=6)}
+    delta = np.einsum("i,j,k,l->ijkl", *(rng.normal(size=n) for n in (6, 4, 3, 3)))
+    tuned = {"conv.weight": base["conv.weight"] + delta, "conv.bias": base["conv.bias"] + 1}
+    for name, state in (("base", base), ("tuned", tuned)):
+        save_file({k: v.astype(np.float32) for k, v in state.items()}, tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def test_extracting_and_merging_give_the_tuned_weight_back(files, capsys):
+    base, tuned = files / "base.safetensors", files / "tuned.safetensors"
+    extract(base, tuned, out=files / "a", rank=1, spatial_rank=1, json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert said["layers"][0]["ranks"] == [1, 1, 1, 1]
+    assert said["left_out"] == ["conv.bias"]
+    merge(base, files / "a", out=files / "m.safetensors", json=True)
+    assert json.loads(capsys.readouterr().out)["changed"] == ["conv.weight"]
+    merged, wanted = load_file(files / "m.safetensors"), load_file(tuned)
+    np.testing.assert_allclose(merged["conv.weight"], wanted["conv.weight"], atol=1e-5)
+    np.testing.assert_array_equal(merged["conv.bias"], load_file(base)["conv.bias"])
+
+
+def test_tables_say_what_was_done_and_talk_goes_to_stderr(files, capsys):
+    base, tuned = files / "base.safetensors", files / "tuned.safetensors"
+    extract(base, tuned, out=files / "a", error=0.1)
+    told = capsys.readouterr()
+    assert told.out.splitlines() == ["conv\t6 x 4 x 3 x 3\t1 x 1 x 1 x 1\t17\t0.000"]
+    assert "1 tensors differ and are in no adapter: conv.bias" in told.err
+    merge(base, files / "a", out=files / "m.safetensors")
+    assert capsys.readouterr().out.splitlines() == ["conv.weight"]
+    ranks(base, tuned, error=[0.5, 0.01], plot=files / "r.svg")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "conv\t6 x 4 x 3 x 3\t0.01\t1 x 1 x 1 x 1\t17\t7.9%"
+    assert (files / "r.svg").read_text().count("<svg") == 1
+    ranks(base, tuned, json=True)
+    assert [c["error"] for c in json.loads(capsys.readouterr().out)[0]["ranks"]] == [0.5, 0.2, 0.1]
