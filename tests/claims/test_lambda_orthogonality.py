@@ -21,7 +21,6 @@ from polyspan.claims.lambda_orthogonality import (
     served,
     trial,
 )
-from polyspan.testing import check_claim
 
 NEEDS_DATA = pytest.mark.skipif(
     not Path(os.environ.get("POLYSPAN_DATA", "/nowhere")).is_dir(), reason="POLYSPAN_DATA holds no data"
@@ -32,11 +31,6 @@ OTHERS = ("rotation", "soft rotation", "affine", "halfway")
 @cache
 def on(world):
     return measure(CLAIM, world, seeds=3)
-
-
-@pytest.mark.slow
-def test_the_claim_keeps_the_contract_of_claims():
-    check_claim(CLAIM)
 
 
 def test_where_it_is_planted_a_threshold_beats_both_ends_and_soft_orthogonality_but_not_the_average_of_the_ends():

@@ -8,16 +8,11 @@ import pytest
 from polyspan.claims import measure, measure_claim
 from polyspan.claims.s2cag import CLAIM, Vertices, planted, sampled, shuffle_attributes, trial
 from polyspan.io import write_members
-from polyspan.testing import check_claim
 
 
 @cache
 def on(world):
     return measure(CLAIM, world)
-
-
-def test_the_claim_keeps_the_contract_of_claims():
-    check_claim(CLAIM)
 
 
 def test_in_the_control_world_the_method_loses_what_it_lives_on():
