@@ -19,6 +19,7 @@ from polyspan.cluster import (
     RateReductionLoss,
     TotalCodingRateLoss,
 )
+from polyspan.learn import FeatureSpec, UnifiedEmbedding
 from polyspan.nn import (
     CRATE,
     CRATEMAE,
@@ -36,10 +37,14 @@ from polyspan.nn import (
     GrassmannSequenceClassifier,
     HouseholderProjector,
     LowRankOrthogonal,
+    MHSBlock,
+    MHSUNet,
+    MultiHeadScan2d,
     RotationHead,
     SparseRateReductionLoss,
     SparsifyingISTA,
     SphericalTransform,
+    SS2DBlock,
     StyleAutoencoder,
     StyleGenerator,
     SubspaceSelfAttention,
@@ -172,6 +177,14 @@ CASES = {
         ModuleCase(lambda **kw: RateReductionLoss(top=3, frobenius=0.1, **kw), with_memberships),
     ],
     "cluster.TotalCodingRateLoss": [ModuleCase(lambda **kw: TotalCodingRateLoss(**kw), unit(6, 4, n=2))],
+    "learn.UnifiedEmbedding": [
+        ModuleCase(lambda **kw: OfTokens(UnifiedEmbedding({"a": 2, "b": 1}, 50, 4, **kw)), normal(2), gradient=False),
+        ModuleCase(
+            lambda **kw: OfTokens(UnifiedEmbedding({"a": FeatureSpec(2, max_len=3), "b": 1}, 50, 4, scheme="qr", **kw)),
+            normal(4),
+            gradient=False,
+        ),
+    ],
     "nn.CRATE": [
         ModuleCase(lambda **kw: CRATE((6, 4), 2, 3, 8, 2, 2, channels=1, **kw), normal(1, 6, 4)),
         ModuleCase(lambda **kw: CRATE(4, 2, 0, 8, 1, 2, pool="mean", causal=True, **kw), normal(3, 4, 4)),
@@ -243,6 +256,24 @@ CASES = {
         ModuleCase(lambda **kw: low_rank_layer(3, **kw), normal(9)),
         ModuleCase(lambda **kw: low_rank_layer(7, gain="learned", **kw), normal(4, 9)),
     ],
+    "nn.MHSBlock": [
+        ModuleCase(lambda **kw: MHSBlock(8, num_heads=2, d_state=3, **kw), normal(3, 4, 8)),
+        ModuleCase(lambda **kw: MHSBlock(8, d_state=2, merge="attention", **kw), normal(4, 3, 8)),
+    ],
+    "nn.MHSUNet": [
+        ModuleCase(lambda **kw: MHSUNet(2, 3, (1, 1), (12, 8), d_state=2, drop_path=0.0, **kw), normal(2, 9, 7)),
+    ],
+    "nn.MultiHeadScan2d": [
+        ModuleCase(lambda **kw: MultiHeadScan2d(8, d_state=3, **kw), normal(4, 3, 8)),
+        ModuleCase(
+            lambda **kw: MultiHeadScan2d(
+                7, 2, ("hilbert", "morton"), 2, learn_threshold=True, channels_last=False, uneven="pad", **kw
+            ),
+            normal(7, 3, 5),
+        ),
+        ModuleCase(lambda **kw: MultiHeadScan2d(4, 2, merge="sum", with_proj=False, **kw), normal(1, 1, 4)),
+    ],
+    "nn.SS2DBlock": [ModuleCase(lambda **kw: SS2DBlock(4, d_state=3, **kw), normal(3, 4, 4))],
     "nn.RotationHead": [
         ModuleCase(lambda **kw: RotationHead(12, **kw), normal(12)),
         ModuleCase(lambda **kw: RotationHead(12, "5d", **kw), normal(4, 12)),

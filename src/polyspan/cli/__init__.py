@@ -30,6 +30,8 @@ crate = App(name="crate", help="Train and measure transformers that compress tok
 retrieve = App(name="retrieve", help="Mend a gallery of retrieval vectors.")
 upgrade = App(name="upgrade", help="Move a vector store to another embedding model without embedding it again.")
 adapt = App(name="adapt", help="Small adapters of fine-tuned networks, from checkpoints and back.")
+embed_table = App(name="embed-table", help="Learn from tables with categorical columns of many values.")
+segment = App(name="segment", help="Find regions in pictures by multi-head scans.")
 images = App(name="images", help="Mend and search features of images.")
 position = App(name="position", help="Take the position of patches out of dense features.")
 gallery = App(name="gallery", help="The web page of all systems and verdicts.")
@@ -63,6 +65,11 @@ adapt.command(
 )
 adapt.command("polyspan.cli.adapt:merge", name="merge", help="Add an adapter to the weights of its base.")
 adapt.command("polyspan.cli.adapt:ranks", name="ranks", help="Say which ranks the updates of a checkpoint need.")
+embed_table.command("polyspan.cli.embed_table:train", name="train", help="Learn a column of a table from the others.")
+embed_table.command("polyspan.cli.embed_table:predict", name="predict", help="Predict for every row of a table.")
+embed_table.command("polyspan.cli.embed_table:report", name="report", help="Say which columns share rows of the table.")
+segment.command("polyspan.cli.segment:train", name="train", help="Train a network that marks regions in pictures.")
+segment.command("polyspan.cli.segment:predict", name="predict", help="Mark regions in pictures.")
 position.command("polyspan.cli.position:fit", name="fit", help="Find what tells position in dense features.")
 position.command("polyspan.cli.position:apply", name="apply", help="Take position out of features.")
 position.command("polyspan.cli.position:score", name="score", help="Measure how well position can be told.")
@@ -74,7 +81,21 @@ app.command("polyspan.cli.systems:show", name="show", help="Tell all about one s
 app.command("polyspan.cli.claim:claim", name="claim", help="Measure claims again: method against baseline and control.")
 app.command("polyspan.cli.doctor:doctor", name="doctor", help="Say what is installed, or what is wrong with a file.")
 app.command("polyspan.cli.compare:compare", name="compare", help="Say which units of two networks are the same.")
-for group in (align, upgrade, compat, retrieve, crossmodal, cluster, images, adapt, grassmann, crate, gallery):
+for group in (
+    align,
+    upgrade,
+    compat,
+    retrieve,
+    crossmodal,
+    cluster,
+    images,
+    segment,
+    embed_table,
+    adapt,
+    grassmann,
+    crate,
+    gallery,
+):
     app.command(group)
 app.register_install_completion_command(help="Install completion for your shell.")
 

@@ -1,0 +1,5 @@
+from .categorical_hashing import CategoricalHasher as CategoricalHasher
+from .unified_embedding import FeatureSpec as FeatureSpec
+from .unified_embedding import UnifiedEmbedding as UnifiedEmbedding
+from .unified_embedding_models import UnifiedEmbeddingClassifier as UnifiedEmbeddingClassifier
+from .unified_embedding_models import UnifiedEmbeddingRegressor as UnifiedEmbeddingRegressor

@@ -1,0 +1,91 @@
+"""Race one shared table against a module a feature, and hashing by column against hashing a value at a time.
+
+Targets: forward and backward at least 3 times as fast as separate ``nn.Embedding`` modules joined by ``torch.cat``, on
+50 features of 8,192 rows; a column of text hashed at least 50 times as fast as in a loop of Python.
+"""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from _runner import growth, race, save
+from polyspan.learn import CategoricalHasher, UnifiedEmbedding
+
+FEATURES, BATCH, DIM, ROWS = (50, 10), 8_192, 16, 50_000
+TEXTS, DISTINCT, SIZE = (100_000, 1_000_000), 20_000, 2**20
+
+
+def layers(n_features, rows, *, sparse=False):
+    """One step of each arm from raw whole numbers: forward, and backward of a given gradient."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(10**9, (BATCH, n_features), generator=generator)
+    up = torch.randn(BATCH, n_features * DIM, generator=generator)
+    shared = UnifiedEmbedding({f"f{t}": 1 for t in range(n_features)}, rows, DIM, sparse=sparse)
+    own = torch.nn.ModuleList(torch.nn.Embedding(rows // n_features, DIM, sparse=sparse) for _ in range(n_features))
+
+    def ours():
+        shared.weight.grad = None
+        shared(keys).backward(up)
+
+    def theirs():
+        for module in own:
+            module.weight.grad = None
+        places = keys % (rows // n_features)
+        torch.cat([module(places[:, t]) for t, module in enumerate(own)], dim=1).backward(up)
+
+    return {"polyspan, one table": ours, "a module a feature, joined": theirs}
+
+
+def texts(n):
+    rng = np.random.default_rng(0)
+    names = np.array([f"user-{i:x}-{i * 7919:d}" for i in range(DISTINCT)], dtype=object)
+    values = names[rng.integers(DISTINCT, size=n)]
+    plain = pa.array(values)
+    coded = plain.dictionary_encode()
+    hasher = CategoricalHasher(SIZE)
+
+    def one_by_one():
+        salt = b"user"
+        return [
+            int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8, key=salt).digest(), "little") % SIZE
+            for value in values
+        ]
+
+    return {
+        "polyspan, a column of text": lambda: hasher.transform({"user": plain}),
+        "polyspan, an encoded column": lambda: hasher.transform({"user": coded}),
+        "polyspan, Python objects": lambda: hasher.transform({"user": values}),
+        "a loop of Python": one_by_one,
+    }
+
+
+def main(features=FEATURES, sizes=TEXTS, rows=ROWS) -> None:
+    torch.set_num_threads(1)
+    found = [
+        race("forward and backward", layers(t, rows), size={"features": t, "batch": BATCH, "rows": rows, "d": DIM})
+        for t in features
+    ]
+    found += [
+        race(
+            "forward and backward, sparse gradients",
+            layers(features[0], 20 * rows, sparse=True),
+            size={"features": features[0], "batch": BATCH, "rows": 20 * rows, "d": DIM},
+            repeats=3,
+        )
+    ]
+    hashed = [
+        race("hash text", texts(n), size={"n": n, "distinct": DISTINCT}, repeats=3 if n > 200_000 else 5) for n in sizes
+    ]
+    save(
+        "unified_embedding",
+        found + hashed,
+        growth_in_features=growth(found[: len(features)], "features"),
+        growth_in_texts=growth(hashed, "n"),
+        targets={"forward and backward": 3, "hash text": 50},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""``polyspan embed-table train``, ``predict`` and ``report``: tables with categorical columns, from files."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from ._output import say, show_json, show_table
+
+SCHEMES = {"multiplex": "one table for all", "hash": "a table a column", "collisionless": "a row a value"}
+
+
+def train(
+    source: Path,
+    *,
+    target: str,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    task: str = "classification",
+    columns: list[str] | None = None,
+    categorical: list[str] | None = None,
+    budget_mb: float = 8.0,
+    width: int = 16,
+    lookups: int = 1,
+    epochs: int = 3,
+    optimizer: str = "adam",
+    batch_rows: int = 65536,
+    checkpoint: Path | None = None,
+    compare: bool = False,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Learn a column of a table from the others, all categorical ones in one hashed table of a fixed size.
+
+    The file may be larger than memory. A tenth of the rows is held out; training stops when their loss rises twice.
+
+    Parameters
+    ----------
+    source : Path
+        .parquet, .arrow, .feather, .csv or .tsv (text tables are read whole). Rows should be in no order of the target.
+    target : str
+        Column to learn.
+    out : Path
+        The fitted model, one .safetensors file.
+    task : str
+        "classification" or "regression".
+    columns : list of str
+        Columns to learn from; all others where left out.
+    categorical : list of str
+        Columns to embed; all but those of floats where left out.
+    budget_mb : float
+        Size of the embedding table in MiB.
+    width : int
+        Numbers a row of the table.
+    lookups : int
+        Rows a value; more for columns that deserve more width.
+    epochs : int
+        Passes over the file, at most.
+    optimizer : str
+        "adam", or "row-adagrad" for tables much larger than a batch.
+    batch_rows : int
+        Rows in memory at a time.
+    checkpoint : Path
+        A .safetensors file that is written after each pass, and gone on from if it is there.
+    compare : bool
+        Train hashed tables of each column's own, of the same size in all, and a table with a row a value as well.
+    seed : int
+        Of weights, the order of rows, and which are held out.
+    json : bool
+        Print JSON.
+    """
+    from polyspan.learn import UnifiedEmbeddingClassifier, UnifiedEmbeddingRegressor
+
+    if task not in ("classification", "regression"):
+        raise ValueError(f"--task must be 'classification' or 'regression', got {task!r}")
+    if not budget_mb > 0:
+        raise ValueError(f"--budget-mb must be above 0, got {budget_mb}")
+    if width < 1:
+        raise ValueError(f"--width must be at least 1, got {width}")
+    kind: Any = UnifiedEmbeddingClassifier if task == "classification" else UnifiedEmbeddingRegressor
+    options: dict[str, Any] = {
+        "categorical": categorical or "auto",
+        "n_embeddings": max(2, int(budget_mb * 2**20 / (4 * width))),
+        "chunk_dim": width,
+        "n_lookups": lookups,
+        "max_epochs": epochs,
+        "optimizer": optimizer,
+        "early_stopping": True,
+        "random_state": seed,
+        "verbose": True,
+    }
+    schemes = list(SCHEMES) if compare else ["multiplex"]
+    losses: dict[str, float] = {}
+    sizes: dict[str, int] = {}
+    for scheme in reversed(schemes):
+        say(f"training with {SCHEMES[scheme]}")
+        model = kind(scheme=scheme, **options)
+        kept = checkpoint if scheme == "multiplex" else None
+        model.fit_file(source, target, columns=columns, batch_rows=batch_rows, checkpoint=kept)
+        losses[scheme] = min(model.validation_losses_, default=float("nan"))
+        sizes[scheme] = 0 if model.network_.embedding is None else model.network_.embedding.nbytes
+        if scheme == "multiplex":
+            model.save(out)
+            facts = {
+                "embedded": model.categorical_features_,
+                "numbers": model.dense_features_,
+                "epochs": model.n_iter_,
+                "values_cut": model.n_truncated_,
+            }
+    result = {"out": str(out), **facts, "loss_held_out": losses, "table_bytes": sizes}
+    if json:
+        show_json(result)
+        return
+    rows = [("out", str(out)), ("embedded columns", ", ".join(facts["embedded"]))]
+    rows += [("columns of numbers", ", ".join(facts["numbers"])), ("passes", str(facts["epochs"]))]
+    for scheme in schemes:
+        rows += [
+            (f"loss held out, {SCHEMES[scheme]}", f"{losses[scheme]:.4f}"),
+            (f"table, {SCHEMES[scheme]}", f"{sizes[scheme] / 2**20:.2f} MiB"),
+        ]
+    show_table("", ("what", "value"), rows)
+
+
+def predict(
+    model: Path, source: Path, *, out: Annotated[Path, Parameter(name=("--out", "-o"))], batch_rows: int = 65536
+) -> None:
+    """Predict for every row of a table: probabilities of classes, or numbers.
+
+    Parameters
+    ----------
+    model : Path
+        What ``polyspan embed-table train`` wrote.
+    source : Path
+        A table with the columns of the training; others are ignored.
+    out : Path
+        Predictions, in the order of the rows (.parquet, .arrow, .feather, .csv or .tsv).
+    batch_rows : int
+        Rows in memory at a time.
+    """
+    import numpy as np
+
+    from polyspan.io import write_columns
+    from polyspan.learn._table_files import TableFile
+
+    fitted = _load(model)
+    parts = []
+    with TableFile(source, None, list(fitted.feature_names_in_), batch_rows) as table:
+        for _, columns, _ in table.batches():
+            parts.append(fitted.predict_proba(columns) if hasattr(fitted, "classes_") else fitted.predict(columns))
+    made = np.concatenate(parts)
+    if made.ndim == 1:
+        write_columns(out, {"prediction": made})
+    else:
+        likeliest = fitted.classes_[made.argmax(axis=1)]
+        shares = {f"probability of {name}": made[:, i] for i, name in enumerate(fitted.classes_)}
+        write_columns(out, {"prediction": likeliest, **shares})
+    say(f"wrote {len(made):,} predictions to {out}")
+
+
+def report(model: Path, source: Path, *, batch_rows: int = 65536, plot: Path | None = None, json: bool = False) -> None:
+    """Say which columns share rows of the table, and how much the network's readers of them see of one another.
+
+    Parameters
+    ----------
+    model : Path
+        What ``polyspan embed-table train`` wrote.
+    source : Path
+        A table with the columns of the training, whose first rows are looked at.
+    batch_rows : int
+        How many rows.
+    plot : Path
+        Draw both (.svg, .png or .pdf).
+    json : bool
+        Print JSON.
+    """
+    from polyspan.learn._table_files import TableFile
+
+    fitted = _load(model)
+    with TableFile(source, None, list(fitted.feature_names_in_), batch_rows) as table:
+        _, columns, _ = next(table.batches())
+    found, overlap = fitted.collision_report(columns), fitted.reader_overlap()
+    if plot is not None:
+        from polyspan.learn.unified_embedding_plots import plot_collisions
+
+        plot_collisions(found, overlap, plot)
+    if json:
+        show_json({"collisions": {n: c._asdict() for n, c in found.items()}, "reader_overlap": overlap.tolist()})
+        return
+    head = (
+        "column",
+        "values",
+        "told apart by no reader",
+        "rows shared with other columns",
+        "largest overlap of readers",
+    )
+    rows = []
+    for i, (name, c) in enumerate(found.items()):
+        others = [overlap[i, j] for j in range(len(found)) if j != i]
+        rows.append(
+            (name, str(c.n_values), f"{c.same_share:.4f}", f"{c.others_share:.4f}", f"{max(others, default=0.0):.3f}")
+        )
+    show_table("", head, rows)
+
+
+def _load(path: Path) -> Any:
+    """Read a classifier or a regressor, whichever the file holds."""
+    from polyspan.io import load_fitted
+    from polyspan.learn import UnifiedEmbeddingClassifier, UnifiedEmbeddingRegressor
+
+    kinds: dict[str, Any] = {c.__name__: c for c in (UnifiedEmbeddingClassifier, UnifiedEmbeddingRegressor)}
+    return kinds[load_fitted(path, kind=tuple(kinds)).kind].load(path)

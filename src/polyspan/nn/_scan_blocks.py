@@ -1,0 +1,154 @@
+"""The selective scan on a CPU: blocks of steps at once, then one fused multiply-add a step on contiguous memory.
+
+Tensors are time-major: u, delta (L, G, b, d), A (G, d, N), B, C (L, G, b, N), y (L, G, b, d), states (G, b, N, d). G
+counts groups of channels that share B and C.
+"""
+
+import torch
+from torch import Tensor
+
+ENTRIES = 1 << 19
+"""States of a block, numbers: exponentials and states of a block stay in the cache (2 MiB each in float32)."""
+MOST_STEPS = 128
+
+
+def block_steps(state: int) -> int:
+    """How many steps make a block where a step holds ``state`` numbers."""
+    return max(4, min(MOST_STEPS, ENTRIES // max(state, 1)))
+
+
+def _tiled(A: Tensor, b: int) -> Tensor:
+    """``A`` (G, d, N) as (G, b, N, d), contiguous, so that a product with it runs over long rows."""
+    return A.transpose(1, 2).unsqueeze(1).expand(-1, b, -1, -1).contiguous()
+
+
+class _Block:
+    """Decays (T, G, b, N, d) and states (T + 1, ...) of a block, in memory that all blocks share.
+
+    Rows are taken apart once: a view a step costs as much as the step.
+    """
+
+    def __init__(self, like: Tensor, A: Tensor, steps: int):
+        G, b, d, N = *like.shape[1:], A.shape[-1]
+        self.tiled = _tiled(A, b)
+        self.a, self.h = like.new_empty(steps, G, b, N, d), like.new_zeros(steps + 1, G, b, N, d)
+        self.decays, self.rows = self.a.flatten(1).unbind(0), self.h.flatten(1).unbind(0)
+
+    def fill(self, delta: Tensor, x: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the decays of a block of T steps, and T + 1 states, of which the first stands in ``h[0]`` already."""
+        T = len(delta)
+        a, h = self.a[:T], self.h[: T + 1]
+        torch.mul(delta.unsqueeze(-2), self.tiled, out=a).exp_()
+        torch.mul(x.unsqueeze(-2), B.unsqueeze(-1), out=h[1:])
+        before = self.rows[0]
+        for decay, row in zip(self.decays[:T], self.rows[1 : T + 1], strict=True):
+            before = row.addcmul_(decay, before)
+        return a, h
+
+
+def _over_states(weights: Tensor, h: Tensor) -> Tensor:
+    """Sum of ``weights`` (T, G, b, N) times ``h`` (T, G, b, N, d) over N."""
+    N, d = h.shape[-2:]
+    return torch.bmm(weights.reshape(-1, 1, N), h.reshape(-1, N, d)).view(*h.shape[:3], d)
+
+
+def _over_channels(h: Tensor, weights: Tensor) -> Tensor:
+    """Sum of ``h`` (T, G, b, N, d) times ``weights`` (T, G, b, d) over d."""
+    N, d = h.shape[-2:]
+    return torch.bmm(h.reshape(-1, N, d), weights.reshape(-1, d, 1)).view(h.shape[:-1])
+
+
+# Operators rather than an autograd.Function: torch.export then captures one node, not a loop over every step.
+_library = torch.library.Library("polyspan", "FRAGMENT")
+_library.define("selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "selective_scan_backward(Tensor gy, Tensor glast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+    "Tensor starts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the last states, and the states at the start of every block, which the backward pass goes on from."""
+    L, G, b, d = u.shape
+    N = A.shape[-1]
+    steps = block_steps(G * b * N * d)
+    with torch.autocast(u.device.type, enabled=False):
+        y, starts = torch.empty_like(u), u.new_empty(-(-L // steps), G, b, N, d)
+        block, x = _Block(u, A, min(steps, L)), delta * u
+        for i, s in enumerate(range(0, L, steps)):
+            rows = slice(s, min(s + steps, L))
+            starts[i] = block.h[0]
+            _, h = block.fill(delta[rows], x[rows], B[rows])
+            y[rows] = _over_states(C[rows], h[1:])
+            block.h[0] = h[-1]
+        return y, block.h[0].clone(), starts
+
+
+def _scan_shapes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor):  # noqa: ARG001
+    L, G, b, d = u.shape
+    N = A.shape[-1]
+    blocks = -(-L // block_steps(G * b * N * d))
+    return torch.empty_like(u), u.new_empty(G, b, N, d), u.new_empty(blocks, G, b, N, d)
+
+
+def _scan_backward(
+    gy: Tensor, glast: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r"""Return the gradients of u, delta, A, B, C, from the last block to the first.
+
+    With the adjoint state :math:`g_t = C_t\,\partial y_t + a_{t+1} g_{t+1}` and :math:`q_t = g_t h_{t-1} a_t`: ∂A =
+    Σ q Δ, ∂B = Σ_c g Δu, ∂C = Σ_c h ∂y, and Σ_n g B is the gradient of Δu. States are made again from a block's start.
+    """
+    L, G, b, d = u.shape
+    N = A.shape[-1]
+    steps = block_steps(G * b * N * d)
+    with torch.autocast(u.device.type, enabled=False):
+        gu, gdelta, gA = torch.empty_like(u), torch.empty_like(u), torch.zeros_like(A)
+        gB, gC = torch.empty_like(B), torch.empty_like(C)
+        block, x, carry = _Block(u, A, min(steps, L)), delta * u, glast
+        tiled, decays, g = block.tiled, block.decays, torch.empty_like(block.a)
+        adjoint = g.flatten(1).unbind(0)
+        for i in reversed(range(len(starts))):
+            rows = slice(i * steps, min((i + 1) * steps, L))
+            T = rows.stop - rows.start
+            gt, block.h[0] = g[:T], starts[i]
+            at, ht = block.fill(delta[rows], x[rows], B[rows])
+            torch.mul(C[rows].unsqueeze(-1), gy[rows].unsqueeze(-2), out=gt)
+            gt[-1] += carry
+            for t in range(T - 2, -1, -1):
+                adjoint[t].addcmul_(decays[t + 1], adjoint[t + 1])
+            carry = at[0] * gt[0]
+            gC[rows] = _over_channels(ht[1:], gy[rows])
+            gB[rows] = _over_channels(gt, x[rows])
+            through = _over_states(B[rows], gt)
+            q = at.mul_(gt).mul_(ht[:-1])
+            torch.addcmul(through * u[rows], q[..., 0, :], tiled[..., 0, :], out=gdelta[rows])
+            for n in range(1, N):
+                gdelta[rows].addcmul_(q[..., n, :], tiled[..., n, :])
+            gu[rows] = through * delta[rows]
+            gA += q.mul_(delta[rows].unsqueeze(-2)).sum(dim=(0, 2)).transpose(1, 2)
+        return gu, gdelta, gA, gB, gC
+
+
+def _gradient_shapes(gy, glast, u, delta, A, B, C, starts):  # noqa: ARG001
+    return torch.empty_like(u), torch.empty_like(u), torch.empty_like(A), torch.empty_like(B), torch.empty_like(C)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[2])
+
+
+def _differentiate(ctx, gy, glast, _starts):
+    return torch.ops.polyspan.selective_scan_backward(gy.contiguous(), glast.contiguous(), *ctx.saved_tensors)
+
+
+_library.impl("selective_scan", _scan, "CompositeExplicitAutograd")
+_library.impl("selective_scan_backward", _scan_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("polyspan::selective_scan", _scan_shapes, lib=_library)
+torch.library.register_fake("polyspan::selective_scan_backward", _gradient_shapes, lib=_library)
+torch.library.register_autograd("polyspan::selective_scan", _differentiate, setup_context=_keep, lib=_library)
+
+
+def scan_blocks(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan contiguous tensors; see :func:`_scan`, of which this is the differentiable form."""
+    return torch.ops.polyspan.selective_scan(u, delta, A, B, C)

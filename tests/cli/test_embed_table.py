@@ -1,0 +1,84 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from polyspan.cli.embed_table import predict, report, train
+from polyspan.errors import WrongContent
+from polyspan.learn import UnifiedEmbeddingClassifier, UnifiedEmbeddingRegressor
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    n = 1200
+    user, item = rng.integers(30, size=n), rng.integers(20, size=n)
+    taste = rng.normal(size=(30, 20))
+    names = np.array([f"u{i}" for i in range(30)])[user]
+    price = rng.normal(size=n)
+    path = tmp_path_factory.mktemp("embed") / "clicks.parquet"
+    columns = {"user": names, "item": item, "price": price, "click": (taste[user, item] > 0).astype(int)}
+    pq.write_table(pa.table({**columns, "score": 3 * price + 1}), path)
+    return path
+
+
+def test_train_compares_and_writes_and_predict_and_report_follow(table, tmp_path, capsys):
+    out, picture, answers = tmp_path / "m.safetensors", tmp_path / "c.svg", tmp_path / "answers.parquet"
+    options = {"columns": ["user", "item", "price"], "budget_mb": 0.01, "width": 4, "epochs": 2}
+    train(table, target="click", out=out, compare=True, json=True, **options)
+    said = json.loads(capsys.readouterr().out)
+    assert said["embedded"] == ["user", "item"]
+    assert said["numbers"] == ["price"]
+    assert set(said["loss_held_out"]) == {"multiplex", "hash", "collisionless"}
+    assert said["table_bytes"]["multiplex"] == said["table_bytes"]["hash"] == int(0.01 * 2**20 / 16) * 16
+    model = UnifiedEmbeddingClassifier.load(out)
+    assert said["loss_held_out"]["multiplex"] < 0.8
+    predict(out, table, out=answers, batch_rows=500)
+    found = pq.read_table(answers)
+    whole = pq.read_table(table)
+    expected = model.predict_proba({n: whole[n] for n in ("user", "item", "price")})
+    np.testing.assert_allclose(found["probability of 1"].to_numpy(), expected[:, 1], atol=1e-6)
+    assert found["prediction"].to_pylist() == model.classes_[expected.argmax(axis=1)].tolist()
+    report(out, table, plot=picture, json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert said["collisions"]["item"]["n_values"] == 20
+    assert np.shape(said["reader_overlap"]) == (2, 2)
+    assert "<svg" in picture.read_text()
+    report(out, table)
+    assert capsys.readouterr().out.startswith("user\t30\t")
+
+
+def test_numbers_are_learnt_from_text_tables_and_training_goes_on(table, tmp_path, capsys):
+    data = pq.read_table(table)
+    path, out, kept = tmp_path / "t.csv", tmp_path / "m.safetensors", tmp_path / "k.safetensors"
+    lines = [
+        "user,price,score",
+        *(f"{u},{p},{s}" for u, p, s in zip(*(data[c].to_pylist() for c in ("user", "price", "score")), strict=True)),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    options = {"target": "score", "out": out, "task": "regression", "checkpoint": kept, "budget_mb": 0.01}
+    train(path, epochs=1, **options)
+    assert UnifiedEmbeddingRegressor.load(out).n_iter_ == 1
+    train(path, epochs=3, **options)
+    assert "passes\t3" in capsys.readouterr().out
+    predict(out, path, out=tmp_path / "p.csv")
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 1201
+
+
+def test_what_does_not_fit_is_said(table, tmp_path):
+    out = tmp_path / "m.safetensors"
+    with pytest.raises(ValueError, match="--task must be 'classification' or 'regression', got 'ranking'"):
+        train(table, target="click", out=out, task="ranking")
+    with pytest.raises(ValueError, match="--budget-mb must be above 0, got 0"):
+        train(table, target="click", out=out, budget_mb=0.0)
+    with pytest.raises(ValueError, match="--width must be at least 1, got 0"):
+        train(table, target="click", out=out, width=0)
+    with pytest.raises(ValueError, match=r"columns must be of clicks.parquet, which has .*, got \['x'\]"):
+        train(table, target="x", out=out)
+    from polyspan.learn import UnifiedEmbedding
+
+    other = UnifiedEmbedding({"a": 1}, 10).save(tmp_path / "layer.safetensors")
+    with pytest.raises(WrongContent, match="UnifiedEmbeddingClassifier or UnifiedEmbeddingRegressor"):
+        predict(other, table, out=tmp_path / "p.csv")
