@@ -1,3 +1,17 @@
+from .concrete_merging import AdaMerged as AdaMerged
+from .concrete_merging import ConcreteMerger as ConcreteMerger
+from .concrete_merging import MergeReport as MergeReport
+from .concrete_merging import adamerging as adamerging
+from .concrete_merging import load_mask as load_mask
+from .merge_files import MergedFiles as MergedFiles
+from .merge_files import merge_checkpoints as merge_checkpoints
+from .merge_recipes import MergeRecipe as MergeRecipe
+from .merge_recipes import merge_recipe as merge_recipe
+from .merge_recipes import read_recipe as read_recipe
+from .task_vectors import TaskVector as TaskVector
+from .task_vectors import dare as dare
+from .task_vectors import task_arithmetic as task_arithmetic
+from .task_vectors import ties as ties
 from .tucker_adapter import TuckerAdapterConfig as TuckerAdapterConfig
 from .tucker_adapter import TuckerAdapterModel as TuckerAdapterModel
 from .tucker_files import advise_tucker_ranks as advise_tucker_ranks

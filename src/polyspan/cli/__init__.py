@@ -80,6 +80,7 @@ app.command("polyspan.cli.systems:list_", name="list", help="List the systems, o
 app.command("polyspan.cli.systems:show", name="show", help="Tell all about one system.")
 app.command("polyspan.cli.claim:claim", name="claim", help="Measure claims again: method against baseline and control.")
 app.command("polyspan.cli.doctor:doctor", name="doctor", help="Say what is installed, or what is wrong with a file.")
+app.command("polyspan.cli.merge:merge", name="merge", help="Merge fine-tuned checkpoints of one base.")
 app.command("polyspan.cli.compare:compare", name="compare", help="Say which units of two networks are the same.")
 for group in (
     align,

@@ -1,0 +1,209 @@
+"""The steps that lower the entropy of a merged network's predictions, by its mask or by its weights."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from polyspan.run import Progress, torch_generator
+
+from ._flat_model import Feed, FlatModel, Heads, entropy, placed, split_labels
+
+WINDOW = 25
+RISE, COLLAPSE = 1.1, 0.95
+
+
+class Adaptation:
+    """One network that is being merged: its weights, its inputs, and the steps that lower entropy.
+
+    ``options`` is the ConcreteMerger whose parameters say how.
+    """
+
+    def __init__(self, options: Any, base: nn.Module, finetuned: Any, loaders: Any, heads: Any, *, summed: bool):
+        self.flat = FlatModel(base, finetuned, options.ignore_keys, summed=summed, device=options.device)
+        theta, tasks = self.flat.theta, self.flat.tasks
+        self.generator = torch_generator(options.seed, theta.device)
+        self.feed = Feed(loaders, tasks, options.batch_size, torch_generator(options.seed + 1))
+        self.heads = Heads(heads, tasks, options.normalize_logits, float(options.logit_scale), theta)
+        if self.heads.unbounded:
+            warnings.warn(
+                f"heads of {', '.join(self.heads.unbounded)} are linear: entropy can fall because features grow, and "
+                "the merge then gets worse; give weights of cosine heads with normalize_logits=True",
+                stacklevel=4,
+            )
+        columns = 1 if options.granularity == "task" else len(self.flat.names)
+        self.start = torch.full((len(self.flat.tau), columns), float(options.scaling), dtype=theta.dtype).to(theta)
+        self.w = self.start.clone()
+        self.verbose = options.verbose
+        self.history: list[float] = []
+        self.stopped = ""
+
+    def weights(self) -> Tensor:
+        return self.w.expand(-1, len(self.flat.names))
+
+    def named_weights(self) -> dict[str, dict[str, float]]:
+        rows = self.weights().expand(len(self.flat.tasks), -1).tolist()
+        return {
+            task: dict(zip(self.flat.names, row, strict=True)) for task, row in zip(self.flat.tasks, rows, strict=True)
+        }
+
+    def losses(self, counts: dict[str, Tensor] | None = None) -> Tensor:
+        """Entropy of each task's next batch (T,); the gradient of their sum is left in ``flat.grad``."""
+        flat, made = self.flat, []
+        flat.grad.zero_()
+        with torch.enable_grad():
+            for task in flat.tasks:
+                inputs = placed(self.feed.next(task), flat.theta.device, flat.theta.dtype)
+                logits = self.heads(flat.call, inputs, task)
+                loss = entropy(logits)
+                loss.backward()
+                made.append(loss.detach())
+                if counts is not None:
+                    found = torch.bincount(logits.detach().argmax(-1).flatten(), minlength=logits.shape[-1])
+                    counts[task] = counts[task] + found if task in counts else found
+        return torch.stack(made)
+
+    def learn_mask(self, options: Any) -> Tensor:
+        """Run Adam on the logits of the mask, and return the best ones."""
+        flat, temperature = self.flat, float(options.temperature)
+        x = torch.full_like(flat.theta, float(options.init_logit))
+        x.grad = torch.empty_like(x)
+        optimiser = torch.optim.Adam([x], lr=options.lr, fused=x.device.type in ("cpu", "cuda"))
+        mask, watch = torch.empty_like(x), Watch(flat.tasks)
+        entropies: list[Tensor] = []
+        with Progress("learning the mask", options.steps, enabled=options.verbose) as shown:
+            for step in range(1, options.steps + 1):
+                concrete_sample(x, temperature, self.generator, out=mask)
+                if options.method == "adamerging":
+                    self._inner_step(options, mask)
+                flat.merge(self.weights(), mask)
+                entropies.append(self.losses(watch.counts).mean())
+                flat.mask_gradient(self.weights(), mask, temperature, out=x.grad)
+                optimiser.step()
+                if step % WINDOW == 0 or step == options.steps:
+                    # One wait for the device a window.
+                    self.history += _finite(entropies, step)
+                    entropies = []
+                    self.stopped = watch.look(self.history, x) if options.stop else ""
+                    if self.stopped:
+                        break
+                shown.advance(1)
+        if self.stopped:
+            warnings.warn(f"the mask stopped after {len(self.history)} steps: {self.stopped}", stacklevel=3)
+            return watch.best
+        return x.detach()
+
+    def _inner_step(self, options: Any, mask: Tensor) -> None:
+        """One step from ``scaling`` down the entropy; Adam's first step is the sign of the gradient."""
+        self.w.copy_(self.start)
+        self.flat.merge(self.weights(), mask)
+        self.losses()
+        gradient = self._weight_gradient(mask)
+        self.w.sub_(options.inner_lr * gradient / (gradient.abs() + 1e-8))
+        if options.clamp:
+            self.w.clamp_(0, 1)
+
+    def _weight_gradient(self, mask: Tensor | None) -> Tensor:
+        full = torch.empty(len(self.flat.tau), len(self.flat.names), dtype=self.w.dtype, device=self.w.device)
+        self.flat.weight_gradient(mask, full)
+        return full.sum(dim=1, keepdim=True) if self.w.shape[1] == 1 else full
+
+    def learn_weights(self, lr: float, steps: int, mask: Tensor | None, clamp: bool) -> list[float]:
+        """Run Adam on the weights from ``scaling``, under a fixed mask; return the entropy of each step."""
+        self.w.copy_(self.start)
+        optimiser = torch.optim.Adam([self.w], lr=lr)
+        history: list[float] = []
+        entropies: list[Tensor] = []
+        with Progress("learning the weights", steps, enabled=self.verbose) as shown:
+            for step in range(1, steps + 1):
+                self.flat.merge(self.weights(), mask)
+                entropies.append(self.losses().mean())
+                self.w.grad = self._weight_gradient(mask)
+                optimiser.step()
+                if clamp:
+                    self.w.clamp_(0, 1)
+                if step % WINDOW == 0 or step == steps:
+                    history += _finite(entropies, step)
+                    entropies = []
+                shown.advance(1)
+        return history
+
+    def final_mask(self, x: Tensor, kind: str, temperature: float) -> Tensor:
+        if kind == "mean":
+            return torch.sigmoid(x)
+        if kind == "sample":
+            return concrete_sample(x, temperature, self.generator, out=torch.empty_like(x))
+        return torch.bernoulli(torch.sigmoid(x), generator=self.generator)
+
+    @torch.no_grad()
+    def accuracy(self, state: Mapping[str, Tensor], task: str, loaders: Mapping[str, Any]) -> float:
+        """Share of a task's labelled items that are right under the weights ``state``."""
+        if task not in loaders:
+            raise ValueError(f"labelled_loaders must have batches for every task, got none for {task}")
+        flat = self.flat
+        weights = {name: placed(value, flat.theta.device, flat.theta.dtype) for name, value in state.items()}
+        right = total = 0
+        for item in loaders[task]:
+            inputs, labels = split_labels(item)
+            if labels is None:
+                raise ValueError(f"labelled_loaders[{task!r}] must give inputs and labels, got inputs alone")
+            inputs = placed(inputs, flat.theta.device, flat.theta.dtype)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(flat.module, weights, args, kwargs)
+
+            guess = self.heads(call, inputs, task).argmax(-1)
+            right += int((guess == torch.as_tensor(labels, device=guess.device)).sum())
+            total += guess.numel()
+        if not total:
+            raise ValueError(f"labelled_loaders[{task!r}] must give at least one batch, got none")
+        return right / total
+
+
+class Watch:
+    """Looks every window whether entropy still falls and predictions are still spread over classes."""
+
+    def __init__(self, tasks: Sequence[str]):
+        self.tasks, self.counts = tasks, {}
+        self.best, self.lowest = torch.empty(0), math.inf
+        self.first = math.nan
+        self.first_share: dict[str, float] = {}
+
+    def look(self, history: Sequence[float], x: Tensor) -> str:
+        """Return why to stop, or nothing; ``counts`` hold the window's predictions and are emptied."""
+        window = history[-WINDOW:]
+        mean = sum(window) / len(window)
+        share = {task: float(c.max() / c.sum()) for task, c in self.counts.items()}
+        self.counts.clear()
+        if not self.first_share:
+            self.first, self.first_share = mean, share
+        fallen = [t for t in self.tasks if share[t] > COLLAPSE >= self.first_share[t]]
+        if fallen:
+            why = f"nearly all predictions of {', '.join(fallen)} are one class"
+        elif mean > RISE * self.first:
+            why = f"entropy rose from {self.first:.3g} to {mean:.3g}"
+        else:
+            why = ""
+        if not why and mean < self.lowest:
+            self.best, self.lowest = x.detach().clone(), mean
+        elif why and not len(self.best):
+            self.best = x.detach().clone()
+        return why
+
+
+def _finite(entropies: Sequence[Tensor], step: int) -> list[float]:
+    found = torch.stack(list(entropies)).tolist()
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"entropy must be finite, got {found[-1]} by step {step}; look at the inputs and at lr")
+    return found
+
+
+@torch.no_grad()
+def concrete_sample(x: Tensor, temperature: float, generator: torch.Generator, *, out: Tensor) -> Tensor:
+    """Fill ``out`` with a draw of the binary Concrete distribution with logits ``x``, in (0, 1)."""
+    out.uniform_(generator=generator).logit_(eps=torch.finfo(out.dtype).eps)
+    return out.add_(x).div_(temperature).sigmoid_()

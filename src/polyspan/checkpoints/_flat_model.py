@@ -1,0 +1,266 @@
+"""A network whose weights lie in one vector, so that masks, merges and their gradients are a few passes over memory."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from ._merge_states import as_states, is_statistic, mergeable
+
+LABELS = ("labels", "label")
+
+
+class FlatModel:
+    """A copy of the base in evaluation mode; ``theta`` are its merged weights and ``grad`` collects their gradient.
+
+    ``base``, ``theta`` and ``grad`` are (P,). ``tau`` is (T, P), or (1, P) with the sum over tasks where ``summed``.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        finetuned: Any,
+        ignore_keys: Sequence[str] = (),
+        *,
+        summed: bool = False,
+        device: Any = None,
+    ):
+        state = base.state_dict()
+        states = as_states(finetuned, state)
+        self.tasks = list(states)
+        self.aliases = _aliases(base)
+        merged = mergeable(state, states, [*ignore_keys, *self.aliases])
+        self.names = [name for name in merged if not is_statistic(name)]
+        if not self.names:
+            raise ValueError("base must have float tensors that are not in ignore_keys, got none")
+        self.skipped = [name for name in state if name not in self.names and name not in self.aliases]
+        dtype = torch.promote_types(max((state[n].dtype for n in self.names), key=lambda d: d.itemsize), torch.float32)
+        device = state[self.names[0]].device if device is None else torch.device(device)
+        self.dtypes = {name: value.dtype for name, value in state.items()}
+        self.sizes = [state[name].numel() for name in self.names]
+        ends = list(itertools.accumulate(self.sizes))
+        self.slices = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        self.shapes = [state[name].shape for name in self.names]
+
+        def flat(source: Mapping[str, Tensor]) -> Tensor:
+            return torch.cat([source[name].detach().to(device, dtype).flatten() for name in self.names])
+
+        self.base = flat(state)
+        self.tau = torch.zeros(1 if summed else len(states), len(self.base), dtype=dtype, device=device)
+        for i, source in enumerate(states.values()):
+            self.tau[0 if summed else i] += flat(source) - self.base
+        self.fixed = {name: state[name].detach().to(device, copy=True) for name in self.skipped}
+        for name in self.skipped:
+            if is_statistic(name) and name in merged:
+                self.fixed[name] = torch.stack([s[name].detach().to(device, dtype) for s in states.values()]).mean(0)
+        for name, value in self.fixed.items():
+            self.fixed[name] = value.to(dtype) if value.is_floating_point() else value
+        self.module = copy.deepcopy(base).to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.theta = self.base.clone()
+        self.grad = torch.zeros_like(self.base)
+        self._leaves = {}
+        for name, part, shape in zip(self.names, self.slices, self.shapes, strict=True):
+            leaf = self.theta[part].view(shape).detach().requires_grad_()
+            leaf.grad = self.grad[part].view(shape)
+            self._leaves[name] = leaf
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network at ``theta``; the backward pass adds to ``grad``."""
+        return functional_call(self.module, {**self._leaves, **self.fixed}, args, kwargs)
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return a vector (P,) as new tensors by name, in its own dtype."""
+        return {
+            name: flat[part].view(shape).clone()
+            for name, part, shape in zip(self.names, self.slices, self.shapes, strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the network at ``theta`` as new tensors, in the dtypes and under all names of the base."""
+        made = {name: value.to(self.dtypes[name], copy=True) for name, value in self.named(self.theta).items()}
+        made |= {name: value.to(self.dtypes[name], copy=True) for name, value in self.fixed.items()}
+        return {name: made[self.aliases.get(name, name)] for name in self.dtypes}
+
+    @torch.no_grad()
+    def merge(self, weights: Tensor, mask: Tensor | None = None) -> None:
+        """Set theta = base + Σ w_i tau_i mask / mean(mask); ``weights`` (rows of tau, tensors), the mean a tensor's."""
+        for k, part in enumerate(self.slices):
+            theta = self.theta[part]
+            self._sum(k, part, weights, out=theta)
+            if mask is not None:
+                m = mask[part]
+                theta.mul_(m).div_(_mean(m))
+            theta.add_(self.base[part])
+
+    def _sum(self, k: int, part: slice, weights: Tensor, out: Tensor) -> Tensor:
+        if len(self.tau) == 1:
+            return torch.mul(self.tau[0, part], weights[0, k], out=out)
+        return torch.mv(self.tau[:, part].T, weights[:, k], out=out)
+
+    @torch.no_grad()
+    def mask_gradient(self, weights: Tensor, mask: Tensor, temperature: float, out: Tensor) -> Tensor:
+        r"""Gradient of the loss, whose gradient in theta is ``grad``, in the logits x of the mask.
+
+        With S = Σ w tau, N entries and mean μ, θ = θ_0 + S m / μ gives
+        ∂L/∂m = (g S - Σ(g S m) / (N μ)) / μ, and m = sigmoid((noise + x) / λ) gives ∂m/∂x = m (1 - m) / λ.
+        """
+        for k, part in enumerate(self.slices):
+            m, made = mask[part], out[part]
+            mean = _mean(m)
+            self._sum(k, part, weights, out=made).mul_(self.grad[part])
+            made.sub_(torch.dot(made, m) / (len(m) * mean))
+            made.mul_(m).addcmul_(made, m, value=-1).div_(mean * temperature)
+        return out
+
+    @torch.no_grad()
+    def weight_gradient(self, mask: Tensor | None, out: Tensor) -> Tensor:
+        """Gradient of the loss in the weights (T, tensors): inner products of ``grad`` with the masked task vectors."""
+        for k, part in enumerate(self.slices):
+            g = self.grad[part]
+            if mask is not None:
+                m = mask[part]
+                g = (g * m).div_(_mean(m))
+            out[:, k] = self.tau[:, part] @ g
+        return out
+
+
+def _mean(mask: Tensor) -> Tensor:
+    # A sampled mask of a tiny tensor may be all zeros; its change is then zero, not NaN.
+    return mask.mean().clamp_(min=torch.finfo(mask.dtype).tiny)
+
+
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Return names of tied tensors with the first name of each: one tensor has one mask."""
+    first: dict[int, str] = {}
+    everything = itertools.chain(
+        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    )
+    return {name: first[id(t)] for name, t in everything if first.setdefault(id(t), name) != name}
+
+
+class Feed:
+    """Endless unlabelled batches a task, from any iterable of batches, or from tensors of inputs (n, ...)."""
+
+    def __init__(self, loaders: Mapping[str, Any], tasks: Sequence[str], batch_size: int, generator: torch.Generator):
+        lacking = [task for task in tasks if task not in loaders]
+        if lacking:
+            raise ValueError(f"loaders must have unlabelled inputs for every task, got none for {', '.join(lacking)}")
+        self.labelled: set[str] = set()
+        self._batches = {task: self._cycle(task, loaders[task], batch_size, generator) for task in tasks}
+
+    def _cycle(self, task: str, source: Any, size: int, generator: torch.Generator) -> Iterator[Any]:
+        while True:
+            seen = 0
+            if isinstance(source, Tensor | Mapping):
+                n = len(source) if isinstance(source, Tensor) else len(next(iter(source.values())))
+                for rows in torch.randperm(n, generator=generator).split(max(min(size, n), 1)):
+                    # A last short batch would weigh its rows more.
+                    if len(rows) and len(rows) == min(size, n):
+                        seen += 1
+                        yield taken(source, rows)
+            else:
+                for item in source:
+                    seen += 1
+                    inputs, labels = split_labels(item)
+                    if labels is not None:
+                        self.labelled.add(task)
+                    yield inputs
+            if not seen:
+                raise ValueError(f"loaders[{task!r}] must give batches again and again, got none (a used-up iterator?)")
+
+    def next(self, task: str) -> Any:
+        return next(self._batches[task])
+
+
+def taken(source: Any, rows: Tensor) -> Any:
+    """Return rows of a tensor, or of every tensor of a mapping but its labels."""
+    if isinstance(source, Tensor):
+        return source[rows.to(source.device)]
+    return {name: taken(tensor, rows) for name, tensor in source.items() if name not in LABELS}
+
+
+def split_labels(item: Any) -> tuple[Any, Any]:
+    """Return a batch's inputs and its labels, None where it has none."""
+    if isinstance(item, Mapping):
+        labels = next((item[key] for key in LABELS if key in item), None)
+        return {key: value for key, value in item.items() if key not in LABELS}, labels
+    if isinstance(item, tuple | list):
+        return item[0], item[1] if len(item) > 1 else None
+    return item, None
+
+
+def placed(inputs: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move inputs to the device; floats get the dtype in which the merge is computed."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: placed(value, device, dtype) for key, value in inputs.items()}
+    return inputs
+
+
+class Heads:
+    """Logits of each task from the merged network: by its own head, or by a function of the user's."""
+
+    def __init__(self, heads: Any, tasks: Sequence[str], normalize: bool, scale: float, like: Tensor):
+        self.given, self.normalize, self.scale = heads, normalize, scale
+        if isinstance(heads, Mapping):
+            lacking = [task for task in tasks if task not in heads]
+            if lacking:
+                raise ValueError(f"heads must have one for every task, got none for {', '.join(lacking)}")
+            self.given = {task: self._checked(task, heads[task], like) for task in tasks}
+        elif heads is not None and not callable(heads):
+            raise ValueError(f"heads must be a mapping, a function or None, got {type(heads).__name__}")
+
+    def _checked(self, task: str, head: Any, like: Tensor) -> Any:
+        if isinstance(head, nn.Module):
+            return copy.deepcopy(head).to(like.device, like.dtype).eval().requires_grad_(False)
+        if not isinstance(head, Tensor):
+            if callable(head):
+                return head
+            raise ValueError(f"heads[{task!r}] must be a weight (classes, d) or callable, got {type(head).__name__}")
+        if head.ndim != 2:
+            raise ValueError(f"heads[{task!r}] must be a weight (classes, d), got shape {tuple(head.shape)}")
+        head = head.detach().to(like.device, like.dtype)
+        return F.normalize(head, dim=1) if self.normalize else head
+
+    @property
+    def unbounded(self) -> list[str]:
+        """Tasks with linear heads, whose entropy falls where features merely grow."""
+        if not isinstance(self.given, Mapping):
+            return []
+        linear = nn.Linear if self.normalize else (nn.Linear, Tensor)
+        return [task for task, head in self.given.items() if isinstance(head, linear)]
+
+    def __call__(self, call: Callable[..., Any], inputs: Any, task: str) -> Tensor:
+        if self.given is not None and not isinstance(self.given, Mapping):
+            return self.given(call, inputs, task)
+        made = call(**inputs) if isinstance(inputs, Mapping) else call(inputs)
+        if self.given is None:
+            return _tensor_of(made, "logits")
+        features, head = _tensor_of(made, "pooler_output"), self.given[task]
+        if not isinstance(head, Tensor):
+            return head(features)
+        if self.normalize:
+            return self.scale * F.linear(F.normalize(features, dim=-1), head)
+        return F.linear(features, head)
+
+
+def _tensor_of(output: Any, attribute: str) -> Tensor:
+    found = output if isinstance(output, Tensor) else getattr(output, attribute, None)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"base must return a tensor or an output with {attribute}, got {type(output).__name__}; give heads as a "
+            "function of (call, inputs, task)"
+        )
+    return found
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Mean entropy of the predictions over a batch of logits (..., C), in nats."""
+    logp = torch.log_softmax(logits, dim=-1)
+    return -(logp.exp() * logp).sum(dim=-1).mean()

@@ -1,0 +1,275 @@
+"""Checkpoints as mappings from names to tensors: modules, .safetensors files and folders, adapters of PEFT."""
+
+import fnmatch
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyspan.errors import UnreadableFile, WrongContent
+from polyspan.io import list_folder, read_json
+from polyspan.io._slabs import Slab, no_member, stored_digests, tensor_slabs
+from polyspan.io.arrays import check_digest
+
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+STATISTICS = ("running_mean", "running_var")
+SHOWN = 10
+DTYPES = {
+    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "int8": torch.int8, "uint8": torch.uint8,
+    "uint16": torch.uint16, "uint32": torch.uint32, "uint64": torch.uint64, "bool": torch.bool,
+}  # fmt: skip
+
+
+class ShardedState(Mapping[str, Tensor]):
+    """The tensors of one .safetensors file or of a folder of them, mapped when it is asked for, in its own dtype.
+
+    What is returned must not be written to: it is the file.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self._slabs: dict[str, Slab] = {}
+        self._digests: dict[str, str] = {}
+        for file, wanted in _files(self.path):
+            found = tensor_slabs(file, refuse_types=False)
+            for name in found.slabs if wanted is None else wanted:
+                if name not in found.slabs:
+                    raise no_member(file, name, list(found.slabs), "tensor")
+                if name in self._slabs:
+                    raise WrongContent(file, found=f"tensor {name} a second time", expected="distinct names")
+                self._slabs[name] = found.slabs[name]
+            self._digests.update(stored_digests(file, found.metadata))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slabs)
+
+    def __len__(self) -> int:
+        return len(self._slabs)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._slabs[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._slabs[name].stored
+        if stored not in DTYPES:
+            raise WrongContent(
+                self._slabs[name].path, found="a dtype that torch cannot add", expected="floats or integers", where=name
+            )
+        return DTYPES[stored]
+
+    def __getitem__(self, name: str) -> Tensor:
+        slab, dtype = self._slabs[name], self.dtype(name)
+        # A tensor may be read several times over; its digest is compared once.
+        check_digest(slab, self._digests.pop(name, None))
+        mapped = slab.map().view("i2" if slab.brain else slab.dtype)
+        with warnings.catch_warnings():
+            # Torch warns that writing to a read-only map would be a fault; no merge writes to what it reads.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            raw = torch.from_numpy(mapped)
+        tensor = raw.view(torch.bfloat16) if slab.brain else raw
+        # Extremes carry NaN along and, unlike isfinite, need no memory.
+        if dtype.is_floating_point and tensor.numel() and not all(map(math.isfinite, map(float, tensor.aminmax()))):
+            raise WrongContent(slab.path, found="NaN or infinity", expected="finite numbers", where=f"tensor {name}")
+        return tensor
+
+
+def _files(path: Path) -> Iterator[tuple[Path, list[str] | None]]:
+    """Yield each file of a checkpoint with the tensors that belong to it; None stands for all."""
+    if not path.is_dir():
+        yield path, None
+        return
+    if (path / INDEX).is_file():
+        found = read_json(path / INDEX)
+        placed = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+            raise WrongContent(path / INDEX, found="no weight_map", expected="a file name for each tensor")
+        if any(Path(name).name != name for name in placed.values()):
+            raise WrongContent(path / INDEX, found="a file outside the folder", expected="names of files in it")
+        for file in sorted(set(placed.values())):
+            yield path / file, [name for name, where in placed.items() if where == file]
+        return
+    files = list_folder(path, "*.safetensors")
+    if len(files) != 1:
+        raise UnreadableFile(path, found=f"{len(files)} .safetensors files", expected=f"one, or {INDEX} beside several")
+    yield files[0], None
+
+
+class AdaptedState(Mapping[str, Tensor]):
+    r"""A base with a LoRA adapter of PEFT added, tensor by tensor: :math:`W + \frac{\alpha}{r} B A`."""
+
+    def __init__(self, base: Mapping[str, Tensor], path: Path | str):
+        self.path, self.base = Path(path), base
+        config = read_json(self.path / ADAPTER)
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        if kind != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+            raise WrongContent(
+                self.path / ADAPTER,
+                found=f"peft_type {kind!r}" + (" with DoRA or biases" if kind == "LORA" else ""),
+                expected="a plain LoRA; merge other adapters into their base first",
+            )
+        self.config = config
+        self._factors = ShardedState(self.path / "adapter_model.safetensors")
+        self._pairs: dict[str, tuple[str, str]] = {}
+        self._whole: dict[str, str] = {}
+        for key in self._factors:
+            name = key.removeprefix("base_model.model.")
+            match = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", name)
+            if match is None and "lora_" not in name:
+                self._whole[name] = key
+            elif match is None:
+                raise WrongContent(self.path, found=f"tensor {key}", expected="factors lora_A and lora_B of weights")
+            elif match[2] == "A":
+                other = key.replace(".lora_A.", ".lora_B.")
+                if other not in self._factors:
+                    raise no_member(self.path, other, list(self._factors), "tensor")
+                self._pairs[match[1] + ".weight"] = (key, other)
+        missing = [name for name in (*self._pairs, *self._whole) if name not in base]
+        if missing:
+            raise WrongContent(self.path, found=f"an update of {missing[0]}", expected="names that the base has")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def _scale(self, module: str, rank: int) -> float:
+        def said(patterns: Mapping[str, Any], default: Any) -> Any:
+            found = [v for key, v in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)]
+            return found[0] if found else default
+
+        alpha = said(self.config.get("alpha_pattern") or {}, self.config.get("lora_alpha", 8))
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._whole:
+            return self._factors[self._whole[name]]
+        weight = self.base[name]
+        if name not in self._pairs:
+            return weight
+        A, B = (self._factors[key].float() for key in self._pairs[name])
+        delta = B.flatten(1) @ A.flatten(1)
+        if self.config.get("fan_in_fan_out"):
+            delta = delta.mT
+        if delta.numel() != weight.numel():
+            raise WrongContent(
+                self.path, found=f"an update of {delta.numel()} numbers", expected=f"{weight.numel()}", where=name
+            )
+        # The sum stays in float32: in the base's own 16 bits a small update would drown.
+        scale = self._scale(name.removesuffix(".weight"), len(A))
+        return weight.float() + scale * delta.view(weight.shape).to(weight.device)
+
+
+def as_state(source: Any, base: Mapping[str, Tensor] | None = None, *, name: str = "finetuned") -> Mapping[str, Tensor]:
+    """Return a checkpoint as a mapping; a folder with ``adapter_config.json`` is added to ``base``.
+
+    Raises
+    ------
+    ValueError
+        It is neither module, state dict nor path, or an adapter stands where a base must be.
+    """
+    if isinstance(source, nn.Module):
+        return source.state_dict()
+    if isinstance(source, Mapping):
+        wrong = next((k for k, v in source.items() if not isinstance(v, Tensor)), None) if _plain(source) else None
+        if wrong is not None:
+            raise ValueError(f"{name} must map names to tensors, got {type(source[wrong]).__name__} for {wrong!r}")
+        return source
+    if isinstance(source, str | Path):
+        if (Path(source) / ADAPTER).is_file():
+            if base is None:
+                raise ValueError(f"{name} must be a whole checkpoint, got the adapter {source}")
+            return AdaptedState(base, source)
+        return ShardedState(source)
+    raise ValueError(f"{name} must be a module, a state dict or a path, got {type(source).__name__}")
+
+
+def _plain(source: Mapping) -> bool:
+    return not isinstance(source, ShardedState | AdaptedState)
+
+
+def as_states(finetuned: Any, base: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
+    """Return checkpoints by task; a sequence is numbered.
+
+    Raises
+    ------
+    ValueError
+        There is none, or one state dict was given alone.
+    """
+    if isinstance(finetuned, Mapping) and any(isinstance(v, Tensor) for v in finetuned.values()):
+        raise ValueError("finetuned must hold checkpoints by task, got one state dict")
+    if isinstance(finetuned, Mapping):
+        named = {str(task): source for task, source in finetuned.items()}
+    elif isinstance(finetuned, Sequence) and not isinstance(finetuned, str):
+        named = {str(i): source for i, source in enumerate(finetuned)}
+    else:
+        raise ValueError(f"finetuned must be a mapping or a list of checkpoints, got {type(finetuned).__name__}")
+    if not named:
+        raise ValueError("finetuned must hold at least one checkpoint, got none")
+    return {task: as_state(source, base, name=f"finetuned[{task!r}]") for task, source in named.items()}
+
+
+def shape_of(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Return a tensor's shape without reading it where the file's header says it."""
+    if isinstance(state, AdaptedState) and name not in state._whole:
+        return shape_of(state.base, name)
+    return state.shape(name) if isinstance(state, ShardedState) else tuple(state[name].shape)
+
+
+def dtype_of(state: Mapping[str, Tensor], name: str) -> torch.dtype:
+    """Return a tensor's dtype without reading it where the file's header says it."""
+    if isinstance(state, AdaptedState):
+        return dtype_of(state.base, name)
+    return state.dtype(name) if isinstance(state, ShardedState) else state[name].dtype
+
+
+def is_ignored(name: str, ignore_keys: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore_keys)
+
+
+def is_statistic(name: str) -> bool:
+    """Tell whether a buffer is a running mean or variance, which is averaged and never masked."""
+    return name.rsplit(".", 1)[-1] in STATISTICS
+
+
+def mergeable(base: Mapping[str, Tensor], states: Mapping[str, Mapping], ignore_keys: Sequence[str] = ()) -> list[str]:
+    """Return the names of the base's float tensors that are merged, after comparing names and shapes.
+
+    Raises
+    ------
+    ValueError
+        Checkpoints differ in names or shapes; the first ten are listed.
+    """
+    if isinstance(ignore_keys, str):
+        raise ValueError(f"ignore_keys must be a list of patterns, got the string {ignore_keys!r}")
+    names = [name for name in base if not is_ignored(name, ignore_keys)]
+    known = set(names)
+    for task, state in states.items():
+        missing = [f"{name} is missing" for name in names if name not in state]
+        extra = [
+            f"{name} is not in the base" for name in state if name not in known and not is_ignored(name, ignore_keys)
+        ]
+        other = [
+            (name, shape_of(base, name), shape_of(state, name))
+            for name in names
+            if name in state and shape_of(base, name) != shape_of(state, name)
+        ]
+        told = missing + extra + [f"{name} is {b} in the base and {a} there" for name, b, a in other]
+        if told:
+            more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+            resized = any(len(a) == len(b) and a[0] != b[0] and a[1:] == b[1:] for _, b, a in other if a and b)
+            advice = (
+                "; rows differ as after resizing a vocabulary: cut the embeddings back, or name them in ignore_keys"
+                if resized
+                else "; name them in ignore_keys to keep the base's"
+            )
+            shown = "; ".join(told[:SHOWN]) + more
+            raise ValueError(f"finetuned[{task!r}] must have the names and shapes of base, got: {shown}{advice}")
+    return [name for name in names if dtype_of(base, name).is_floating_point]

@@ -1,0 +1,447 @@
+"""Differences between fine-tuned checkpoints and their base, and the ways to add them up without data."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyspan.run import torch_generator
+
+from ._merge_states import as_state, as_states, is_statistic, mergeable, shape_of
+
+Deltas = Callable[[], Iterator[Tensor]]
+Rule = Callable[[str, Deltas], Tensor]
+BLOCK = 2**20
+
+
+class TaskVector:
+    r"""What fine-tuning changed: :math:`\tau = \theta - \theta_0` for each named float tensor, to be added elsewhere.
+
+    Task vectors of one base can be added, subtracted and scaled. Integers are left out, running means and variances of
+    batch normalisation too: they are no weights, and half of such a difference means nothing. The base must be the
+    checkpoint that was fine-tuned; the difference to another one is noise as long as the weights.
+    Source: catalogue entry ``concrete-merging``.
+
+    Parameters
+    ----------
+    base, finetuned : module, mapping of str to Tensor, or path
+        A path is a .safetensors file, a folder of them, or (``finetuned`` only) the folder of a LoRA adapter of PEFT.
+    ignore_keys : sequence of str
+        Names, or patterns such as ``"*.embed_tokens.*"``, that take no part.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        In float32, or float64 where the base is.
+    skipped : list of str
+        Names of the base that are in no task vector.
+
+    Raises
+    ------
+    ValueError
+        Names or shapes differ; the first ten are listed.
+    """
+
+    def __init__(self, base: Any, finetuned: Any, *, ignore_keys: Sequence[str] = ()):
+        start = as_state(base, name="base")
+        end = as_state(finetuned, start)
+        names = [name for name in mergeable(start, {"": end}, ignore_keys) if not is_statistic(name)]
+        self.tensors = {name: _delta(start[name], end[name]) for name in names}
+        self.skipped = [name for name in start if name not in self.tensors]
+
+    @classmethod
+    def _of(cls, tensors: dict[str, Tensor], skipped: list[str]) -> "TaskVector":
+        made = cls.__new__(cls)
+        made.tensors, made.skipped = tensors, skipped
+        return made
+
+    def __add__(self, other: "TaskVector") -> "TaskVector":
+        if self.tensors.keys() != other.tensors.keys():
+            differ = sorted(self.tensors.keys() ^ other.tensors.keys())
+            raise ValueError(f"task vectors must have the same names, got {', '.join(differ[:10])} in one only")
+        return self._of({name: t + other.tensors[name] for name, t in self.tensors.items()}, self.skipped)
+
+    def __mul__(self, factor: float | int) -> "TaskVector":
+        return self._of({name: t * factor for name, t in self.tensors.items()}, self.skipped)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "TaskVector":
+        return self * -1
+
+    def __sub__(self, other: "TaskVector") -> "TaskVector":
+        return self + -other
+
+    def norm(self) -> float:
+        """Return the length of all tensors as one vector."""
+        return math.sqrt(sum(float(t.double().square().sum()) for t in self.tensors.values()))
+
+    def cosine(self, other: "TaskVector") -> float:
+        """Return the cosine with another task vector: near 0 where the tasks changed other weights; 0 if one is 0."""
+        inner = sum(float((t.double() * other.tensors[name].double()).sum()) for name, t in self.tensors.items())
+        return inner / ((self.norm() * other.norm()) or 1.0)
+
+    def apply_to(self, base: Any, scaling: float | int = 1.0) -> dict[str, Tensor]:
+        """Return base + scaling · tau as new tensors in the base's dtype; a scaling below 0 forgets the task.
+
+        Raises
+        ------
+        ValueError
+            The base lacks a name of the task vector, or has another shape.
+        """
+        state = as_state(base, name="base")
+        wrong = [n for n, t in self.tensors.items() if n not in state or state[n].shape != t.shape]
+        if wrong:
+            raise ValueError(f"base must have the tensors of the task vector, got none of that shape for {wrong[:10]}")
+        return {
+            name: _moved(value, scaling * self.tensors[name]) if name in self.tensors else value.detach().clone()
+            for name, value in state.items()
+        }
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _delta(start: Tensor, end: Tensor) -> Tensor:
+    wide = _wide(start.dtype)
+    return end.detach().to(start.device, wide) - start.detach().to(wide)
+
+
+def _moved(start: Tensor, change: Tensor) -> Tensor:
+    """Return start + change in start's dtype, added in float32 at least, in the memory of ``change``."""
+    return change.to(start.device).add_(start.detach()).to(start.dtype)
+
+
+def task_arithmetic(
+    base: Any,
+    finetuned: Any,
+    *,
+    scaling: float | int = 0.3,
+    weights: Sequence[float | int] | None = None,
+    mask: Mapping[str, Tensor] | None = None,
+    ignore_keys: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    r"""Merge by adding task vectors: :math:`\theta_0 + s \sum_i w_i \tau_i`; needs no data.
+
+    With ``scaling=1/T`` it is the plain average. Breaks where tasks pull the same weights in opposite directions.
+    Running means and variances are averaged, integers are the base's.
+    Source: catalogue entry ``concrete-merging``.
+
+    Parameters
+    ----------
+    base : module, mapping of str to Tensor, or path
+    finetuned : mapping of str to checkpoint, or sequence of checkpoints
+        T of them; each what ``base`` may be, or the folder of a LoRA adapter.
+    scaling : float, default=0.3
+    weights : sequence of T floats, optional
+        One a task; 1 each where not given.
+    mask : mapping of str to Tensor, optional
+        Entries in [0, 1] for each changed tensor, such as ``ConcreteMerger.mask_``; changes are multiplied by
+        mask / mean(mask), the mean over one tensor.
+    ignore_keys : sequence of str
+        Names or patterns whose tensors stay the base's.
+
+    Returns
+    -------
+    dict of str to Tensor
+        New tensors in the base's dtypes; nothing given is changed.
+
+    Raises
+    ------
+    ValueError
+        Names or shapes differ, there is no checkpoint, or there are not T weights.
+    """
+    return _merge(base, finetuned, "task_arithmetic", ignore_keys, scaling=scaling, weights=weights, mask=mask)
+
+
+def ties(
+    base: Any,
+    finetuned: Any,
+    *,
+    density: float | int = 0.2,
+    scaling: float | int = 0.3,
+    reduction: str = "sum",
+    scope: str = "model",
+    weights: Sequence[float | int] | None = None,
+    ignore_keys: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    r"""Merge by TIES: trim small changes, elect a sign an entry, and add up the changes that agree with it.
+
+    The share ``density`` of each task's entries that is largest in magnitude stays (entries equal to the smallest of
+    them too). The elected sign is that of the sum; where the sum is 0 it is the sign of the majority of all entries.
+    One threshold for the whole model can empty small tensors altogether: ``scope="tensor"`` has one for each.
+    Source: catalogue entry ``concrete-merging``.
+
+    Parameters
+    ----------
+    base, finetuned, weights, ignore_keys
+        As in :func:`task_arithmetic`; weights multiply before signs are elected.
+    density : float in (0, 1], default=0.2
+    scaling : float, default=0.3
+        With "mean" values about 1 are usual.
+    reduction : {"sum", "mean"}, default="sum"
+        Of the changes that agree and are not trimmed.
+    scope : {"model", "tensor"}, default="model"
+
+    Returns
+    -------
+    dict of str to Tensor
+
+    Raises
+    ------
+    ValueError
+        As :func:`task_arithmetic`, or an option is none of those named.
+    """
+    options = {"density": density, "scaling": scaling, "reduction": reduction, "scope": scope, "weights": weights}
+    return _merge(base, finetuned, "ties", ignore_keys, **options)
+
+
+def dare(
+    base: Any,
+    finetuned: Any,
+    *,
+    density: float | int = 0.5,
+    scaling: float | int = 0.3,
+    rescale: bool = True,
+    elect: bool = False,
+    weights: Sequence[float | int] | None = None,
+    seed: int = 0,
+    ignore_keys: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    r"""Merge by DARE: drop changes at random, divide the rest by the share kept, and add up.
+
+    Each task and tensor has a generator of its own, seeded by their names: the order of tensors does not matter. The
+    expectation is task arithmetic; at low density the result is noise where changes are few and large.
+    Source: catalogue entry ``concrete-merging``.
+
+    Parameters
+    ----------
+    base, finetuned, scaling, weights, ignore_keys
+        As in :func:`task_arithmetic`.
+    density : float in (0, 1], default=0.5
+        Probability with which an entry is kept.
+    rescale : bool, default=True
+        Divide what is kept by ``density``.
+    elect : bool, default=False
+        Elect signs after dropping, as TIES does; the majority is then that of the tensor.
+    seed : int, default=0
+
+    Returns
+    -------
+    dict of str to Tensor
+
+    Raises
+    ------
+    ValueError
+        As :func:`task_arithmetic`, or density is outside (0, 1].
+    """
+    options = {"density": density, "scaling": scaling, "rescale": rescale, "elect": elect, "seed": seed}
+    return _merge(base, finetuned, "dare", ignore_keys, **options, weights=weights)
+
+
+def _merge(base: Any, finetuned: Any, method: str, ignore_keys: Sequence[str], **options: Any) -> dict[str, Tensor]:
+    start = as_state(base, name="base")
+    states = as_states(finetuned, start)
+    names = mergeable(start, states, ignore_keys)
+    rule = merge_rule(method, start, states, names, **options)
+    return {name: merged_tensor(name, start, states, rule, name in set(names)) for name in start}
+
+
+def merged_tensor(
+    name: str, base: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]], rule: Rule, merged: bool
+) -> Tensor:
+    """Return one tensor of the result, new, in the base's dtype; in memory are a few tensors of its size."""
+    start = base[name].detach()
+    if not merged:
+        return start.clone()
+    if is_statistic(name):
+        total = torch.zeros_like(start, dtype=_wide(start.dtype))
+        for state in states.values():
+            total += state[name].detach().to(total.device, total.dtype)
+        return (total / len(states)).to(start.dtype)
+    return _moved(start, rule(name, lambda: (_delta(start, state[name]) for state in states.values())))
+
+
+def merge_rule(
+    method: str,
+    base: Mapping[str, Tensor],
+    states: Mapping[str, Mapping[str, Tensor]],
+    names: Sequence[str],
+    *,
+    scaling: float | int = 0.3,
+    weights: Sequence[float | int] | None = None,
+    density: float | int = 1.0,
+    reduction: str = "sum",
+    scope: str = "model",
+    rescale: bool = True,
+    elect: bool = False,
+    seed: int = 0,
+    mask: Mapping[str, Tensor] | None = None,
+) -> Rule:
+    """Return the rule of a method: the change of a named tensor from the changes of all tasks, one read at a time."""
+    if not isinstance(scaling, float | int) or not math.isfinite(scaling):
+        raise ValueError(f"scaling must be a finite number, got {scaling!r}")
+    if not isinstance(density, float | int) or not 0 < density <= 1:
+        raise ValueError(f"density must be a share in (0, 1], got {density!r}")
+    w = [1.0] * len(states) if weights is None else [float(v) for v in weights]
+    if len(w) != len(states) or not all(map(math.isfinite, w)):
+        raise ValueError(f"weights must be {len(states)} finite numbers, one a checkpoint, got {weights!r}")
+    if method == "task_arithmetic" and mask is not None:
+        return _masked_rule(mask, base, names, [scaling * v for v in w])
+    if method == "task_arithmetic":
+        return lambda _, deltas: _weighted_sum(deltas, [scaling * v for v in w])
+    if method == "dare":
+        return _dare_rule(list(states), w, scaling, float(density), rescale, elect, seed)
+    if method != "ties":
+        raise ValueError(f"method must be 'task_arithmetic', 'ties' or 'dare', got {method!r}")
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+    if scope not in ("model", "tensor"):
+        raise ValueError(f"scope must be 'model' or 'tensor', got {scope!r}")
+    weighed = [name for name in names if not is_statistic(name)]
+
+    def changes(name: str) -> Deltas:
+        start = base[name]
+        return lambda: (_delta(start, state[name]) for state in states.values())
+
+    limits: list[float] = []
+    if scope == "model" and density < 1:
+        limits = [
+            largest_share(lambda s=state: (_delta(base[n], s[n]) for n in weighed), float(density))
+            for state in states.values()
+        ]
+
+    def trimmed(deltas: Deltas) -> Deltas:
+        def made() -> Iterator[Tensor]:
+            for i, delta in enumerate(deltas()):
+                if density < 1:
+                    limit = limits[i] if limits else largest_share(lambda d=delta: iter([d]), float(density))
+                    delta.masked_fill_(delta.float().abs() < limit, 0)
+                yield delta if w[i] == 1 else delta.mul_(w[i])
+
+        return made
+
+    majority = _Majority(lambda: (_weighted_sum(trimmed(changes(name)), [1.0] * len(w)) for name in weighed))
+    return lambda _, deltas: _agreeing(trimmed(deltas), majority, reduction).mul_(scaling)
+
+
+def _masked_rule(
+    mask: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Sequence[str], weights: Sequence[float]
+) -> Rule:
+    wrong = [n for n in names if not is_statistic(n) and (n not in mask or shape_of(mask, n) != shape_of(base, n))]
+    if wrong:
+        raise ValueError(f"mask must have an entry for each number of the base, got none for {', '.join(wrong[:10])}")
+
+    def rule(name: str, deltas: Deltas) -> Tensor:
+        total = _weighted_sum(deltas, weights)
+        return total.mul_(rescaled(mask[name].to(total.device, total.dtype)))
+
+    return rule
+
+
+def rescaled(mask: Tensor) -> Tensor:
+    """Return mask / mean(mask), so that the mask changes where, not how much; a mask of zeros stays one."""
+    mean = mask.mean()
+    return mask / torch.where(mean > 0, mean, 1)
+
+
+class _Majority:
+    """Sign of the majority of all elected signs; found only when an entry has no sign of its own."""
+
+    def __init__(self, sums: Callable[[], Iterator[Tensor]]):
+        self._sums, self._sign = sums, None
+
+    def sign(self) -> float:
+        if self._sign is None:
+            total = sum(int(torch.sign(s).sum()) for s in self._sums())
+            self._sign = float(total > 0) - float(total < 0)
+        return self._sign
+
+
+def _weighted_sum(deltas: Deltas, weights: Sequence[float]) -> Tensor:
+    total = None
+    for w, delta in zip(weights, deltas(), strict=True):
+        total = delta.mul_(w) if total is None else total.add_(delta, alpha=w)
+    assert total is not None
+    return total
+
+
+def _agreeing(deltas: Deltas, majority: _Majority, reduction: str) -> Tensor:
+    """Add up the changes whose sign is the elected one; changes are made twice rather than kept."""
+    elected = some = None
+    for delta in deltas():
+        if elected is None or some is None:
+            elected, some = delta, delta != 0
+        else:
+            elected.add_(delta)
+            some.logical_or_(delta != 0)
+    assert elected is not None
+    assert some is not None
+    elected.sign_()
+    undecided = some.logical_and_(elected == 0)
+    if bool(undecided.any()):
+        elected[undecided] = majority.sign()
+    total = torch.zeros_like(elected)
+    count = torch.zeros_like(elected) if reduction == "mean" else None
+    for delta in deltas():
+        differs = delta * elected <= 0
+        total.add_(delta.masked_fill_(differs, 0))
+        if count is not None:
+            count.add_(differs.logical_not_())
+    return total if count is None else total.div_(count.clamp_(min=1))
+
+
+def largest_share(tensors: Callable[[], Iterator[Tensor]], share: float) -> float:
+    """Return the magnitude that the given share of all entries reaches, exactly, in passes over streamed tensors.
+
+    Magnitudes in float32 order as their bits do: one pass counts the upper 16 bits, the next the lower 16 of those in
+    which the limit lies.
+    """
+
+    def counts(part: Callable[[Tensor], Tensor]) -> Tensor:
+        total = torch.zeros(2**16, dtype=torch.int64)
+        for tensor in tensors():
+            for block in tensor.detach().flatten().split(BLOCK):
+                bits = block.to(torch.float32).abs().view(torch.int32)
+                total += torch.bincount(part(bits).to("cpu"), minlength=2**16)
+        return total
+
+    def place(found: Tensor, rank: int) -> tuple[int, int]:
+        """Bin that holds the rank-th largest, and its rank within the bin."""
+        above = found.flip(0).cumsum(0).flip(0)
+        at = int((above >= rank).sum()) - 1
+        return at, rank - int(above[at] - found[at])
+
+    upper = counts(lambda bits: bits >> 16)
+    size = int(upper.sum())
+    if size == 0:
+        return 0.0
+    high, rank = place(upper, max(1, round(share * size)))
+    low, _ = place(counts(lambda bits: bits[bits >> 16 == high] & 0xFFFF), rank)
+    return float(torch.tensor(high * 2**16 + low, dtype=torch.int32).view(torch.float32))
+
+
+def _dare_rule(
+    tasks: list[str], weights: list[float], scaling: float | int, density: float, rescale: bool, elect: bool, seed: int
+) -> Rule:
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+
+    def rule(name: str, deltas: Deltas) -> Tensor:
+        def kept() -> Iterator[Tensor]:
+            for task, w, delta in zip(tasks, weights, deltas(), strict=True):
+                digest = hashlib.sha256(f"{seed}/{task}/{name}".encode()).digest()
+                generator = torch_generator(int.from_bytes(digest[:7], "big"))
+                drawn = torch.rand(delta.shape, generator=generator).to(delta.device) < density
+                yield delta.masked_fill_(~drawn, 0).mul_(w / density if rescale else w)
+
+        if elect:
+            sums = _Majority(lambda: iter([_weighted_sum(kept, [1.0] * len(tasks))]))
+            return _agreeing(kept, sums, "sum").mul_(scaling)
+        return _weighted_sum(kept, [float(scaling)] * len(tasks))
+
+    return rule

@@ -1,0 +1,75 @@
+"""``polyspan merge``."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ._output import say, show_json, show_table
+
+
+def merge(
+    config: Path,
+    *,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    method: str | None = None,
+    scaling: float | None = None,
+    density: float | None = None,
+    mask: Path | None = None,
+    shard_bytes: int | None = None,
+    json: bool = False,
+) -> None:
+    """Merge fine-tuned checkpoints of one base into one that serves all their tasks.
+
+    Task arithmetic, TIES, DARE and averages read one tensor at a time; run the same command again after an interrupt
+    and it goes on. AdaMerging and Concrete masks need unlabelled inputs and the whole network in memory.
+
+    Parameters
+    ----------
+    config : Path
+        A recipe in YAML, as of mergekit: merge_method, base_model, models, parameters. Models may be LoRA adapters.
+    out : Path
+        Folder of the merged checkpoint.
+    method : str
+        Instead of the recipe's: average, task-arithmetic, ties, dare, dare-ties, adamerging, concrete.
+    scaling : float
+        How much of the summed changes is added; instead of the recipe's.
+    density : float
+        Share of changes that TIES and DARE keep; instead of the recipe's.
+    mask : Path
+        Where the logits of a Concrete mask are written, or, for task-arithmetic, read.
+    shard_bytes : int
+        Size of the files; left out, that of the largest tensor.
+    json : bool
+        Print JSON.
+    """
+    from polyspan.checkpoints import merge_recipe, read_recipe
+
+    recipe = read_recipe(config, method=method)
+    given = {"scaling": scaling, "density": density}
+    parameters = {**recipe.parameters, **{name: value for name, value in given.items() if value is not None}}
+    recipe = recipe._replace(parameters=parameters)
+    found = merge_recipe(recipe, out, mask=mask, shard_bytes=shard_bytes, verbose=True)
+    if found.resumed:
+        say(f"{found.resumed} of {len(found.shards)} files were there from an interrupted run")
+    result = {
+        "out": str(found.path),
+        "method": recipe.method,
+        "models": list(recipe.models),
+        "parameters": parameters,
+        "files": [path.name for path in found.shards],
+        "tensors": found.tensors,
+        "merged": found.merged,
+        "resumed": found.resumed,
+    }
+    if json:
+        show_json(result)
+        return
+    rows = [
+        ("out", result["out"]),
+        ("method", recipe.method),
+        ("models", ", ".join(recipe.models)),
+        ("files", str(len(found.shards))),
+        ("tensors", f"{found.tensors}, {found.merged} of them merged"),
+    ]
+    show_table("", ("what", "value"), rows)

@@ -1,0 +1,61 @@
+import json
+
+import numpy as np
+import pytest
+
+from polyspan.cli.merge import merge
+from polyspan.errors import WrongContent
+from polyspan.io import read_members, write_members, write_text
+
+RECIPE = """
+merge_method: ties
+base_model: base.safetensors
+models:
+  - model: one.safetensors
+  - model: two.safetensors
+parameters: {density: 1.0, lambda: 0.5}
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(5, 4)).astype(np.float32)
+    write_members(tmp_path / "base.safetensors", {"w": base})
+    for name in ("one", "two"):
+        write_members(tmp_path / f"{name}.safetensors", {"w": base + rng.normal(size=base.shape).astype(np.float32)})
+    write_text(tmp_path / "recipe.yaml", RECIPE)
+    return tmp_path
+
+
+def read(path):
+    return read_members(path)["w"]
+
+
+def test_the_merged_file_holds_what_the_formulas_give_and_the_report_is_true(files, capsys):
+    merge(files / "recipe.yaml", out=files / "out", json=True)
+    told = json.loads(capsys.readouterr().out)
+    base, one, two = (read(files / f"{name}.safetensors") for name in ("base", "one", "two"))
+    a, b = one - base, two - base
+    sign = np.sign(a + b)
+    expected = base + 0.5 * (a * (a * sign > 0) + b * (b * sign > 0))
+    np.testing.assert_allclose(read(files / "out" / "model.safetensors"), expected, atol=1e-6)
+    assert told["files"] == ["model.safetensors"]
+    assert (told["method"], told["models"], told["tensors"], told["merged"]) == ("ties", ["one", "two"], 1, 1)
+    assert told["parameters"] == {"density": 1.0, "scaling": 0.5}
+
+
+def test_options_of_the_command_take_the_place_of_the_recipes(files, capsys):
+    write_text(files / "recipe.yaml", RECIPE.replace("density: 1.0, ", ""))
+    merge(files / "recipe.yaml", out=files / "out", method="task-arithmetic", scaling=1.0)
+    assert "method\ttask_arithmetic" in capsys.readouterr().out
+    base, one, two = (read(files / f"{name}.safetensors") for name in ("base", "one", "two"))
+    np.testing.assert_allclose(read(files / "out" / "model.safetensors"), one + two - base, atol=1e-6)
+
+
+def test_a_method_that_learns_without_inputs_is_an_error(files):
+    write_text(files / "recipe.yaml", RECIPE.replace("parameters: {density: 1.0, lambda: 0.5}", ""))
+    with pytest.raises(ValueError, match="models must each have inputs for 'concrete', got none for one, two"):
+        merge(files / "recipe.yaml", out=files / "out", method="concrete")
+    with pytest.raises(WrongContent, match="merge_method 'fisher'"):
+        merge(files / "recipe.yaml", out=files / "out", method="fisher")
