@@ -160,8 +160,11 @@ def test_memory_is_that_of_models_and_one_tensors_whatever_the_number_of_layers(
         code = PROBE.format(folder=str(folder), tasks=list(states), method=method)
         ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         peaks.append(int(ran.stdout.split()[-1]))
-    assert peaks[1] < 1.2 * peaks[0]
-    assert peaks[1] <= (tasks + 1) * 4 * side * side
+    tensor = 4 * side * side
+    # Four more layers, if any model or the result were held, would be four tensors or more. Peaks are sampled: a short
+    # merge's may be missed by a part of one.
+    assert peaks[1] - peaks[0] < 2 * tensor
+    assert peaks[1] <= (tasks + 1) * tensor
 
 
 RECIPE = """
