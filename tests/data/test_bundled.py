@@ -5,7 +5,7 @@ import pytest
 from sklearn import datasets
 
 from polyspan import data
-from polyspan.data import digits, photograph
+from polyspan.data import digits, photograph, python_reference
 from polyspan.errors import MissingExtra
 
 
@@ -43,3 +43,10 @@ def test_without_scikit_image_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(MissingExtra, match=r"polyspan\[images\]"):
         photograph()
+
+
+def test_the_reference_is_what_help_shows_in_one_order():
+    found = python_reference()
+    assert found == python_reference()
+    assert len(found) > 300_000
+    assert found.index("Assignment statements\n***") < found.index('The "while" statement\n***')

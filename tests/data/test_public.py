@@ -11,7 +11,7 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
-from polyspan.data import AttributedGraph, CrossModal, Images, Intents, ShapesText, data_folder, dataset
+from polyspan.data import AttributedGraph, CrossModal, Images, Intents, ShapesText, Texts, data_folder, dataset
 from polyspan.errors import FileError, UnreadableFile, WrongContent
 
 FOLDERS = {
@@ -25,7 +25,9 @@ FOLDERS = {
     "clinc150": "clinc150",
     "wikipedia-crossmodal": "wikipedia-crossmodal",
     "shapes3d-text": "shapes3d-text",
+    "wikitext-2": "wikitext-2",
 }
+LABELLED = sorted(set(FOLDERS) - {"wikitext-2"})
 
 
 def ring(n):
@@ -116,6 +118,11 @@ def write_shapes(folder, lines=3):
     (folder / "captions.txt").write_text("a table\na shelf; tall\na mug\n"[: 8 if lines == 1 else None])
 
 
+def write_wikitext(folder, lines=20):
+    (folder / "test.txt").write_text("".join(f" = Title {i} =\n" for i in range(2100)))
+    (folder / "valid.txt").write_text("".join(f"line {i} .\n" for i in range(lines)))
+
+
 WRITERS = {
     "acm": write_acm,
     "citeseer": write_citeseer,
@@ -127,6 +134,7 @@ WRITERS = {
     "clinc150": write_clinc,
     "wikipedia-crossmodal": write_wikipedia,
     "shapes3d-text": write_shapes,
+    "wikitext-2": write_wikitext,
 }
 
 
@@ -143,6 +151,8 @@ def test_a_set_is_found_by_its_path_and_by_the_environment_alike(name, tmp_path,
     for a, b in zip(by_name, by_path, strict=True):
         same = (a != b).nnz == 0 if sp.issparse(a) else np.array_equal(a, b)
         assert same
+    if isinstance(by_name, Texts):
+        return
     labels = by_name.attributes if name == "shapes3d-text" else by_name.labels
     assert labels.dtype == np.int64
     assert labels.min() >= 0
@@ -259,12 +269,22 @@ def test_pairs_of_modalities_keep_their_rows(tmp_path):
         ("clinc150", lambda folder: write_clinc(folder, [1]), "another structure"),
         ("wikipedia-crossmodal", lambda folder: write_wikipedia(folder, last=4), "row 4 in the split"),
         ("shapes3d-text", lambda folder: write_shapes(folder, lines=1), "3 rows of .*lines of captions.txt, 1"),
+        ("wikitext-2", lambda folder: write_wikitext(folder, lines=9), "2100 and 9 lines of test and valid"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_wrong_content(tmp_path, name, spoil, match):
     spoil(tmp_path)
     with pytest.raises(WrongContent, match=match):
         dataset(name, tmp_path)
+
+
+def test_text_is_scored_that_is_neither_trained_on_nor_calibrated_with(tmp_path):
+    write_wikitext(tmp_path)
+    found = dataset("wikitext-2", tmp_path)
+    assert found.test == "line 18 .\nline 19 .\n"
+    assert found.train.splitlines() == [f" = Title {i} =" for i in range(2100)] + [f"line {i} ." for i in range(18)]
+    assert found.train.startswith(found.calibration)
+    assert found.calibration.count("\n") == 2000
 
 
 def test_other_columns_and_other_picture_sizes_are_wrong_content(tmp_path):
@@ -277,7 +297,7 @@ def test_other_columns_and_other_picture_sizes_are_wrong_content(tmp_path):
         dataset("orl", tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(FOLDERS))
+@pytest.mark.parametrize("name", LABELLED)
 def test_a_truncated_file_ends_in_a_file_error(tmp_path, name):
     WRITERS[name](tmp_path)
     largest = max(tmp_path.iterdir(), key=lambda path: path.stat().st_size)
@@ -300,7 +320,7 @@ FACTS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(FOLDERS))
+@pytest.mark.parametrize("name", LABELLED)
 def test_the_set_itself_has_the_size_and_the_classes_that_are_known(name):
     root = os.environ.get("POLYSPAN_DATA")
     if not root or not (Path(root) / FOLDERS[name]).is_dir():
@@ -312,3 +332,13 @@ def test_the_set_itself_has_the_size_and_the_classes_that_are_known(name):
         faces = found.images / found.scale
         # Neighbouring rows of an upright picture differ less than rows of a scrambled one.
         assert np.abs(np.diff(faces, axis=1)).mean() < 0.15
+
+
+def test_the_text_itself_is_split_at_the_lines_that_are_known():
+    root = os.environ.get("POLYSPAN_DATA")
+    if not root or not (Path(root) / "wikitext-2").is_dir():
+        pytest.skip("POLYSPAN_DATA does not hold wikitext-2")
+    found = dataset("wikitext-2")
+    whole = len((Path(root) / "wikitext-2" / "test.txt").read_text())
+    assert len(found.train) > whole > len(found.calibration) > len(found.test) > 50_000
+    assert found.test not in found.train

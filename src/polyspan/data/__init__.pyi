@@ -2,6 +2,7 @@ from .bundled import breast_cancer as breast_cancer
 from .bundled import digits as digits
 from .bundled import iris as iris
 from .bundled import photograph as photograph
+from .bundled import python_reference as python_reference
 from .bundled import wine as wine
 from .planted import PlantedClasses as PlantedClasses
 from .planted import PlantedGraph as PlantedGraph
@@ -16,5 +17,6 @@ from .public import CrossModal as CrossModal
 from .public import Images as Images
 from .public import Intents as Intents
 from .public import ShapesText as ShapesText
+from .public import Texts as Texts
 from .public import data_folder as data_folder
 from .public import dataset as dataset

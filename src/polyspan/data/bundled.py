@@ -1,4 +1,4 @@
-"""Small real sets that come with scikit-learn and scikit-image: no network, no files of their own."""
+"""Small real sets that come with Python, scikit-learn and scikit-image: no network, no files of their own."""
 
 from typing import Any
 
@@ -61,3 +61,13 @@ def photograph(name: str = "astronaut") -> np.ndarray:
     require("skimage", extra="images", purpose="a photograph")
     images = require("skimage.data", extra="images", purpose="a photograph")
     return np.asarray(getattr(images, name)(), dtype=np.float32) / np.float32(255)
+
+
+def python_reference() -> str:
+    """Return half a million characters of English: the parts of Python's language reference that come with Python.
+
+    They are those of ``help()``, in the order of their names, a blank line between; other versions word some otherwise.
+    """
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"

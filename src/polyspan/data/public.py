@@ -65,6 +65,18 @@ class ShapesText(NamedTuple):
     captions: list[str]
 
 
+class Texts(NamedTuple):
+    """Running text to train on and to score, and ``calibration``, a part of ``train``.
+
+    The training part of WikiText-2 is ten times as large and is not asked for: here ``train`` is its test part and nine
+    tenths of its validation part, by lines, and ``test`` the last tenth.
+    """
+
+    train: str
+    test: str
+    calibration: str
+
+
 def data_folder(name: str, path: Path | str | None = None) -> Path:
     """Return the folder of a public set: ``path`` itself, or ``$POLYSPAN_DATA/<name>``.
 
@@ -95,6 +107,8 @@ def dataset(name: Literal["wikipedia-crossmodal"], path: Path | str | None = Non
 @overload
 def dataset(name: Literal["shapes3d-text"], path: Path | str | None = None) -> ShapesText: ...
 @overload
+def dataset(name: Literal["wikitext-2"], path: Path | str | None = None) -> Texts: ...
+@overload
 def dataset(name: str, path: Path | str | None = None) -> Any: ...
 def dataset(name: str, path: Path | str | None = None) -> Any:
     """Read a public set into a named tuple of arrays.
@@ -104,7 +118,7 @@ def dataset(name: str, path: Path | str | None = None) -> Any:
     name : str
         ``acm``, ``citeseer``: :class:`AttributedGraph`. ``mnist-t10k``, ``orl``, ``coil20``, ``yaleb``:
         :class:`Images`. ``banking77``, ``clinc150``: :class:`Intents`. ``wikipedia-crossmodal``:
-        :class:`CrossModal`. ``shapes3d-text``: :class:`ShapesText`.
+        :class:`CrossModal`. ``shapes3d-text``: :class:`ShapesText`. ``wikitext-2``: :class:`Texts`.
     path : path-like, optional
         The set's own folder; left out, the folder of :func:`data_folder`.
 
@@ -224,6 +238,16 @@ def _shapes(folder: Path) -> ShapesText:
     )
 
 
+def _wikitext(folder: Path) -> Texts:
+    test, valid = (read_text(folder / name).splitlines(keepends=True) for name in ("test.txt", "valid.txt"))
+    if len(test) < 10 or len(valid) < 10:
+        raise WrongContent(
+            folder, found=f"{len(test)} and {len(valid)} lines of test and valid", expected="ten or more of each"
+        )
+    kept = int(0.9 * len(valid))
+    return Texts("".join([*test, *valid[:kept]]), "".join(valid[kept:]), "".join(test[:2000]))
+
+
 def _same_length(path: Path, what: str, n: int, other: str, expected: int) -> None:
     if n != expected:
         raise WrongContent(path, found=f"{n:,} {what}", expected=f"as many as {other}, {expected:,}")
@@ -255,4 +279,5 @@ _READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "clinc150": ("clinc150", _clinc),
     "wikipedia-crossmodal": ("wikipedia-crossmodal", _wikipedia),
     "shapes3d-text": ("shapes3d-text", _shapes),
+    "wikitext-2": ("wikitext-2", _wikitext),
 }

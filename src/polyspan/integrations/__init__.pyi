@@ -17,6 +17,7 @@ from .grassmann_model import register_grassmann_lm as register_grassmann_lm
 from .lance_tables import LanceTable as LanceTable
 from .postgres_tables import PostgresTable as PostgresTable
 from .qdrant_tables import QdrantTable as QdrantTable
+from .small_language_models import small_language_model as small_language_model
 from .upgrading import Upgrade as Upgrade
 from .upgrading import UpgradeCheck as UpgradeCheck
 from .vector_tables import TableBatch as TableBatch

@@ -24,6 +24,7 @@ def train_next_token(
     clip: float | int = 1.0,
     stride: int = 1,
     counted: Tensor | None = None,
+    penalty: Callable[[Any], Tensor] | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[int, float], Any] | None = None,
 ) -> list[float]:
@@ -34,7 +35,7 @@ def train_next_token(
     Parameters
     ----------
     model : nn.Module
-        From ids (b, t) to logits (b, t, vocabulary).
+        From ids (b, t) to logits (b, t, vocabulary), alone or as the ``logits`` of what a transformers model returns.
     ids : Tensor of shape (n,), integers
     steps : int
         How many updates.
@@ -52,6 +53,8 @@ def train_next_token(
         Pieces begin at multiples of it.
     counted : Tensor of shape (n,), bool, optional
         Which tokens are to be predicted; all where not given.
+    penalty : callable, optional
+        Given what the model returned, a number to add to the loss of each update.
     generator : torch.Generator, optional
         Chooses the pieces; torch's global one where not given.
     on_step : callable, optional
@@ -94,7 +97,10 @@ def train_next_token(
     for step in progress(range(steps), label="training"):
         starts = stride * torch.randint(pieces, (batch_size, 1), generator=generator).to(ids.device)
         rows = starts + places
-        loss = _loss(model, ids[rows], None if counted is None else counted[rows], "mean")
+        out = model(ids[rows][:, :-1])
+        loss = _loss(out, ids[rows], None if counted is None else counted[rows], "mean")
+        if penalty is not None:
+            loss = loss + penalty(out)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -135,7 +141,7 @@ def score_next_token(
     for part in starts.split(batch_size):
         rows = part.unsqueeze(1) + places
         marks = None if counted is None else counted[rows]
-        total += float(_loss(model, ids[rows], marks, "sum"))
+        total += float(_loss(model(ids[rows][:, :-1]), ids[rows], marks, "sum"))
         number += part.numel() * length if marks is None else int(marks[:, 1:].sum())
     model.train(was_training)
     if not number:
@@ -143,8 +149,8 @@ def score_next_token(
     return total / number
 
 
-def _loss(model: nn.Module, ids: Tensor, counted: Tensor | None, reduction: str) -> Tensor:
-    logits = model(ids[:, :-1]).flatten(0, 1).float()
+def _loss(out: Any, ids: Tensor, counted: Tensor | None, reduction: str) -> Tensor:
+    logits = getattr(out, "logits", out).flatten(0, 1).float()
     targets = ids[:, 1:].flatten().long()
     if counted is not None:
         targets = torch.where(counted[:, 1:].flatten(), targets, -100)
