@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from polyspan.errors import CorruptFile, TooLarge, UnreadableFile, UntrustedFile, WrongContent
-from polyspan.io import read_array, read_members, write_array, write_members
+from polyspan.io import read_array, read_members, write_array, write_members, write_tensor_blocks
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 
@@ -404,3 +404,29 @@ def test_wrong_arguments_are_named(tmp_path):
         write_array(tmp_path / "b.npy", np.array(["a"]))
     with pytest.raises(ValueError, match="at least one array"):
         write_members(tmp_path / "b.npz", {})
+
+
+def test_tensors_that_come_in_blocks_are_a_file_that_safetensors_reads(tmp_path):
+    brain = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    facts = {"rows": ("F32", X.shape), "brain": ("BF16", (2, 3)), "none": ("I64", (0, 5)), "one": ("U8", ())}
+    whole = X.tobytes() + brain.view(torch.uint8).numpy().tobytes() + b"\x07"
+    for size in (1, 5, 1000):
+        blocks = (memoryview(whole)[i : i + size] for i in range(0, len(whole), size))
+        write_tensor_blocks(tmp_path / f"{size}.safetensors", facts, blocks, {"format": "pt"})
+        found = safetensors.torch.load_file(tmp_path / f"{size}.safetensors")
+        torch.testing.assert_close(found["rows"], torch.from_numpy(X), rtol=0, atol=0)
+        torch.testing.assert_close(found["brain"], brain, rtol=0, atol=0)
+        assert found["none"].shape == (0, 5)
+        assert found["one"] == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [(b"1234", "8 bytes in all, got 4"), (b"123456789", "8 bytes in all, got 9")]
+)
+def test_blocks_of_another_length_leave_the_file_that_was_there(tmp_path, given, told):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match=told):
+        write_tensor_blocks(path, {"a": ("F32", (2,))}, [given], {})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert path.read_bytes() == b"old"

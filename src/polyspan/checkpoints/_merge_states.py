@@ -20,6 +20,8 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 STATISTICS = ("running_mean", "running_var")
 SHOWN = 10
+# Numbers worked on at once: few enough for a core's cache, and for nothing beside a tensor.
+BLOCK = 2**18
 DTYPES = {
     "float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
     "int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "int8": torch.int8, "uint8": torch.uint8,
@@ -65,9 +67,18 @@ class ShardedState(Mapping[str, Tensor]):
         return DTYPES[stored]
 
     def __getitem__(self, name: str) -> Tensor:
-        slab, dtype = self._slabs[name], self.dtype(name)
+        return self._mapped(name, self._slabs[name])
+
+    def rows(self, name: str, lo: int, hi: int) -> Tensor:
+        """Return rows ``lo`` to ``hi`` of a tensor: only they are mapped, and they only while the result is in use."""
+        slab = self._slabs[name]
+        step = slab.dtype.itemsize * math.prod(slab.shape[1:])
+        return self._mapped(name, slab._replace(shape=(hi - lo, *slab.shape[1:]), offset=slab.offset + lo * step))
+
+    def _mapped(self, name: str, slab: Slab) -> Tensor:
+        dtype = self.dtype(name)
         # A tensor may be read several times over; its digest is compared once.
-        check_digest(slab, self._digests.pop(name, None))
+        check_digest(self._slabs[name], self._digests.pop(name, None))
         mapped = slab.map().view("i2" if slab.brain else slab.dtype)
         with warnings.catch_warnings():
             # Torch warns that writing to a read-only map would be a fault; no merge writes to what it reads.
@@ -151,20 +162,30 @@ class AdaptedState(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._whole:
             return self._factors[self._whole[name]]
-        weight = self.base[name]
+        if name not in self._pairs:
+            return self.base[name]
+        return self.rows(name, 0, shape_of(self.base, name)[0])
+
+    def rows(self, name: str, lo: int, hi: int) -> Tensor:
+        """Return rows ``lo`` to ``hi`` of a tensor; of an update no other rows are made."""
+        if name in self._whole:
+            return rows_of(self._factors, self._whole[name], lo, hi)
+        weight = rows_of(self.base, name, lo, hi)
         if name not in self._pairs:
             return weight
-        A, B = (self._factors[key].float() for key in self._pairs[name])
-        delta = B.flatten(1) @ A.flatten(1)
-        if self.config.get("fan_in_fan_out"):
-            delta = delta.mT
-        if delta.numel() != weight.numel():
+        A, B = (self._factors[key].float().flatten(1) for key in self._pairs[name])
+        left, right = (A.mT, B.mT) if self.config.get("fan_in_fan_out") else (B, A)
+        shape = shape_of(self.base, name)
+        if (len(left), right.shape[1]) != (shape[0], math.prod(shape[1:])):
             raise WrongContent(
-                self.path, found=f"an update of {delta.numel()} numbers", expected=f"{weight.numel()}", where=name
+                self.path,
+                found=f"an update of {len(left)} by {right.shape[1]}",
+                expected=f"{shape[0]} by {math.prod(shape[1:])}",
+                where=name,
             )
         # The sum stays in float32: in the base's own 16 bits a small update would drown.
         scale = self._scale(name.removesuffix(".weight"), len(A))
-        return weight.float() + scale * delta.view(weight.shape).to(weight.device)
+        return weight.float() + scale * (left[lo:hi] @ right).view(weight.shape).to(weight.device)
 
 
 def as_state(source: Any, base: Mapping[str, Tensor] | None = None, *, name: str = "finetuned") -> Mapping[str, Tensor]:
@@ -228,6 +249,22 @@ def dtype_of(state: Mapping[str, Tensor], name: str) -> torch.dtype:
     if isinstance(state, AdaptedState):
         return dtype_of(state.base, name)
     return state.dtype(name) if isinstance(state, ShardedState) else state[name].dtype
+
+
+def rows_of(state: Mapping[str, Tensor], name: str, lo: int, hi: int) -> Tensor:
+    """Return rows of a tensor without reading others where a file holds it; a tensor without axes is one row."""
+    if isinstance(state, ShardedState | AdaptedState) and shape_of(state, name):
+        return state.rows(name, lo, hi)
+    tensor = state[name].detach()
+    return tensor[lo:hi] if tensor.ndim else tensor.reshape(1)
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield the spans of rows, of about ``BLOCK`` numbers each, in which a tensor is worked on."""
+    n = shape[0] if shape else 1
+    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    for lo in range(0, n, step):
+        yield lo, min(n, lo + step)
 
 
 def is_ignored(name: str, ignore_keys: Sequence[str]) -> bool:

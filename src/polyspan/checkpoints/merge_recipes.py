@@ -222,7 +222,7 @@ def merge_recipe(
         "shard_bytes": options.get("shard_bytes"),
     }
     facts = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    shards, resumed = write_shards(Path(out), facts, state.__getitem__, header, beside=recipe.base, **options)
+    shards, resumed = write_shards(Path(out), facts, lambda name: [state[name]], header, beside=recipe.base, **options)
     merged = sum(dtype.is_floating_point for dtype, _ in facts.values())
     return MergedFiles(Path(out), shards, len(facts), merged, resumed)
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from polyspan.run import torch_generator
 
-from ._merge_states import as_state, as_states, is_statistic, mergeable, shape_of
+from ._merge_states import BLOCK, as_state, as_states, is_statistic, mergeable, row_blocks, rows_of, shape_of
 
+# Changes of one block of rows, a task each, made anew at each call.
 Deltas = Callable[[], Iterator[Tensor]]
-Rule = Callable[[str, Deltas], Tensor]
-BLOCK = 2**20
+# From a name to the merged change of its tensor, block by block.
+Rule = Callable[[str], Iterator[Tensor]]
 
 
 class TaskVector:
@@ -248,22 +249,35 @@ def _merge(base: Any, finetuned: Any, method: str, ignore_keys: Sequence[str], *
     states = as_states(finetuned, start)
     names = mergeable(start, states, ignore_keys)
     rule = merge_rule(method, start, states, names, **options)
-    return {name: merged_tensor(name, start, states, rule, name in set(names)) for name in start}
+    merged = set(names)
+    found = {}
+    for name in start:
+        out = torch.empty_like(start[name].detach(), memory_format=torch.contiguous_format)
+        rows = out if out.ndim else out.view(1)
+        blocks = merged_blocks(name, start, states, rule, name in merged)
+        for (lo, hi), block in zip(row_blocks(tuple(out.shape)), blocks, strict=True):
+            rows[lo:hi] = block
+        found[name] = out
+    return found
 
 
-def merged_tensor(
+def merged_blocks(
     name: str, base: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]], rule: Rule, merged: bool
-) -> Tensor:
-    """Return one tensor of the result, new, in the base's dtype; in memory are a few tensors of its size."""
-    start = base[name].detach()
+) -> Iterator[Tensor]:
+    """Yield one tensor of the result in blocks of rows, in the base's dtype; in memory are a few blocks."""
+    spans = list(row_blocks(shape_of(base, name)))
     if not merged:
-        return start.clone()
-    if is_statistic(name):
-        total = torch.zeros_like(start, dtype=_wide(start.dtype))
-        for state in states.values():
-            total += state[name].detach().to(total.device, total.dtype)
-        return (total / len(states)).to(start.dtype)
-    return _moved(start, rule(name, lambda: (_delta(start, state[name]) for state in states.values())))
+        yield from (rows_of(base, name, *span) for span in spans)
+    elif is_statistic(name):
+        for span in spans:
+            start = rows_of(base, name, *span)
+            total = torch.zeros_like(start, dtype=_wide(start.dtype))
+            for state in states.values():
+                total += rows_of(state, name, *span).to(total.device, total.dtype)
+            yield (total / len(states)).to(start.dtype)
+    else:
+        for span, change in zip(spans, rule(name), strict=True):
+            yield _moved(rows_of(base, name, *span), change)
 
 
 def merge_rule(
@@ -290,12 +304,25 @@ def merge_rule(
     w = [1.0] * len(states) if weights is None else [float(v) for v in weights]
     if len(w) != len(states) or not all(map(math.isfinite, w)):
         raise ValueError(f"weights must be {len(states)} finite numbers, one a checkpoint, got {weights!r}")
-    if method == "task_arithmetic" and mask is not None:
-        return _masked_rule(mask, base, names, [scaling * v for v in w])
+
+    def change(name: str, state: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Blocks of one task's change."""
+        for span in row_blocks(shape_of(base, name)):
+            yield _delta(rows_of(base, name, *span), rows_of(state, name, *span))
+
+    def blocks(name: str) -> Iterator[Deltas]:
+        for span in row_blocks(shape_of(base, name)):
+            yield lambda span=span: (
+                _delta(rows_of(base, name, *span), rows_of(state, name, *span)) for state in states.values()
+            )
+
     if method == "task_arithmetic":
-        return lambda _, deltas: _weighted_sum(deltas, [scaling * v for v in w])
+        factors = [scaling * v for v in w]
+        if mask is not None:
+            return _masked_rule(mask, base, names, blocks, factors)
+        return lambda name: (_weighted_sum(deltas, factors) for deltas in blocks(name))
     if method == "dare":
-        return _dare_rule(list(states), w, scaling, float(density), rescale, elect, seed)
+        return _dare_rule(list(states), blocks, w, scaling, float(density), rescale, elect, seed)
     if method != "ties":
         raise ValueError(f"method must be 'task_arithmetic', 'ties' or 'dare', got {method!r}")
     if reduction not in ("sum", "mean"):
@@ -304,41 +331,49 @@ def merge_rule(
         raise ValueError(f"scope must be 'model' or 'tensor', got {scope!r}")
     weighed = [name for name in names if not is_statistic(name)]
 
-    def changes(name: str) -> Deltas:
-        start = base[name]
-        return lambda: (_delta(start, state[name]) for state in states.values())
-
-    limits: list[float] = []
-    if scope == "model" and density < 1:
-        limits = [
-            largest_share(lambda s=state: (_delta(base[n], s[n]) for n in weighed), float(density))
+    def limits_of(among: Sequence[str]) -> list[float]:
+        return [
+            largest_share(lambda s=state: (block for name in among for block in change(name, s)), float(density))
             for state in states.values()
         ]
 
-    def trimmed(deltas: Deltas) -> Deltas:
-        def made() -> Iterator[Tensor]:
+    shared = limits_of(weighed) if scope == "model" and density < 1 else None
+
+    def trimmed(name: str) -> Iterator[Deltas]:
+        limits = None if density == 1 else shared or limits_of([name])
+
+        def kept(deltas: Deltas) -> Iterator[Tensor]:
             for i, delta in enumerate(deltas()):
-                if density < 1:
-                    limit = limits[i] if limits else largest_share(lambda d=delta: iter([d]), float(density))
-                    delta.masked_fill_(delta.float().abs() < limit, 0)
+                if limits is not None:
+                    delta.masked_fill_(delta.float().abs() < limits[i], 0)
                 yield delta if w[i] == 1 else delta.mul_(w[i])
 
-        return made
+        for deltas in blocks(name):
+            yield lambda deltas=deltas: kept(deltas)
 
-    majority = _Majority(lambda: (_weighted_sum(trimmed(changes(name)), [1.0] * len(w)) for name in weighed))
-    return lambda _, deltas: _agreeing(trimmed(deltas), majority, reduction).mul_(scaling)
+    ones = [1.0] * len(w)
+    majority = _Majority(lambda: (_weighted_sum(deltas, ones) for name in weighed for deltas in trimmed(name)))
+    return lambda name: (_agreeing(deltas, majority, reduction).mul_(scaling) for deltas in trimmed(name))
 
 
 def _masked_rule(
-    mask: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Sequence[str], weights: Sequence[float]
+    mask: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    names: Sequence[str],
+    blocks: Callable[[str], Iterator[Deltas]],
+    weights: Sequence[float],
 ) -> Rule:
     wrong = [n for n in names if not is_statistic(n) and (n not in mask or shape_of(mask, n) != shape_of(base, n))]
     if wrong:
         raise ValueError(f"mask must have an entry for each number of the base, got none for {', '.join(wrong[:10])}")
 
-    def rule(name: str, deltas: Deltas) -> Tensor:
-        total = _weighted_sum(deltas, weights)
-        return total.mul_(rescaled(mask[name].to(total.device, total.dtype)))
+    def rule(name: str) -> Iterator[Tensor]:
+        whole = mask[name]
+        weight = rescaled(whole.to(_wide(whole.dtype)))
+        weight = weight if weight.ndim else weight.reshape(1)
+        for (lo, hi), deltas in zip(row_blocks(tuple(whole.shape)), blocks(name), strict=True):
+            total = _weighted_sum(deltas, weights)
+            yield total.mul_(weight[lo:hi].to(total.device, total.dtype))
 
     return rule
 
@@ -426,22 +461,42 @@ def largest_share(tensors: Callable[[], Iterator[Tensor]], share: float) -> floa
 
 
 def _dare_rule(
-    tasks: list[str], weights: list[float], scaling: float | int, density: float, rescale: bool, elect: bool, seed: int
+    tasks: list[str],
+    blocks: Callable[[str], Iterator[Deltas]],
+    weights: list[float],
+    scaling: float | int,
+    density: float,
+    rescale: bool,
+    elect: bool,
+    seed: int,
 ) -> Rule:
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
+    factors = [w / density if rescale else w for w in weights]
 
-    def rule(name: str, deltas: Deltas) -> Tensor:
-        def kept() -> Iterator[Tensor]:
-            for task, w, delta in zip(tasks, weights, deltas(), strict=True):
-                digest = hashlib.sha256(f"{seed}/{task}/{name}".encode()).digest()
-                generator = torch_generator(int.from_bytes(digest[:7], "big"))
-                drawn = torch.rand(delta.shape, generator=generator).to(delta.device) < density
-                yield delta.masked_fill_(~drawn, 0).mul_(w / density if rescale else w)
+    def dropped(name: str) -> Iterator[Deltas]:
+        """Blocks with entries dropped; each task draws from a generator of its own, row after row."""
+        digests = [hashlib.sha256(f"{seed}/{task}/{name}".encode()).digest() for task in tasks]
+        generators = [torch_generator(int.from_bytes(digest[:7], "big")) for digest in digests]
+        for deltas in blocks(name):
+            drops: list[Tensor] = []
 
-        if elect:
-            sums = _Majority(lambda: iter([_weighted_sum(kept, [1.0] * len(tasks))]))
-            return _agreeing(kept, sums, "sum").mul_(scaling)
-        return _weighted_sum(kept, [float(scaling)] * len(tasks))
+            def made(deltas: Deltas = deltas, drops: list[Tensor] = drops) -> Iterator[Tensor]:
+                for i, delta in enumerate(deltas()):
+                    if i == len(drops):
+                        # Signs are elected in two passes over the same draws.
+                        drops.append(torch.rand(delta.shape, generator=generators[i]) >= density)
+                    yield delta.masked_fill_(drops[i].to(delta.device), 0).mul_(factors[i])
+
+            yield made
+
+    ones = [1.0] * len(tasks)
+    if not elect:
+        return lambda name: (_weighted_sum(deltas, [float(scaling)] * len(tasks)) for deltas in dropped(name))
+
+    def rule(name: str) -> Iterator[Tensor]:
+        majority = _Majority(lambda: (_weighted_sum(deltas, ones) for deltas in dropped(name)))
+        for deltas in dropped(name):
+            yield _agreeing(deltas, majority, "sum").mul_(scaling)
 
     return rule

@@ -4,6 +4,7 @@ from .arrays import read_array as read_array
 from .arrays import read_members as read_members
 from .arrays import write_array as write_array
 from .arrays import write_members as write_members
+from .arrays import write_tensor_blocks as write_tensor_blocks
 from .atomic import atomic_directory as atomic_directory
 from .atomic import atomic_path as atomic_path
 from .atomic import check_directory as check_directory

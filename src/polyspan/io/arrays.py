@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
+import math
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -522,6 +523,37 @@ def write_tensors(path: PathLike, arrays: dict[str, np.ndarray], about: dict, me
         file.write(tensor_header(shapes, stored))
         for name in order:
             _stream(file, little[name])
+
+
+def write_tensor_blocks(
+    path: PathLike, tensors: Mapping[str, tuple[str, tuple[int, ...]]], blocks: Iterable[Any], metadata: dict[str, str]
+) -> Path:
+    """Write a .safetensors file atomically from bytes that come in blocks, none of which is kept.
+
+    Parameters
+    ----------
+    path : path-like
+    tensors : mapping of str to (str, tuple of int)
+        Name in the format ("F32", "BF16", ...) and shape, in the order in which their bytes come. Wide items first:
+        every tensor then begins at a multiple of its own width, as maps need it.
+    blocks : iterable of buffers
+        Little-endian, C order; they need not end where a tensor does.
+    metadata : dict of str to str
+
+    Raises
+    ------
+    ValueError
+        The blocks are not as many bytes as the tensors need.
+    UnreadableFile
+        The place may not be written to.
+    """
+    expected = sum(math.prod(shape) * np.dtype(TENSOR_TYPES[code]).itemsize for code, shape in tensors.values())
+    with atomic_path(path) as temp, open(temp, "wb") as file:
+        file.write(tensor_header(dict(tensors), metadata))
+        written = sum(file.write(block) for block in blocks)
+        if written != expected:
+            raise ValueError(f"blocks must be {expected:,} bytes in all, got {written:,}")
+    return Path(path)
 
 
 def same_file(a: PathLike, b: PathLike) -> bool:
