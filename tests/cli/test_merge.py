@@ -59,3 +59,14 @@ def test_a_method_that_learns_without_inputs_is_an_error(files):
         merge(files / "recipe.yaml", out=files / "out", method="concrete")
     with pytest.raises(WrongContent, match="merge_method 'fisher'"):
         merge(files / "recipe.yaml", out=files / "out", method="fisher")
+
+
+def test_the_picture_is_of_the_changes_and_the_same_each_time(files):
+    for name in ("a", "b"):
+        merge(files / "recipe.yaml", out=files / name, plot=files / f"{name}.svg")
+    drawn = (files / "a.svg").read_text()
+    assert drawn == (files / "b.svg").read_text()
+    assert "Cosine between changes" in drawn
+    with pytest.raises(ValueError, match=r"path must end in \.svg, \.png or \.pdf, got .*c\.gif"):
+        merge(files / "recipe.yaml", out=files / "c", plot=files / "c.gif")
+    assert not (files / "c").exists()

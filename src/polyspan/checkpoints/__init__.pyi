@@ -5,6 +5,8 @@ from .concrete_merging import adamerging as adamerging
 from .concrete_merging import load_mask as load_mask
 from .merge_files import MergedFiles as MergedFiles
 from .merge_files import merge_checkpoints as merge_checkpoints
+from .merge_geometry import MergeGeometry as MergeGeometry
+from .merge_geometry import merge_geometry as merge_geometry
 from .merge_recipes import MergeRecipe as MergeRecipe
 from .merge_recipes import merge_recipe as merge_recipe
 from .merge_recipes import read_recipe as read_recipe

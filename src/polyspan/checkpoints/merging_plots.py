@@ -1,12 +1,14 @@
-"""Picture of a merge: how entropy fell while the mask was learnt, and what each task gained beside other merges."""
+"""Pictures of a merge: how its mask was learnt, what each task gained, and what it carries of each task's change."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from polyspan.io import atomic_path
 
 from .concrete_merging import ConcreteMerger, MergeReport
+from .merge_geometry import MergeGeometry
 
 SUFFIXES = (".svg", ".png", ".pdf")
 SMOOTHED = 25
@@ -32,9 +34,7 @@ def plot_merge(merger: ConcreteMerger, report: MergeReport, path: Path | str) ->
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = check_picture(path)
     tasks = list(next(iter(report.accuracy.values())))
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -56,7 +56,58 @@ def plot_merge(merger: ConcreteMerger, report: MergeReport, path: Path | str) ->
         right.set(title="Accuracy on labelled items", ylim=(0, 1))
         right.set_xticks(range(len(tasks)), tasks)
         right.legend(loc="lower right", fontsize=7)
-        kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
+        return _saved(figure, path)
+
+
+def plot_merge_geometry(found: MergeGeometry, path: Path | str) -> Path:
+    """Draw the cosines between tasks' changes, and the share of each that the merge carries, tensor by tensor.
+
+    Parameters
+    ----------
+    found : MergeGeometry
+    path : path
+        .svg, .png or .pdf; written atomically, with equal bytes for equal input.
+
+    Raises
+    ------
+    ValueError
+        The suffix is another one.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    path = check_picture(path)
+    T, m = found.carried.shape
+    with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
+        figure = Figure(figsize=(10, max(3.2, 1.6 + 0.35 * T)), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+        image = left.imshow(found.cosines, vmin=-1, vmax=1, cmap="RdBu_r")
+        for i in range(T):
+            for j in range(T):
+                value = found.cosines[i, j]
+                left.text(j, i, f"{value:.2f}", ha="center", va="center", color="w" if abs(value) > 0.6 else "k")
+        left.set(title="Cosine between changes")
+        left.set_xticks(range(T), found.tasks, rotation=45, ha="right")
+        left.set_yticks(range(T), found.tasks)
+        figure.colorbar(image, ax=left, shrink=0.8)
+        image = right.imshow(found.carried, vmin=-0.25, vmax=1.25, cmap="viridis", aspect="auto", interpolation="none")
+        right.set(title="Share of each task's change that the merge carries", xlabel="tensors, in the file's order")
+        right.set_yticks(range(T), found.tasks)
+        right.set_xlim(-0.5, m - 0.5)
+        figure.colorbar(image, ax=right, extend="both")
+        return _saved(figure, path)
+
+
+def check_picture(path: Path | str) -> Path:
+    """Return the path of a picture, or raise ``ValueError`` where its suffix is none of those that are drawn."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    return path
+
+
+def _saved(figure: Any, path: Path) -> Path:
+    kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
+    with atomic_path(path) as temp:
+        figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
     return path

@@ -17,6 +17,7 @@ def merge(
     density: float | None = None,
     mask: Path | None = None,
     shard_bytes: int | None = None,
+    plot: Path | None = None,
     json: bool = False,
 ) -> None:
     """Merge fine-tuned checkpoints of one base into one that serves all their tasks.
@@ -40,11 +41,16 @@ def merge(
         Where the logits of a Concrete mask are written, or, for task-arithmetic, read.
     shard_bytes : int
         Size of the files; left out, that of the largest tensor.
+    plot : Path
+        Picture of the angles between the tasks' changes and of how much of each is left: .svg, .png or .pdf.
     json : bool
         Print JSON.
     """
-    from polyspan.checkpoints import merge_recipe, read_recipe
+    from polyspan.checkpoints import merge_geometry, merge_recipe, read_recipe
+    from polyspan.checkpoints.merging_plots import check_picture, plot_merge_geometry
 
+    if plot is not None:
+        check_picture(plot)
     recipe = read_recipe(config, method=method)
     given = {"scaling": scaling, "density": density}
     parameters = {**recipe.parameters, **{name: value for name, value in given.items() if value is not None}}
@@ -52,6 +58,10 @@ def merge(
     found = merge_recipe(recipe, out, mask=mask, shard_bytes=shard_bytes, verbose=True)
     if found.resumed:
         say(f"{found.resumed} of {len(found.shards)} files were there from an interrupted run")
+    if plot is not None:
+        plot_merge_geometry(
+            merge_geometry(recipe.base, recipe.models, found.path, ignore_keys=recipe.ignore_keys), plot
+        )
     result = {
         "out": str(found.path),
         "method": recipe.method,
