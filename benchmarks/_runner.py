@@ -94,5 +94,7 @@ def peak_in_child(code: str) -> int:
 from polyspan.run import measure_peak
 print(measure_peak(main).peak_bytes)
 """
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    # From this folder the source can import a benchmark; what it says of an error is not kept back.
+    command = [sys.executable, "-c", probe]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent)
     return int(done.stdout.strip().splitlines()[-1])
