@@ -14,6 +14,7 @@ from polyspan.checkpoints import ConcreteMerger, TaskVector, adamerging, load_ma
 from polyspan.checkpoints._adaptation import concrete_sample
 from polyspan.checkpoints._flat_model import Feed, FlatModel, Heads, entropy
 from polyspan.checkpoints.merging_plots import plot_merge
+from polyspan.errors import CorruptFile
 
 TASKS = ("a", "b", "c")
 
@@ -237,6 +238,77 @@ def test_one_seed_gives_one_result_and_global_chance_is_left_alone(world):
     assert torch.get_default_dtype() == dtype
     torch.testing.assert_close(one, two, atol=0, rtol=0)
     assert not torch.equal(one["0.weight"], other["0.weight"])
+
+
+class Dying:
+    """Batches that end in an interrupt after a number of draws, over all tasks."""
+
+    def __init__(self, tensor, left):
+        self.batches, self.left = tensor.split(7), left
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.left[0] -= 1
+            if self.left[0] < 0:
+                raise KeyboardInterrupt
+            yield batch
+
+
+@pytest.mark.parametrize(
+    ("options", "deaths"),
+    [
+        ({}, [0.5, 0.95]),
+        ({"method": "adamerging", "weight_steps": 230, "final_mask": "bernoulli"}, [0.3, 0.85]),
+        ({"method": "adamerging", "weight_steps": 230, "granularity": "task", "final_mask": "sample"}, [0.75, 0.95]),
+    ],
+)
+def test_a_killed_run_goes_on_and_ends_in_the_same_bits(world, tmp_path, options, deaths):
+    base, finetuned, inputs, given = world
+    options = {"steps": 230, "lr": 0.05, "seed": 3, "stop": False, **options}
+    draws = [10**9]
+
+    def fit(left, **more):
+        loaders = {task: Dying(tensor, left) for task, tensor in inputs.items()}
+        return ConcreteMerger(**options).fit(base, finetuned, loaders, given, **more)
+
+    whole = fit(draws)
+    total = 10**9 - draws[0]
+    path = tmp_path / "run.safetensors"
+    for share in deaths:
+        with pytest.raises(KeyboardInterrupt):
+            fit([int(share * total)], checkpoint=path)
+        assert path.exists()
+    resumed = fit([10**9], checkpoint=path)
+    assert not path.exists()
+    assert resumed.history_ == whole.history_
+    assert resumed.weights_ == whole.weights_
+    for name, mask in whole.mask_.items():
+        assert torch.equal(resumed.mask_[name], mask)
+        assert torch.equal(resumed.merged_state_dict()[name], whole.merged_state_dict()[name])
+
+
+def test_adamerging_goes_on_and_a_kept_run_is_not_taken_for_another(world, tmp_path):
+    base, finetuned, inputs, given = world
+    path = tmp_path / "run.safetensors"
+
+    def merge(left, **more):
+        loaders = {task: Dying(tensor, [left]) for task, tensor in inputs.items()}
+        return adamerging(base, finetuned, loaders, given, steps=150, **more)
+
+    whole = merge(10**9)
+    with pytest.raises(KeyboardInterrupt):
+        merge(120, checkpoint=path)
+    for change in ({"lr": 0.5}, {"seed": 1}, {"ignore_keys": ["0.*"]}):
+        with pytest.raises(ValueError, match=r"run\.safetensors belongs to other work, which differs in"):
+            merge(10**9, checkpoint=path, **change)
+    with pytest.raises(ValueError, match="differs in changes"):
+        adamerging(base, tuned(base, size=0.5), inputs, given, steps=150, checkpoint=path)
+    resumed = merge(10**9, checkpoint=path)
+    assert resumed.history == whole.history
+    assert resumed.weights == whole.weights
+    path.write_bytes(b"cut off")
+    with pytest.raises(CorruptFile, match=r"run\.safetensors"):
+        merge(10**9, checkpoint=path)
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "adamerging"])

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from polyspan.io import digest_array
 from polyspan.run import Progress, torch_generator
 
+from ._adaptation_state import Kept, RunFile, adam_tensors, chance, plain, restore_adam, restore_chance
 from ._flat_model import Feed, FlatModel, Heads, entropy, placed, split_labels
 
 WINDOW = 25
+# Steps between two states on the disk: a multiple of the window, after which nothing is under way.
+KEPT_EVERY = 100
 RISE, COLLAPSE = 1.1, 0.95
 
 
@@ -41,6 +45,23 @@ class Adaptation:
         self.verbose = options.verbose
         self.history: list[float] = []
         self.stopped = ""
+        self.rounds = 0
+
+    def work(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Say in JSON types what is being merged and how, for what is kept of a run."""
+        flat = self.flat
+        digests = [digest_array(part.cpu().numpy()) for part in (flat.base, flat.tau)]
+        return {**options, "tasks": flat.tasks, "names": flat.names, "base": digests[0], "changes": digests[1]}
+
+    def _replay(self, kept: Kept) -> None:
+        """Bring chance and inputs to where they were: batches that were used are drawn again and passed over."""
+        for _ in range(kept.about["rounds"]):
+            self._draw()
+        restore_chance(self.generator, kept)
+
+    def _draw(self) -> list[Any]:
+        self.rounds += 1
+        return [self.feed.next(task) for task in self.flat.tasks]
 
     def weights(self) -> Tensor:
         return self.w.expand(-1, len(self.flat.names))
@@ -56,8 +77,8 @@ class Adaptation:
         flat, made = self.flat, []
         flat.grad.zero_()
         with torch.enable_grad():
-            for task in flat.tasks:
-                inputs = placed(self.feed.next(task), flat.theta.device, flat.theta.dtype)
+            for task, batch in zip(flat.tasks, self._draw(), strict=True):
+                inputs = placed(batch, flat.theta.device, flat.theta.dtype)
                 logits = self.heads(flat.call, inputs, task)
                 loss = entropy(logits)
                 loss.backward()
@@ -67,7 +88,7 @@ class Adaptation:
                     counts[task] = counts[task] + found if task in counts else found
         return torch.stack(made)
 
-    def learn_mask(self, options: Any) -> Tensor:
+    def learn_mask(self, options: Any, file: RunFile) -> Tensor:
         """Run Adam on the logits of the mask, and return the best ones."""
         flat, temperature = self.flat, float(options.temperature)
         x = torch.full_like(flat.theta, float(options.init_logit))
@@ -75,8 +96,19 @@ class Adaptation:
         optimiser = torch.optim.Adam([x], lr=options.lr, fused=x.device.type in ("cpu", "cuda"))
         mask, watch = torch.empty_like(x), Watch(flat.tasks)
         entropies: list[Tensor] = []
+        kept, begun = file.load(), 0
+        if kept is not None:
+            x.copy_(kept.tensor("logits", x))
+            self.history, self.stopped = list(kept.about["history"]), kept.about["stopped"]
+            if kept.about["phase"] == "weights":
+                return x.detach()
+            begun = len(self.history)
+            restore_adam(optimiser, x, kept)
+            watch.restore(kept, x)
+            self._replay(kept)
         with Progress("learning the mask", options.steps, enabled=options.verbose) as shown:
-            for step in range(1, options.steps + 1):
+            shown.advance(begun)
+            for step in range(begun + 1, options.steps + 1):
                 concrete_sample(x, temperature, self.generator, out=mask)
                 if options.method == "adamerging":
                     self._inner_step(options, mask)
@@ -91,6 +123,17 @@ class Adaptation:
                     self.stopped = watch.look(self.history, x) if options.stop else ""
                     if self.stopped:
                         break
+                if step % KEPT_EVERY == 0 and step < options.steps:
+                    file.save(
+                        {"logits": x, **adam_tensors(optimiser, x), **chance(self.generator), **watch.tensors()},
+                        {
+                            "phase": "mask",
+                            "history": self.history,
+                            "stopped": "",
+                            "rounds": self.rounds,
+                            **watch.about(),
+                        },
+                    )
                 shown.advance(1)
         if self.stopped:
             warnings.warn(f"the mask stopped after {len(self.history)} steps: {self.stopped}", stacklevel=3)
@@ -112,14 +155,29 @@ class Adaptation:
         self.flat.weight_gradient(mask, full)
         return full.sum(dim=1, keepdim=True) if self.w.shape[1] == 1 else full
 
-    def learn_weights(self, lr: float, steps: int, mask: Tensor | None, clamp: bool) -> list[float]:
-        """Run Adam on the weights from ``scaling``, under a fixed mask; return the entropy of each step."""
+    def learn_weights(
+        self, lr: float, steps: int, mask: Tensor | None, clamp: bool, file: RunFile, logits: Tensor | None = None
+    ) -> list[float]:
+        """Run Adam on the weights from ``scaling``, under a fixed mask; return the entropy of each step.
+
+        ``mask`` is overwritten by the one that was kept, where a run goes on that has drawn it.
+        """
         self.w.copy_(self.start)
         optimiser = torch.optim.Adam([self.w], lr=lr)
         history: list[float] = []
         entropies: list[Tensor] = []
+        kept = file.load()
+        if kept is not None and kept.about["phase"] == "weights":
+            history = list(kept.about["weights history"])
+            self.w.copy_(kept.tensor("weights", self.w))
+            if mask is not None:
+                mask.copy_(kept.tensor("mask", mask))
+            restore_adam(optimiser, self.w, kept)
+            self._replay(kept)
+        begun = len(history)
         with Progress("learning the weights", steps, enabled=self.verbose) as shown:
-            for step in range(1, steps + 1):
+            shown.advance(begun)
+            for step in range(begun + 1, steps + 1):
                 self.flat.merge(self.weights(), mask)
                 entropies.append(self.losses().mean())
                 self.w.grad = self._weight_gradient(mask)
@@ -129,6 +187,22 @@ class Adaptation:
                 if step % WINDOW == 0 or step == steps:
                     history += _finite(entropies, step)
                     entropies = []
+                if step % KEPT_EVERY == 0 and step < steps:
+                    named = {"logits": logits, "mask": mask, "weights": self.w}
+                    file.save(
+                        {
+                            **{name: tensor for name, tensor in named.items() if tensor is not None},
+                            **adam_tensors(optimiser, self.w),
+                            **chance(self.generator),
+                        },
+                        {
+                            "phase": "weights",
+                            "history": self.history,
+                            "weights history": history,
+                            "stopped": self.stopped,
+                            "rounds": self.rounds,
+                        },
+                    )
                 shown.advance(1)
         return history
 
@@ -172,6 +246,20 @@ class Watch:
         self.best, self.lowest = torch.empty(0), math.inf
         self.first = math.nan
         self.first_share: dict[str, float] = {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"best logits": self.best} if len(self.best) else {}
+
+    def about(self) -> dict[str, Any]:
+        return {"lowest": plain(self.lowest), "first": plain(self.first), "first share": self.first_share}
+
+    def restore(self, kept: Kept, x: Tensor) -> None:
+        """Go on from what was kept right after a window was looked at."""
+        if "best logits" in kept.arrays:
+            self.best = kept.tensor("best logits", x)
+        lowest, first = kept.about["lowest"], kept.about["first"]
+        self.lowest, self.first = math.inf if lowest is None else lowest, math.nan if first is None else first
+        self.first_share = dict(kept.about["first share"])
 
     def look(self, history: Sequence[float], x: Tensor) -> str:
         """Return why to stop, or nothing; ``counts`` hold the window's predictions and are emptied."""

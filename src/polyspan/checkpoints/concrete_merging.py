@@ -1,6 +1,7 @@
 """Merge fine-tuned checkpoints through a mask learnt from unlabelled inputs, and AdaMerging, which learns weights."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from polyspan.io import read_members, write_members
 
 from ._adaptation import Adaptation
+from ._adaptation_state import RunFile
 from .task_vectors import task_arithmetic, ties
 
 METHODS = ("task_arithmetic", "adamerging")
@@ -155,7 +157,15 @@ class ConcreteMerger:
         self.normalize_logits, self.logit_scale, self.batch_size = normalize_logits, logit_scale, batch_size
         self.stop, self.ignore_keys, self.seed, self.device, self.verbose = stop, ignore_keys, seed, device, verbose
 
-    def fit(self, base: nn.Module, finetuned: Any, loaders: Mapping[str, Any], heads: Any = None) -> "ConcreteMerger":
+    def fit(
+        self,
+        base: nn.Module,
+        finetuned: Any,
+        loaders: Mapping[str, Any],
+        heads: Any = None,
+        *,
+        checkpoint: Path | str | None = None,
+    ) -> "ConcreteMerger":
         """Learn the mask, and with "adamerging" the weights.
 
         Parameters
@@ -170,12 +180,17 @@ class ConcreteMerger:
         heads : mapping of str to (Tensor or callable), callable, or None
             By task a weight (classes, d) or a function from features to logits; or one function
             ``(call, inputs, task) -> logits`` that runs ``call``, the merged base; None where the base gives logits.
+        checkpoint : path, optional
+            A .safetensors file that is written every 100 steps and removed at the end. Where it stands already, the
+            run goes on from it, and on a CPU ends in the same bits if the loaders give the same batches again.
 
         Raises
         ------
         ValueError
-            An option is outside its range, checkpoints differ in names or shapes, a task lacks inputs or a head, or
-            entropy is not finite.
+            An option is outside its range, checkpoints differ in names or shapes, a task lacks inputs or a head,
+            entropy is not finite, or ``checkpoint`` is of other work.
+        UnreadableFile, CorruptFile, UntrustedFile, WrongContent, TooLarge
+            ``checkpoint`` cannot be used; see :mod:`polyspan.errors`.
 
         Warns
         -----
@@ -186,11 +201,12 @@ class ConcreteMerger:
         with torch.random.fork_rng(devices=[]):
             run = Adaptation(self, base, finetuned, loaders, heads, summed=self.method == "task_arithmetic")
             self._run = run
-            logits = run.learn_mask(self)
+            file = RunFile(checkpoint, {} if checkpoint is None else run.work(self._options()))
+            logits = run.learn_mask(self, file)
             mask = run.final_mask(logits, self.final_mask, float(self.temperature))
             weights_history = []
             if self.method == "adamerging":
-                weights_history = run.learn_weights(self.weight_lr, self.weight_steps, mask, self.clamp)
+                weights_history = run.learn_weights(self.weight_lr, self.weight_steps, mask, self.clamp, file, logits)
             run.flat.merge(run.weights(), mask)
         self.mask_, self.logits_ = run.flat.named(mask), run.flat.named(logits)
         self.weights_ = run.named_weights()
@@ -199,7 +215,13 @@ class ConcreteMerger:
         self.labels_ignored_ = sorted(run.feed.labelled)
         named = finetuned if isinstance(finetuned, Mapping) else {str(i): f for i, f in enumerate(finetuned)}
         self._given = (base, named, loaders, heads)
+        file.remove()
         return self
+
+    def _options(self) -> dict[str, Any]:
+        """Options on which the result depends."""
+        names = inspect.signature(type(self).__init__).parameters.keys() - {"self", "device", "verbose"}
+        return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in sorted(names)}
 
     def _check(self) -> None:
         for name, options in (("method", METHODS), ("granularity", GRANULARITIES), ("final_mask", MASKS)):
@@ -326,6 +348,7 @@ def adamerging(
     seed: int = 0,
     device: Any = None,
     verbose: bool = False,
+    checkpoint: Path | str | None = None,
 ) -> AdaMerged:
     r"""Merge by AdaMerging: learn the weights w of :math:`\theta_0 + \sum_i w_i \tau_i` from unlabelled inputs.
 
@@ -335,7 +358,7 @@ def adamerging(
 
     Parameters
     ----------
-    base, finetuned, loaders, heads
+    base, finetuned, loaders, heads, checkpoint
         As in :meth:`ConcreteMerger.fit`.
     granularity : {"layer", "task"}, default="layer"
         One weight a task and tensor, or one a task.
@@ -361,6 +384,8 @@ def adamerging(
     options._check()
     with torch.random.fork_rng(devices=[]):
         run = Adaptation(options, base, finetuned, loaders, heads, summed=False)
-        history = run.learn_weights(lr, steps, None, clamp)
+        file = RunFile(checkpoint, {} if checkpoint is None else run.work(options._options()))
+        history = run.learn_weights(lr, steps, None, clamp, file)
         run.flat.merge(run.weights())
+    file.remove()
     return AdaMerged(run.flat.state_dict(), run.named_weights(), history)

@@ -153,7 +153,8 @@ def merge_recipe(
 
     A learnt merge needs, of every model, ``inputs``: a .npz or .safetensors file whose members are arguments of the
     network, one row an item; and the ``network``, a class of transformers that reads base and models, such as
-    "AutoModel". ``head`` files hold a ``weight`` (classes, d); without them the network must give logits.
+    "AutoModel". ``head`` files hold a ``weight`` (classes, d); without them the network must give logits. What has been
+    learnt is kept in a file beside ``out`` until the end: the same call goes on after an interrupt.
     Source: catalogue entry ``concrete-merging``.
 
     Parameters
@@ -199,16 +200,19 @@ def merge_recipe(
     loaders = {task: _tensors(path) for task, path in recipe.inputs.items()}
     heads = {task: _weight(path) for task, path in recipe.heads.items()} or None
     called = adamerging if recipe.method == "adamerging" else ConcreteMerger
-    known = inspect.signature(called).parameters.keys() - {"base", "finetuned", "loaders", "heads"}
+    known = inspect.signature(called).parameters.keys() - {"base", "finetuned", "loaders", "heads", "checkpoint"}
     strange = sorted(recipe.parameters.keys() - known)
     if strange:
         raise ValueError(f"parameters of {recipe.method!r} must be among {sorted(known)}, got {strange[0]!r}")
     given: dict[str, Any] = {"verbose": options.get("verbose", False), **recipe.parameters}
     given.setdefault("ignore_keys", recipe.ignore_keys)
+    # Beside the folder, which holds nothing but what is whole.
+    given["checkpoint"] = Path(out).with_name(f".{Path(out).name}.merging.safetensors")
     if recipe.method == "adamerging":
         state = adamerging(base, finetuned, loaders, heads, **given).state_dict
     else:
-        merger = ConcreteMerger(**given).fit(base, finetuned, loaders, heads)
+        checkpoint = given.pop("checkpoint")
+        merger = ConcreteMerger(**given).fit(base, finetuned, loaders, heads, checkpoint=checkpoint)
         state = merger.merged_state_dict()
         if mask is not None:
             merger.save_mask(mask)
