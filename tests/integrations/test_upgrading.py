@@ -268,8 +268,29 @@ def open_again(kind, place):
     return FileTable(place, text_column="text") if kind is parquet else LanceTable(place, text_column="text")
 
 
-def test_a_backfill_that_is_stopped_embeds_nothing_twice(tmp_path):
-    upgrade = upgrade_of(tmp_path)
+def test_a_lance_fill_that_is_cut_off_before_its_end_makes_nothing_twice(tmp_path, monkeypatch):
+    upgrade = upgrade_of(tmp_path, lance)
+    upgrade.begin("backfill", share=0.4)
+
+    def cut_off(*_, **__):
+        raise ConnectionError("cut off")
+
+    for step in ("_write_column", "_tidy"):
+        with monkeypatch.context() as patch:
+            patch.setattr(LanceTable, step, cut_off)
+            with pytest.raises(ConnectionError):
+                upgrade.fill(batch_rows=64, verbose=False)
+        assert upgrade.table.facts().n_pending == 0
+        assert upgrade.check(batch_rows=50).ok, "before the column is written, and after"
+    assert upgrade.fill(verbose=False) == 0
+    assert upgrade.check().ok
+    upgrade.cut_over()
+    assert 0.3 < (np.linalg.norm(in_use(upgrade.table) - NEW, axis=1) < 1e-4).mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", [parquet, lance])
+def test_a_backfill_that_is_stopped_embeds_nothing_twice(tmp_path, kind):
+    upgrade = upgrade_of(tmp_path, kind)
     upgrade.begin("backfill", share=0.5)
     calls = []
 

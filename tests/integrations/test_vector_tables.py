@@ -3,6 +3,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from polyspan.align import OrthogonalMap, RidgeMap
-from polyspan.errors import FileError, UnreadableFile, WrongContent
+from polyspan.errors import CorruptFile, FileError, MissingExtra, UnreadableFile, WrongContent
 from polyspan.integrations import (
     FaissTable,
     FileTable,
@@ -22,6 +23,8 @@ from polyspan.integrations import (
     QdrantTable,
     TableBatch,
     VectorTable,
+    _lance_fill,
+    lance_tables,
     open_vector_table,
     wrap_queries,
 )
@@ -441,6 +444,54 @@ def test_ids_of_an_index_stay_with_their_vectors(tmp_path):
     np.testing.assert_array_equal(found.search(OLD[:20] @ MAP, 1)[1][:, 0], np.arange(20) * 7)
 
 
+def lance_rows(ids, rows, kind=None):
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).ravel()), rows.shape[1])
+    return pa.table({"id": ids, "vector": lists if kind is None else lists.cast(pa.list_(kind, rows.shape[1]))})
+
+
+def make_fragments(folder, ids, kind=None):
+    """A table of three fragments, of which the second has lost two rows; returns it and the ids that are left."""
+    lancedb = pytest.importorskip("lancedb")
+    n = len(ids)
+    made = lancedb.connect(str(folder)).create_table("docs", lance_rows(ids[: n // 2], OLD[: n // 2], kind))
+    for first in (n // 2, 3 * n // 4):
+        made.add(lance_rows(ids[first : first + n // 4], OLD[first : first + n // 4], kind))
+    gone = ids[n // 2 + 3], ids[n // 2 + 40]
+    made.delete(f"id IN {gone}")
+    return made, [key for key in ids if key not in gone]
+
+
+def half_filled(folder, batches=2):
+    table = LanceTable(make_lance(folder))
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table, batches)
+    return table
+
+
+def sealed_rows(table):
+    """What the column of next vectors holds, by id, after a look at whether each was made of the vector beside it."""
+    found = {}
+    for batch, rows in table.pairs(64):
+        np.testing.assert_allclose(rows, batch.rows @ MAP, rtol=2e-3, atol=2e-3)
+        found |= dict(zip(batch.keys.tolist(), rows, strict=True))
+    return found
+
+
+def column_of(table, name):
+    table.table.checkout_latest()
+    found = table.table.to_arrow().combine_chunks()
+    return dict(zip(found["id"].to_pylist(), found[name].to_pylist(), strict=True))
+
+
+def assert_nothing_is_left_beside(folder):
+    assert [entry.name for entry in folder.iterdir()] == ["docs.lance"]
+    assert b"polyspan:next" not in (LanceTable(folder).table.schema.field("vector").metadata or {})
+
+
+def cut_off(*_, **__):
+    raise ConnectionError("cut off")
+
+
 def test_a_lance_table_that_grows_meanwhile_is_pending_again(tmp_path):
     table = LanceTable(make_lance(tmp_path))
     table.prepare(NEW, SPACE, WORK)
@@ -455,6 +506,334 @@ def test_a_lance_table_that_grows_meanwhile_is_pending_again(tmp_path):
     other.table.add(more)
     with pytest.raises(WrongContent, match="an id of its own"):
         other.prepare(NEW, SPACE, WORK)
+
+
+@pytest.mark.parametrize("ids", ["numbers", "names"])
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+def test_fragments_deletions_and_compaction_keep_each_lance_vector_with_its_id(tmp_path, ids, kind):
+    made, left = make_fragments(tmp_path, [i * 7 - 900 if ids == "numbers" else f"k{i}" for i in range(N)], kind)
+    table = LanceTable(tmp_path)
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table)
+    made.optimize()
+    made.delete(f"id = {left.pop(5)!r}")
+    table.seal()
+    assert_nothing_is_left_beside(tmp_path)
+    assert table.table.schema.field("vector__next").type == pa.list_(kind, NEW)
+    assert sealed_rows(table).keys() == set(left)
+    assert table.facts().next_space == SPACE
+
+
+def test_lance_ids_of_one_hash_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(_lance_fill, "_keys", lambda ids: np.array([len(key) for key in ids.to_pylist()]))
+    table = half_filled(tmp_path)
+    assert table.facts().n_pending == N - 128
+    fill_all(table)
+    table.seal()
+    assert len(sealed_rows(table)) == N
+
+
+@pytest.mark.parametrize("change", ["updated", "replaced", "upserted"])
+def test_a_lance_vector_that_changes_before_the_seal_is_pending_again(tmp_path, change):
+    table = half_filled(tmp_path, None)
+    other = LanceTable(tmp_path).table
+    new = lance_rows(["k7"], OLD[100:101] * 2)
+    if change == "updated":
+        other.update(where="id = 'k7'", values={"vector": (OLD[100] * 2).tolist()})
+    elif change == "replaced":
+        other.delete("id = 'k7'")
+        other.add(new.append_column("text", pa.array(["t"])))
+    else:
+        other.merge_insert("id").when_matched_update_all().execute(new)
+    with pytest.raises(ValueError, match="got 1 rows without one"):
+        table.seal()
+    assert table.facts().n_pending == 1
+    fill_all(table)
+    table.seal()
+    np.testing.assert_allclose(sealed_rows(table)["k7"], OLD[100] * 2 @ MAP, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", ["compact", "delete", "add", "move"])
+def test_what_others_commit_while_the_lance_column_is_written_is_never_lost(tmp_path, monkeypatch, act):
+    make_fragments(tmp_path, [f"k{i}" for i in range(N)])
+    table, other, take = LanceTable(tmp_path), LanceTable(tmp_path).table, _lance_fill.Held.take
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table)
+    acts = {
+        "compact": lambda: other.optimize(),
+        "delete": lambda: other.delete("id = 'k3'"),
+        "add": lambda: other.add(lance_rows(["late"], OLD[:1])),
+        "move": lambda: (other.delete("id = 'k3'"), other.add(lance_rows(["k3"], OLD[3:4]))),
+    }
+    left = [acts[act]]
+
+    def meanwhile(held, places):
+        if left:
+            left.pop()()
+        return take(held, places)
+
+    monkeypatch.setattr(_lance_fill.Held, "take", meanwhile)
+    if act == "add":
+        with pytest.raises(ValueError, match="got 1 rows without one"):
+            table.seal()
+        assert "vector__next" not in other.schema.names
+        fill_all(table)
+    table.seal()
+    assert not left
+    found = sealed_rows(table)
+    assert len(found) == {"delete": N - 3, "add": N - 1}.get(act, N - 2)
+    assert ("k3" in found) == (act != "delete")
+
+
+def test_a_lance_table_that_never_stands_still_is_named(tmp_path, monkeypatch):
+    table, other, take = half_filled(tmp_path, None), LanceTable(tmp_path).table, _lance_fill.Held.take
+
+    def meanwhile(held, places):
+        other.update(where="id = 'k3'", values={"text": f"{other.version}"})
+        return take(held, places)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_lance_fill.Held, "take", meanwhile)
+        with pytest.raises(ValueError, match="must stand still while the next vectors are written"):
+            table.seal()
+    assert "vector__next" not in other.schema.names
+    table.seal()
+    assert len(sealed_rows(table)) == N
+
+
+def test_a_lance_column_that_finds_no_room_is_named_and_written_later(tmp_path, monkeypatch):
+    table = half_filled(tmp_path, None)
+
+    def full(*_, **__):
+        raise OSError("LanceError(IO): No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table._lance.LanceDataset, "add_columns", full)
+        with pytest.raises(UnreadableFile, match="No space left on device"):
+            table.seal()
+    table.seal()
+    assert len(sealed_rows(table)) == N
+
+
+@pytest.mark.parametrize("then", ["seal", "forget", "cut over"])
+@pytest.mark.parametrize("cut", ["while it writes", "once it has written", "once the note is gone"])
+def test_a_lance_seal_that_is_cut_off_leaves_nothing_or_all(tmp_path, monkeypatch, cut, then):
+    table = half_filled(tmp_path, None)
+    before = column_of(table, "vector")
+    with monkeypatch.context() as patch:
+        if cut == "while it writes":
+            take, calls = _lance_fill.Held.take, []
+            patch.setattr(lance_tables, "SCANNED_ROWS", 64)
+            patch.setattr(
+                _lance_fill.Held, "take", lambda *a: cut_off() if len(calls) == 2 else (calls.append(0), take(*a))[1]
+            )
+        elif cut == "once it has written":
+            patch.setattr(LanceTable, "_tidy", cut_off)
+        else:
+            patch.setattr(lance_tables, "remove_folder", cut_off)
+        with pytest.raises(ConnectionError, match="cut off"):
+            table.seal()
+    table = LanceTable(tmp_path)
+    facts = table.facts()
+    assert (facts.next_dim, facts.n_pending, facts.next_space) == (NEW, 0, SPACE)
+    assert ("vector__next" in table.table.schema.names) == (cut != "while it writes")
+    assert len(sealed_rows(table)) == N
+    assert list(table.pending()) == []
+    table.prepare(NEW, SPACE, WORK)
+    if then == "seal":
+        table.seal()
+        assert_nothing_is_left_beside(tmp_path)
+    elif then == "cut over":
+        if cut == "while it writes":
+            with pytest.raises(ValueError, match="next vectors that are sealed"):
+                table.switch("cut over")
+            table.seal()
+        table.switch("cut over")
+        table.switch("roll back")
+    if then != "seal":
+        table.switch("forget")
+        assert LanceTable(tmp_path).facts().next_dim is None
+        assert_nothing_is_left_beside(tmp_path)
+    assert column_of(table, "vector") == before
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_lance_upgrade_whose_forgetting_is_cut_off_is_not_taken_for_another(tmp_path, monkeypatch, sealed):
+    table = half_filled(tmp_path, None if sealed else 2)
+    if sealed:
+        table.seal()
+    with monkeypatch.context() as patch:
+        if sealed:
+            patch.setattr(type(table.table), "drop_columns", cut_off)
+        else:
+            patch.setattr(lance_tables, "remove_folder", cut_off)
+        with pytest.raises(ConnectionError):
+            table.switch("forget")
+    table = LanceTable(tmp_path)
+    if sealed:
+        assert table.facts().n_pending == 0
+        table.switch("forget")
+    assert table.facts().next_dim is None
+    table.prepare(NEW, SPACE, {"map": "other"})
+    assert LanceTable(tmp_path).facts().n_pending == N, "what the forgotten upgrade filled does not count"
+    table.switch("forget")
+    table.switch("forget")
+    assert_nothing_is_left_beside(tmp_path)
+
+
+def test_a_lance_upgrade_whose_preparation_or_piece_is_cut_off_begins_there_again(tmp_path, monkeypatch):
+    table = LanceTable(make_lance(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(LanceTable, "_write_notes", cut_off)
+        with pytest.raises(ConnectionError):
+            table.prepare(NEW, SPACE, WORK)
+    assert LanceTable(tmp_path).facts().next_dim is None
+    table.prepare(NEW, SPACE, WORK)
+    assert table.facts().n_pending == N
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut_off)
+        with pytest.raises(UnreadableFile):
+            fill_all(table)
+    assert LanceTable(tmp_path).facts().n_pending == N
+    fill_all(table)
+    table.seal()
+    assert_nothing_is_left_beside(tmp_path)
+
+
+SEAL = """
+import sys, time
+from polyspan.integrations import LanceTable, _lance_fill, lance_tables
+lance_tables.SCANNED_ROWS = 20
+take = _lance_fill.Held.take
+def slow(held, places):
+    print("batch", flush=True)
+    time.sleep(0.02)
+    return take(held, places)
+_lance_fill.Held.take = slow
+table = LanceTable(sys.argv[1])
+print("opened", flush=True)
+table.seal()
+print("sealed", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_lance_seal_that_is_killed_is_ended_by_the_next(tmp_path):
+    half_filled(tmp_path, None)
+    for lines in (9, 10**9):
+        child = subprocess.Popen([sys.executable, "-c", SEAL, str(tmp_path)], stdout=subprocess.PIPE)
+        for _ in range(lines):
+            if child.stdout.readline() in (b"sealed\n", b""):
+                break
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        facts = LanceTable(tmp_path).facts()
+        assert (facts.next_dim, facts.n_pending) == (NEW, 0)
+        assert len(sealed_rows(LanceTable(tmp_path))) == N
+    assert_nothing_is_left_beside(tmp_path)
+
+
+def test_a_sealed_lance_table_is_topped_up_by_id(tmp_path):
+    table = half_filled(tmp_path, None)
+    table.seal()
+    LanceTable(tmp_path).table.add(lance_rows(["late", "later"], OLD[:2]).append_column("text", pa.array(["a", "b"])))
+    with pytest.raises(ValueError, match="got 2 rows without one"):
+        table.seal()
+    assert table.facts().n_pending == 2
+    fill_all(table)
+    table.seal()
+    assert len(sealed_rows(table)) == N + 2
+    assert_nothing_is_left_beside(tmp_path)
+
+
+def test_of_two_lance_vectors_of_one_id_the_later_counts_whichever_run_made_it(tmp_path):
+    table, other = half_filled(tmp_path, None), LanceTable(tmp_path)
+    first = next(iter(table.rows(64)))
+    for which, value in ((table, 1.0), (other, 2.0), (table, 3.0), (other, 4.0)):
+        which.fill(TableBatch(first.keys[:4], first.rows[:4]), np.full((4, NEW), value, np.float32))
+    table.fill(TableBatch(first.keys[:0], first.rows[:0]), np.empty((0, NEW), np.float32))
+    table.seal()
+    made = column_of(table, "vector__next")
+    assert [made[key] for key in first.keys[:4].tolist()] == [[4.0] * NEW] * 4
+    assert column_of(table, "vector__next").keys() == {f"k{i}" for i in range(N)}
+
+
+def test_what_is_no_next_vector_of_a_lance_table_is_refused(tmp_path):
+    table = LanceTable(make_lance(tmp_path))
+    batch = next(iter(table.rows(4)))
+    with pytest.raises(ValueError, match="must be prepared for an upgrade first"):
+        table.fill(batch, np.zeros((4, NEW), np.float32))
+    with pytest.raises(ValueError, match="must be prepared for an upgrade first"):
+        list(table.pairs())
+    table.prepare(NEW, SPACE, WORK)
+    for rows, message in [
+        (np.zeros((4, NEW + 1)), rf"shape \(b, {NEW}\), got \(4, {NEW + 1}\)"),
+        (np.full((4, NEW), np.nan), "must be finite as float32"),
+        (np.full((4, NEW), 1e300), "must be finite as float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            table.fill(batch, rows)
+    with pytest.raises(WrongContent, match="an id missing"):
+        table.fill(TableBatch(np.array([None]), batch.rows[:1]), np.zeros((1, NEW), np.float32))
+    assert table.facts().n_pending == N
+    null = pa.array([None], pa.list_(pa.float32(), D))
+    table.table.add(pa.table({"id": ["null"], "text": ["t"], "vector": null}))
+    fill_all(table, batches=2)
+    with pytest.raises(WrongContent, match="a null vector"):
+        list(table.pending())
+    assert table.facts().n_pending == N + 1 - 128
+
+
+def test_pieces_beside_a_lance_table_that_are_broken_or_of_other_work_are_named(tmp_path):
+    table = half_filled(tmp_path)
+    folder = tmp_path / "docs.vector.upgrade"
+    assert len(LanceTable(tmp_path).table.schema.names) == 3
+    piece = sorted(folder.iterdir())[1]
+    whole = piece.read_bytes()
+    piece.write_bytes(whole[:-100])
+    with pytest.raises(CorruptFile, match=piece.name):
+        table.facts()
+    piece.write_bytes(whole)
+    assert table.facts().n_pending == N - 128
+    shutil.copytree(folder, tmp_path / "kept")
+    table.switch("forget")
+    table.prepare(NEW, SPACE, {"map": "other"})
+    shutil.copytree(tmp_path / "kept", folder)
+    with pytest.raises(WrongContent, match="next vectors of another upgrade"):
+        table.facts()
+    table.switch("forget")
+    assert not folder.exists()
+
+
+def test_lance_at_an_address_or_without_its_package_is_refused_for_upgrades(tmp_path, monkeypatch):
+    make_lance(tmp_path)
+    table = LanceTable(f"file://{tmp_path}")
+    assert len(all_rows(table)) == N
+    with pytest.raises(ValueError, match="must be in a local folder to be upgraded"):
+        table.prepare(NEW, SPACE, WORK)
+    LanceTable(tmp_path).prepare(NEW, SPACE, WORK)
+    with pytest.raises(ValueError, match="must be in a local folder to be upgraded"):
+        table.facts()
+    monkeypatch.setitem(sys.modules, "lance", None)
+    with pytest.raises(MissingExtra, match=r"a LanceDB table needs lance; run: pip install \"polyspan\[vectors\]\""):
+        LanceTable(tmp_path)
+
+
+def test_batches_of_lance_are_of_the_size_that_is_asked_for_whatever_the_fragments(tmp_path):
+    lancedb = pytest.importorskip("lancedb")
+    keys, made = (
+        [f"k{i}" for i in range(40)],
+        lancedb.connect(str(tmp_path)).create_table("docs", lance_rows(["k"], OLD[:1])),
+    )
+    for first in range(0, 40, 5):
+        made.add(lance_rows(keys[first : first + 5], OLD[first : first + 5]))
+    for size in (1, 7, 16, 41, 1000):
+        batches = list(LanceTable(tmp_path).rows(size))
+        assert {len(batch.keys) for batch in batches[:-1]} <= {size}
+        assert np.concatenate([batch.keys for batch in batches]).tolist() == ["k", *keys]
+        np.testing.assert_array_equal(np.concatenate([batch.rows for batch in batches])[1:], OLD[:40])
 
 
 def test_lance_names_what_is_missing(tmp_path):

@@ -20,6 +20,7 @@ from polyspan.io import (
     read_array,
     read_json,
     read_members,
+    remove_folder,
     sweep_temporaries,
     write_array,
     write_json,
@@ -284,4 +285,12 @@ def test_members_and_writers_leave_nothing_where_they_fail(tmp_path):
             w.write(np.ones((2, 2), np.float32))
         with pytest.raises(ValueError, match="shape"), EmbeddingWriter(tmp_path / f"a{suffix}", dim=2, n_rows=3) as w:
             w.write(np.ones((2, 3), np.float32))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_removed_with_all_in_it_and_one_that_is_not_there_is_no_error(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c.txt").write_text("x")
+    remove_folder(tmp_path / "a")
+    remove_folder(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

@@ -4,24 +4,37 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from polyspan.errors import UnreadableFile, WrongContent, require
+from polyspan.io import remove_folder
 
+from ._lance_fill import Held, Spool, vector_lists
 from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_verb
 
-STAMP, WORK = "polyspan:space", "polyspan:work"
+STAMP, WORK, PLAN = "polyspan:space", "polyspan:work", "polyspan:next"
 NEXT, BEFORE = "__next", "__before"
+SCANNED_ROWS, READ_AHEAD_BYTES = 8192, 2**25
+"""Rows at a time where no caller says it, and how far Lance may read ahead of whoever takes the rows."""
+ATTEMPTS = 3
+"""How often the column is written anew where others commit to the table meanwhile."""
 
 
 class LanceTable:
-    """A table of LanceDB; keys are the values of its id column.
+    """A table of LanceDB in a local folder; keys are the values of its id column.
 
-    Next vectors stand in the column ``VECTOR__next``, which is null where none is filled in yet, so that the table
-    itself knows what is left. Two renames in one version of the table are the cut-over; the old vectors are then
+    Until they are sealed, next vectors stand in ``TABLE.VECTOR.upgrade``, a folder beside the table; the table itself
+    holds the note that they are under way. Sealing writes them as the column ``VECTOR__next``, each beside the id and
+    the vector that it was made of, in one version of the table: others that write meanwhile make it start anew, and
+    what a killed run wrote is removed when LanceDB next removes files of no version. Rows that others add or change
+    before that are found to be pending; a row that they add later is null in the column, and filling it is a merge,
+    whose time grows with the table. Two renames in one version are the cut-over; the old vectors are then
     ``VECTOR__before``. Indexes of a renamed column keep their data: build one for the new vectors before you search
-    many. Rows that others add meanwhile are found to be pending.
+    many.
+
+    An address such as ``s3://`` can be read and stamped; an upgrade of it is refused.
 
     Parameters
     ----------
@@ -47,6 +60,7 @@ class LanceTable:
         text_column: str | None = None,
     ):
         lancedb = require("lancedb", extra="vectors", purpose="a LanceDB table")
+        self._lance: Any = require("lance", extra="vectors", purpose="a LanceDB table")
         database = lancedb.connect(str(folder))
         names = list(database.list_tables().tables)
         if table is None and len(names) != 1:
@@ -62,6 +76,9 @@ class LanceTable:
                 raise WrongContent(
                     self.place, found=f"columns {', '.join(self.table.schema.names)}", expected=f"a column {wanted}"
                 )
+        self._is_local = "://" not in str(folder)
+        self._folder = Path(folder) / f"{name}.{quote(self.column, safe='')}.upgrade"
+        self._filling: Spool | None = None
 
     def _vector_column(self, column: str | None) -> str:
         import pyarrow.types as t
@@ -107,9 +124,9 @@ class LanceTable:
             ),
             None,
         )
-        under_way = self._has(self._next)
-        pending = self.table.count_rows(f"`{self._next}` IS NULL") if under_way else None
-        n = self.table.count_rows()
+        n, plan, n_pending = self.table.count_rows(), self._plan(), None
+        if plan is not None:
+            n_pending = self._n_null() if self._has(self._next) else self._n_unfilled(self._spool().held())
         return TableFacts(
             n_rows=n,
             dim=self.table.schema.field(self.column).type.list_size,
@@ -117,12 +134,50 @@ class LanceTable:
             exact=True,
             unit=False,
             space=self._note(self.column, STAMP),
-            next_dim=self.table.schema.field(self._next).type.list_size if under_way else None,
-            n_pending=pending,
-            next_space=self._note(self._next, STAMP) if under_way else None,
+            next_dim=None if plan is None else plan["dim"],
+            n_pending=n_pending,
+            next_space=None if plan is None else plan["space"],
             has_before=self._has(self._before),
             state={"n_rows": n, "cut_over": self._has(self._before)},
         )
+
+    def _plan(self) -> dict[str, Any] | None:
+        """Return width, stamp and work of the next vectors; the column tells of them once it is there."""
+        if not self._has(self._next):
+            return self._note(self.column, PLAN)
+        dim = self.table.schema.field(self._next).type.list_size
+        return {"dim": dim, "space": self._note(self._next, STAMP), "work": self._note(self._next, WORK)}
+
+    def _planned(self) -> dict[str, Any]:
+        plan = self._plan()
+        if plan is None:
+            raise ValueError(f"{self.place} must be prepared for an upgrade first, got none under way")
+        return plan
+
+    def _n_null(self) -> int:
+        return self._scanner([], SCANNED_ROWS, f"`{self._next}` IS NULL").count_rows()
+
+    def _n_unfilled(self, held: Held) -> int:
+        n_found = 0
+        if len(held):
+            for batch in self._scanner([self.id_column, self.column], SCANNED_ROWS).to_batches():
+                n_found += int((self._places(held, batch) >= 0).sum())
+        return self.table.count_rows() - n_found
+
+    def _spool(self) -> Spool:
+        """Return where next vectors stand that are not in the table yet."""
+        import pyarrow as pa
+
+        self._check_local()
+        plan = self._planned()
+        if self._filling is None or not self._filling.is_of(plan):
+            item = self.table.schema.field(self.column).type.value_type
+            kind = self.table.schema.field(self.id_column).type
+            self._filling = Spool(self._folder, plan, kind, pa.list_(item, plan["dim"]))
+        return self._filling
+
+    def _places(self, held: Held, batch: Any) -> np.ndarray:
+        return held.find(batch.column(self.id_column), _to_rows(batch.column(self.column)))
 
     def stamp(self, space: Mapping[str, Any]) -> None:
         """Keep with the vectors in use what space they are of, as metadata of their column."""
@@ -130,49 +185,71 @@ class LanceTable:
         self._write_notes(self.column, {STAMP: space})
 
     def _write_notes(self, column: str, notes: Mapping[str, Any]) -> None:
-        written = {key: json.dumps(value, sort_keys=True) for key, value in notes.items()}
-        self.table.update_field_metadata({"path": column, "metadata": written})
+        """Write notes in one version of the table; None removes one."""
+        self.table.update_field_metadata({"path": column, "metadata": _as_notes(notes)})
 
     def prepare(self, dim: int, space: Mapping[str, Any], work: Mapping[str, Any]) -> None:
-        """Add the column of next vectors, stamped; other work than that under way is refused."""
-        import pyarrow as pa
-
+        """Note in the table that next vectors are under way; other work than that under way is refused."""
+        self._check_local()
         self.table.checkout_latest()
-        if not self._has(self._next):
+        wanted = {"dim": dim, "space": dict(space), "work": dict(work)}
+        plan = self._plan()
+        if plan is None:
             if self._has(self._before):
                 raise ValueError(f"{self.place} must have no upgrade that is cut over and not forgotten, got one")
-            self._check_ids()
-            item = self.table.schema.field(self.column).type.value_type
-            kind = pa.list_(item if pa.types.is_floating(item) else pa.float32(), dim)
-            self.table.add_columns(pa.field(self._next, kind))
-        kept = self._note(self._next, WORK)
-        if kept is None:
-            self._write_notes(self._next, {STAMP: space, WORK: work})
-        elif kept != dict(work) or self._note(self._next, STAMP) != dict(space):
+            self._check_ids(self.table.to_lance())
+            # What stands there is of an upgrade that the table knows no more.
+            remove_folder(self._folder)
+            self._write_notes(self.column, {PLAN: wanted})
+        elif plan != wanted:
             raise ValueError(f"{self.place} is being upgraded in another way; forget that upgrade first")
 
-    def _check_ids(self) -> None:
+    def _check_local(self) -> None:
+        if not self._is_local:
+            raise ValueError(f"{self.place} must be in a local folder to be upgraded, got an address")
+
+    def _check_ids(self, dataset: Any) -> None:
         """Look for ids that are missing or not unique: rows are written by them."""
-        seen: set = set()
-        for batch in self.table.search().select([self.id_column]).to_batches(BATCH_ROWS):
-            ids = batch.column(self.id_column)
-            values = set(ids.to_pylist())
-            if ids.null_count or len(values) < len(ids) or values & seen:
-                raise WrongContent(self.place, found="an id missing or twice", expected="an id of its own for each row")
-            seen |= values
+        ids = dataset.to_table(columns=[self.id_column]).column(self.id_column)
+        if ids.null_count or len(ids.unique()) < len(ids):
+            raise WrongContent(self.place, found="an id missing or twice", expected="an id of its own for each row")
+
+    def _scanner(self, columns: list[str], batch_rows: int, where: str | None = None) -> Any:
+        return self.table.to_lance().scanner(
+            columns,
+            filter=where,
+            batch_size=batch_rows,
+            batch_readahead=1,
+            fragment_readahead=1,
+            io_buffer_size=READ_AHEAD_BYTES,
+            scan_in_order=True,
+            with_row_id=not columns,
+        )
 
     def _batches(self, columns: list[str], batch_rows: int, where: str | None = None) -> Iterator[Any]:
-        query = self.table.search()
-        if where is not None:
-            query = query.where(where)
+        """Yield batches of one version of the table; fragments may be of a few rows, and batches are not."""
+        import pyarrow as pa
+
         if self.text_column is not None:
             columns = [*columns, self.text_column]
-        for batch in query.select(columns).to_batches(batch_rows):
-            if batch.num_rows:
-                yield batch
+        held, n_held = [], 0
+        for found in self._scanner(columns, min(batch_rows, SCANNED_ROWS), where).to_batches():
+            piece = found
+            while n_held + piece.num_rows >= batch_rows:
+                cut = batch_rows - n_held
+                whole = pa.Table.from_batches([*held, piece.slice(0, cut)]).combine_chunks()
+                piece, held, n_held = piece.slice(cut), [], 0
+                yield from whole.to_batches()
+            if piece.num_rows:
+                held.append(piece)
+                n_held += piece.num_rows
+        if held:
+            yield from pa.Table.from_batches(held).combine_chunks().to_batches()
 
     def _read(self, batch: Any) -> TableBatch:
-        texts = None if self.text_column is None else [str(t) for t in batch.column(self.text_column).to_pylist()]
+        texts = None
+        if self.text_column is not None:
+            texts = [str(t) for t in batch.column(self.text_column).to_pylist()]
         vectors = batch.column(self.column)
         if vectors.null_count:
             raise WrongContent(self.place, found="a null vector", expected="a vector in every row", where=self.column)
@@ -188,32 +265,118 @@ class LanceTable:
         """Every write is on the disk already."""
 
     def pending(self, batch_rows: int = BATCH_ROWS) -> Iterator[TableBatch]:
-        """Yield rows whose next vector is null, in a version of the table that does not move under the reader."""
+        """Yield rows without a next vector, in a version of the table that does not move under the reader."""
         columns = [self.id_column, self.column]
-        for batch in self._batches(columns, batch_rows, f"`{self._next}` IS NULL"):
-            yield self._read(batch)
+        self.table.checkout_latest()
+        if self._has(self._next):
+            for batch in self._batches(columns, batch_rows, f"`{self._next}` IS NULL"):
+                yield self._read(batch)
+            return
+        held = self._spool().held()
+        for batch in self._batches(columns, batch_rows):
+            left = batch
+            if len(held):
+                left = batch.take(np.flatnonzero(self._places(held, batch) < 0))
+            if left.num_rows:
+                yield self._read(left)
 
     def fill(self, batch: TableBatch, rows: np.ndarray) -> None:
-        """Write next vectors by id, in one version of the table."""
+        """Keep next vectors by id: beside the table, or in one version of it once it has the column of them.
+
+        ``batch`` must be as it was read: next vectors count as long as the table holds the vectors in ``batch.rows``.
+        """
         import pyarrow as pa
 
-        kind = self.table.schema.field(self._next).type
+        if not len(batch.keys):
+            return
+        self.table.checkout_latest()
+        self._planned()
         ids = pa.array(batch.keys.tolist(), type=self.table.schema.field(self.id_column).type)
-        flat = pa.array(np.ascontiguousarray(rows, dtype=kind.value_type.to_pandas_dtype()).ravel())
-        lists = pa.FixedSizeListArray.from_arrays(flat, rows.shape[1]).cast(kind)
+        if not self._has(self._next):
+            stored = self.table.schema.field(self.column).type.value_type
+            self._spool().add(ids, np.asarray(batch.rows, dtype=_read_dtype(stored)), rows)
+            return
+        lists = vector_lists(rows, self.table.schema.field(self._next).type)
         made = pa.table({self.id_column: ids, self._next: lists})
         self.table.merge_insert(self.id_column).when_matched_update_all().execute(made)
 
     def seal(self) -> None:
-        """Look for rows without a next vector: others may have added some."""
-        left = self.table.count_rows(f"`{self._next}` IS NULL")
-        if left:
-            raise ValueError(f"every row must have a next vector, got {left} rows without one")
+        """Write the column of next vectors, all or none of them; where it stands, look for rows without one."""
+        self.table.checkout_latest()
+        if self._has(self._next):
+            self._refuse_missing(self._n_null())
+        for left in reversed(range(ATTEMPTS)):
+            if self._has(self._next):
+                break
+            self._write_column(last=not left)
+            self.table.checkout_latest()
+        self._tidy()
+
+    def _refuse_missing(self, n: int) -> None:
+        if n:
+            raise ValueError(f"every row must have a next vector, got {n} rows without one")
+
+    def _write_column(self, *, last: bool) -> None:
+        """Write the column into the version at hand; where others committed another, only ``last`` raises."""
+        import pyarrow as pa
+
+        plan, spool = self._planned(), self._spool()
+        dataset, held = self.table.to_lance(), spool.held()
+        self._check_ids(dataset)
+        self._refuse_missing(self._n_unfilled(held))
+        notes = _as_notes({STAMP: plan["space"], WORK: plan["work"]})
+        schema = pa.schema([pa.field(self._next, spool.kind, metadata=notes)])
+        raised: list[BaseException] = []
+
+        @self._lance.batch_udf(output_schema=schema)
+        def made(batch: Any) -> Any:
+            try:
+                places = held.find(batch.column(self.id_column))
+                if (places < 0).any():
+                    raise WrongContent(self.place, found="other ids", expected="those that were filled")
+                return pa.record_batch([held.take(places)], schema=schema)
+            except BaseException as error:
+                raised.append(error)
+                raise
+
+        try:
+            dataset.add_columns(made, read_columns=[self.id_column], batch_size=SCANNED_ROWS)
+        except OSError as error:
+            if raised:
+                # Lance makes an OSError of whatever is raised inside, Ctrl-C too.
+                raise raised[0] from None
+            self.table.checkout_latest()
+            if self.table.version == dataset.version:
+                raise UnreadableFile(
+                    self.place, found=str(error).splitlines()[0][:200], expected="a table that can be written to"
+                ) from error
+            if last:
+                raise ValueError(
+                    f"{self.place} must stand still while the next vectors are written, got other commits"
+                ) from error
+
+    def _tidy(self) -> None:
+        """Remove what only an upgrade that is not sealed needs: the note first, for it is what says there is one."""
+        if self._note(self.column, PLAN) is not None:
+            self._write_notes(self.column, {PLAN: None})
+        remove_folder(self._folder)
+        self._filling = None
 
     def pairs(self, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[TableBatch, np.ndarray]]:
         """Yield every row with its next vector, or NaN."""
-        for batch in self._batches([self.id_column, self.column, self._next], batch_rows):
-            yield self._read(batch), _to_rows(batch.column(self._next))
+        self.table.checkout_latest()
+        columns, plan = [self.id_column, self.column], self._planned()
+        if self._has(self._next):
+            for batch in self._batches([*columns, self._next], batch_rows):
+                yield self._read(batch), _to_rows(batch.column(self._next))
+            return
+        spool = self._spool()
+        held, dtype = spool.held(), _read_dtype(spool.kind.value_type)
+        for batch in self._batches(columns, batch_rows):
+            places = self._places(held, batch)
+            rows = np.full((len(places), plan["dim"]), np.nan, dtype=dtype)
+            rows[places >= 0] = _to_rows(held.take(places[places >= 0]))
+            yield self._read(batch), rows
 
     def switch(self, verb: str) -> None:
         """Cut over, roll back or forget, each in one version of the table."""
@@ -224,22 +387,37 @@ class LanceTable:
             if has_before and not has_next:
                 return
             if not has_next:
-                raise ValueError(f"{self.place} must have next vectors to cut over to, got none")
+                raise ValueError(f"{self.place} must have next vectors that are sealed to cut over to, got none")
             self._rename({self.column: self._before, self._next: self.column})
         elif verb == "roll back":
             if not has_before:
                 raise ValueError(f"{self.place} must have been cut over and not forgotten, got no {self._before}")
             self._rename({self.column: self._next, self._before: self.column})
-        elif has_before or has_next:
-            self.table.drop_columns([self._before if has_before else self._next])
+        else:
+            self._tidy()
+            if has_before or has_next:
+                self.table.drop_columns([self._before if has_before else self._next])
 
     def _rename(self, names: Mapping[str, str]) -> None:
         self.table.alter_columns(*({"path": old, "rename": new} for old, new in names.items()))
 
 
+def _as_notes(notes: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return notes as the metadata of a column holds them."""
+    return {key: None if value is None else json.dumps(value, sort_keys=True) for key, value in notes.items()}
+
+
+def _read_dtype(item: Any) -> np.dtype:
+    """Return the dtype in which numbers of an Arrow type are read."""
+    return np.result_type(item.to_pandas_dtype(), np.float32)
+
+
 def _to_rows(column: Any) -> np.ndarray:
     """Return a fixed-size list column (b, d); null lists are rows of NaN."""
     d, nulls = column.type.list_size, column.is_null().to_numpy(zero_copy_only=False)
-    rows = np.full((len(column), d), np.nan, dtype=np.result_type(column.type.value_type.to_pandas_dtype(), np.float32))
-    rows[~nulls] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, d)
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    if not nulls.any():
+        return flat.reshape(-1, d).astype(_read_dtype(column.type.value_type), copy=False)
+    rows = np.full((len(column), d), np.nan, dtype=_read_dtype(column.type.value_type))
+    rows[~nulls] = flat.reshape(-1, d)
     return rows

@@ -10,6 +10,7 @@ from .atomic import atomic_path as atomic_path
 from .atomic import check_directory as check_directory
 from .atomic import make_folder as make_folder
 from .atomic import remove_file as remove_file
+from .atomic import remove_folder as remove_folder
 from .atomic import sweep_temporaries as sweep_temporaries
 from .columns import write_columns as write_columns
 from .digest import digest_array as digest_array

@@ -256,6 +256,14 @@ def make_folder(path: PathLike) -> Path:
     return Path(path)
 
 
+def remove_folder(path: PathLike) -> None:
+    """Remove a folder and all in it, where there is one, and sync the folder that held it."""
+    with told(path, "a folder that can be removed"):
+        if Path(path).is_dir():
+            shutil.rmtree(path)
+            sync_folder(Path(path).parent)
+
+
 def remove_file(path: PathLike) -> None:
     """Remove a file where there is one, and sync its folder."""
     with told(path, "a file that can be removed"):
