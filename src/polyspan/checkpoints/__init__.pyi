@@ -3,6 +3,15 @@ from .concrete_merging import ConcreteMerger as ConcreteMerger
 from .concrete_merging import MergeReport as MergeReport
 from .concrete_merging import adamerging as adamerging
 from .concrete_merging import load_mask as load_mask
+from .expert_files import ExpertCheckpoint as ExpertCheckpoint
+from .expert_files import merge_expert_checkpoint as merge_expert_checkpoint
+from .expert_merging import ExpertCalibration as ExpertCalibration
+from .expert_merging import ExpertMerger as ExpertMerger
+from .expert_merging import ExpertMergeReport as ExpertMergeReport
+from .expert_merging import MergedExperts as MergedExperts
+from .expert_merging import MergedLayer as MergedLayer
+from .expert_merging import calibrate_experts as calibrate_experts
+from .expert_plots import plot_expert_merge as plot_expert_merge
 from .merge_files import MergedFiles as MergedFiles
 from .merge_files import merge_checkpoints as merge_checkpoints
 from .merge_geometry import MergeGeometry as MergeGeometry

@@ -15,6 +15,10 @@ from .grassmann_model import GrassmannLMConfig as GrassmannLMConfig
 from .grassmann_model import grassmann_to_hugging_face as grassmann_to_hugging_face
 from .grassmann_model import register_grassmann_lm as register_grassmann_lm
 from .lance_tables import LanceTable as LanceTable
+from .merged_experts_model import MergedExpertsConfig as MergedExpertsConfig
+from .merged_experts_model import MergedExpertsQuantizer as MergedExpertsQuantizer
+from .merged_experts_model import load_merged_experts as load_merged_experts
+from .merged_experts_model import register_merged_experts as register_merged_experts
 from .postgres_tables import PostgresTable as PostgresTable
 from .qdrant_tables import QdrantTable as QdrantTable
 from .small_language_models import small_language_model as small_language_model
