@@ -164,9 +164,15 @@ class EmbeddingReader:
         """Yield the rows from ``start`` on; one thread reads the next batch meanwhile."""
         if not 0 <= start <= self.n_rows:
             raise ValueError(f"start must lie in 0..{self.n_rows}, got {start}")
-        return read_ahead(self._read(start))
+        return read_ahead(self.read(start))
 
-    def _read(self, start: int) -> Iterator[EmbeddingBatch]:
+    @property
+    def random_access(self) -> bool:
+        """Whether rows can be read without those before them: not of tables, nor of packed members."""
+        return self._slab is not None and self._slab.packed is None
+
+    def read(self, start: int = 0) -> Iterator[EmbeddingBatch]:
+        """Yield the rows from ``start`` on, as :meth:`batches`, with nothing read ahead."""
         pieces = self._table_batches(start) if self._slab is None else self._slab_batches(self._slab, start)
         expected = start
         for batch in pieces:

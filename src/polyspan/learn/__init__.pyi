@@ -1,4 +1,11 @@
+from .activation_store import ActivationStore as ActivationStore
 from .categorical_hashing import CategoricalHasher as CategoricalHasher
+from .polynomial_sae import PolySAE as PolySAE
+from .polynomial_sae_module import PolynomialSAEModule as PolynomialSAEModule
+from .polynomial_sae_probing import latent_separation as latent_separation
+from .polynomial_sae_probing import sparse_probe as sparse_probe
+from .polynomial_sae_steering import spliced as spliced
+from .polynomial_sae_steering import steer as steer
 from .unified_embedding import FeatureSpec as FeatureSpec
 from .unified_embedding import UnifiedEmbedding as UnifiedEmbedding
 from .unified_embedding_models import UnifiedEmbeddingClassifier as UnifiedEmbeddingClassifier

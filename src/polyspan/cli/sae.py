@@ -1,0 +1,404 @@
+"""``polyspan sae train``, ``probe``, ``interactions`` and ``steer``: sparse autoencoders of a model's activations."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from ._output import say, show_json, show_table
+
+TEXTS = (".txt", ".jsonl")
+
+
+def train(
+    source: Path,
+    *,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    model: str | None = None,
+    layer: str | None = None,
+    activations: Path | None = None,
+    context: int = 128,
+    column: str | None = None,
+    member: str | None = None,
+    latents: int | None = None,
+    k: int | None = None,
+    ranks: tuple[int, int, int] | None = None,
+    order: int = 3,
+    activation: str = "topk",
+    separate: bool = False,
+    cross_only: bool = False,
+    learning_rate: float = 3e-4,
+    batch: int | None = None,
+    tokens: int | None = None,
+    cosine: bool = False,
+    checkpoint: Path | None = None,
+    every: int = 500,
+    saelens: Path | None = None,
+    compare: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Train a sparse autoencoder whose decoder multiplies features, on activations of any size.
+
+    Parameters
+    ----------
+    source : Path
+        Activations, rows (n, d): .npy, .npz, .safetensors, .parquet, .arrow, .feather or .fvecs, or a folder of such
+        files. With --model: text, .txt (a text a line) or .jsonl (its "text").
+    out : Path
+        The trained autoencoder, one .safetensors file.
+    model : str
+        A transformers model, by folder or id, whose layer's activations are taken first.
+    layer : str
+        The layer, such as "model.layers.8".
+    activations : Path
+        Where they are kept, a .npy file; beside --out where left out. One that is complete is used again.
+    context : int
+        Tokens the model sees at a time.
+    column : str
+        Of a table with several columns of vectors.
+    member : str
+        Of a file with several arrays.
+    latents : int
+        How many; 8 for each dimension where left out.
+    k : int
+        How many fire for a token; 32 where left out.
+    ranks : int int int
+        Ranks of the linear, quadratic and cubic part.
+    order : int
+        3, 2, or 1 for a linear autoencoder.
+    activation : str
+        "topk", "batchtopk", "matryoshka" or "jumprelu".
+    separate : bool
+        Factors of their own for each order.
+    cross_only : bool
+        Products of distinct latents only.
+    learning_rate : float
+        Of Adam.
+    batch : int
+        Tokens a step.
+    tokens : int
+        Tokens to train on, each counted as often as it is seen; 16 passes where left out.
+    cosine : bool
+        Let the learning rate fall to 0 along a cosine.
+    checkpoint : Path
+        A .safetensors file that is written now and then, and gone on from if it is there.
+    every : int
+        Steps between checkpoints.
+    saelens : Path
+        Also write a folder with cfg.json and sae_weights.safetensors.
+    compare : bool
+        Train the linear autoencoder of as many latents as well.
+    device : str
+        "cpu", "cuda:0", or "auto".
+    seed : int
+        Of the start and the order of tokens.
+    plot : Path
+        Draw the errors by step (.svg, .png or .pdf).
+    json : bool
+        Print JSON.
+    """
+    from polyspan.learn import PolySAE
+
+    if (model is None) != (layer is None):
+        raise ValueError("--model and --layer must be given together")
+    if activations is not None and model is None:
+        raise ValueError("--activations is for --model: pass a file of activations as the source itself")
+    if model is not None and layer is not None:
+        kept = out.with_name(out.stem + ".activations.npy") if activations is None else activations
+        store = _recorded(source, model, layer, kept, context, device)
+    else:
+        store = _store(source, column, member)
+    options: dict[str, Any] = {
+        "n_components": latents,
+        "k": k,
+        "activation": activation,
+        "learning_rate": learning_rate,
+        "schedule": "cosine" if cosine else "constant",
+        "batch_size": batch,
+        "max_tokens": tokens,
+        "device": device,
+        "random_state": seed,
+        "verbose": True,
+    }
+    own = {"ranks": ranks, "order": order, "shared": not separate}
+    own |= {"cross_only": cross_only}
+    arms = {"polynomial" if order > 1 else "linear": own}
+    if compare and order > 1:
+        arms["linear"] = {"order": 1}
+    curves, found = {}, {}
+    for name, mine in arms.items():
+        say(f"training the {name} autoencoder on {store.n_rows:,} rows of {store.dim}")
+        sae = PolySAE(**options, **mine)
+        sae.fit(store, checkpoint=checkpoint if mine is own else None, checkpoint_every=every)
+        curves[name] = sae.loss_curve_
+        found[name] = {
+            **sae.report(store)._asdict(),
+            "dead_share": sae.dead_share_,
+            "parameters": sum(p.numel() for p in sae.module_.parameters()),
+        }
+        if mine is own:
+            sae.save(out)
+            facts = {"latents": sae.module_.num_latents, "k": sae.module_.k, "ranks": list(sae.module_.ranks)}
+            facts |= {"steps": sae.n_iter_, "scale": sae.scale_}
+            if saelens is not None:
+                sae.export(saelens, metadata={"model_name": model, "hook_name": layer} if model else {})
+    if plot is not None:
+        from polyspan.learn.polynomial_sae_plots import plot_training
+
+        plot_training(curves, plot)
+    if json:
+        show_json({"out": str(out), **facts, "report": found})
+        return
+    rows = [("out", str(out)), *((name, str(value)) for name, value in facts.items())]
+    for name, values in found.items():
+        rows += [(f"{name}: {key.replace('_', ' ')}", f"{value:.4g}") for key, value in values.items()]
+    show_table("", ("what", "value"), rows)
+
+
+def probe(
+    sae: Path,
+    source: Path,
+    *,
+    labels: Path,
+    k: int = 1,
+    against: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
+    column: str | None = None,
+    member: str | None = None,
+    top: int = 5,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Say how well single latents tell labels of tokens, beside the activations themselves.
+
+    Parameters
+    ----------
+    sae : Path
+        What ``polyspan sae train`` wrote, or a folder of cfg.json and sae_weights.safetensors.
+    source : Path
+        Activations, a file or a folder of files.
+    labels : Path
+        A whole number for each row (.npy, or .csv of one column).
+    k : int
+        Latents that a probe reads.
+    against : list of Path
+        Other autoencoders, to compare with.
+    column : str
+        Of a table with several columns of vectors.
+    member : str
+        Of a file with several arrays.
+    top : int
+        How many latents to name for each label, those whose codes lie the furthest apart.
+    seed : int
+        Of the rows held out.
+    json : bool
+        Print JSON.
+    """
+    import numpy as np
+    from scipy.sparse import vstack
+
+    from polyspan.io import read_array
+    from polyspan.learn.polynomial_sae_probing import latent_separation, sparse_probe
+
+    if top < 1:
+        raise ValueError(f"--top must be at least 1, got {top}")
+    store = _store(source, column, member)
+    wanted = read_array(labels, ndim=None, dtype=np.int64).reshape(-1)
+    if len(wanted) != store.n_rows:
+        raise ValueError(f"--labels must be one a row, {store.n_rows:,}, got {len(wanted):,}")
+    rows = np.concatenate(list(store.batches(min(65536, store.n_rows), shuffle=False)))
+    scores = {"activations": sparse_probe(rows, wanted, k=k, random_state=seed)}
+    first = None
+    for path in (sae, *(against or ())):
+        codes = vstack(list(_load(path).iter_codes(store)), format="csr")
+        scores[str(path)] = sparse_probe(codes, wanted, k=k, random_state=seed)
+        first = codes if first is None else first
+    apart, classes = latent_separation(first, wanted)
+    best = np.argsort(-apart, axis=1, kind="stable")[:, :top]
+    named = {
+        int(label): [{"latent": int(j), "distance": float(apart[i, j])} for j in best[i]]
+        for i, label in enumerate(classes)
+    }
+    if json:
+        shown = {name: {"f1": p.f1, "accuracy": p.accuracy} for name, p in scores.items()}
+        show_json({"k": k, "probes": shown, "latents": named})
+        return
+    show_table(
+        f"Probes on {k} column{'s'[: k > 1]}",
+        ("on", "F1", "accuracy"),
+        [(name, f"{p.f1:.4f}", f"{p.accuracy:.4f}") for name, p in scores.items()],
+    )
+    lines = [
+        (str(label), ", ".join(f"{entry['latent']} ({entry['distance']:.3g})" for entry in entries))
+        for label, entries in named.items()
+    ]
+    show_table("Latents whose codes lie the furthest apart", ("label", "latents"), lines)
+
+
+def interactions(
+    sae: Path,
+    source: Path,
+    *,
+    top: int = 20,
+    degree: int = 2,
+    by: str = "data",
+    column: str | None = None,
+    member: str | None = None,
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Rank pairs or triples of latents by how much their product adds to what they say alone.
+
+    Parameters
+    ----------
+    sae : Path
+        What ``polyspan sae train`` wrote, or a folder of cfg.json and sae_weights.safetensors.
+    source : Path
+        Activations, a file or a folder of files: only latents that fire together in them are ranked.
+    top : int
+        How many.
+    degree : int
+        2 for pairs, 3 for triples.
+    by : str
+        "data": length times the mean product of codes; "norm": length alone.
+    column : str
+        Of a table with several columns of vectors.
+    member : str
+        Of a file with several arrays.
+    plot : Path
+        Draw them (.svg, .png or .pdf).
+    json : bool
+        Print JSON.
+    """
+    found = _load(sae).interactions(_store(source, column, member), top=top, degree=degree, by=by)
+    if plot is not None:
+        from polyspan.learn.polynomial_sae_plots import plot_interactions
+
+        plot_interactions(found, plot)
+    rows = list(zip(found.latents.tolist(), *(part.tolist() for part in found[1:4]), strict=True))
+    if json:
+        entries = [{"latents": e[0], "strength": e[1], "norm": e[2], "share": e[3]} for e in rows]
+        show_json({"interactions": entries, "n_sets": found.n_sets, "correlation": found.correlation})
+        return
+    say(f"{found.n_sets:,} sets fire together; lengths and shares correlate by {found.correlation:.2f}")
+    show_table(
+        "",
+        ("latents", "strength", "length", "share of rows"),
+        [(" x ".join(map(str, names)), *(f"{v:.4g}" for v in values)) for names, *values in rows],
+    )
+
+
+def steer(
+    sae: Path,
+    *,
+    model: str,
+    layer: str,
+    prompt: str,
+    latents: Annotated[list[int], Parameter(consume_multiple=True)],
+    strength: float = 8.0,
+    sum_only: bool = False,
+    tokens: int = 40,
+    json: bool = False,
+) -> None:
+    """Let a language model go on with a text while one to three latents are pushed up.
+
+    Parameters
+    ----------
+    sae : Path
+        What ``polyspan sae train`` wrote, or a folder of cfg.json and sae_weights.safetensors.
+    model : str
+        A transformers model, by folder or id.
+    layer : str
+        The layer whose activations it was trained on.
+    prompt : str
+        The beginning of the text.
+    latents : list of int
+        One to three.
+    strength : float
+        How far to push, in units of the latents' codes.
+    sum_only : bool
+        Leave out what the products of the latents add.
+    tokens : int
+        How many to write.
+    json : bool
+        Print JSON.
+    """
+    from polyspan.learn.polynomial_sae_steering import steer as pushed
+
+    if tokens < 1:
+        raise ValueError(f"--tokens must be at least 1, got {tokens}")
+    direction = _load(sae).direction(latents, interaction=not sum_only)
+    network, tokenizer = _language_model(model)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not ids.shape[1]:
+        raise ValueError("--prompt must hold at least one token, got none")
+
+    def written() -> str:
+        with_end = {"pad_token_id": tokenizer.eos_token_id} if tokenizer.pad_token_id is None else {}
+        made = network.generate(ids, max_new_tokens=tokens, do_sample=False, **with_end)
+        return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+    plain = written()
+    with pushed(network, layer, direction, strength=strength):
+        steered = written()
+    if json:
+        show_json({"prompt": prompt, "latents": latents, "strength": strength, "plain": plain, "steered": steered})
+        return
+    show_table("", ("", "text"), [("plain", plain), ("steered", steered)])
+
+
+def _load(path: Path) -> Any:
+    from polyspan.learn import PolySAE
+
+    return PolySAE.from_saelens(path) if path.is_dir() else PolySAE.load(path)
+
+
+def _store(source: Path, column: str | None, member: str | None) -> Any:
+    """Return a store of a file, or of the files in a folder."""
+    from polyspan.io import list_folder
+    from polyspan.learn import ActivationStore
+    from polyspan.learn.activation_store import SUFFIXES
+
+    paths = [source]
+    if source.is_dir():
+        # Tokens of rows stand beside activations of a model.
+        paths = [p for p in list_folder(source) if p.suffix in SUFFIXES and not p.name.endswith(".tokens.npy")]
+        if not paths:
+            raise ValueError(f"source must hold files of activations ({', '.join(SUFFIXES)}), got none in {source}")
+    return ActivationStore.from_files(paths, column=column, member=member)
+
+
+def _recorded(source: Path, model: str, layer: str, kept: Path, context: int, device: str) -> Any:
+    """Return a store of a model's activations on texts, recording what is not there yet."""
+    from polyspan.io import read_jsonl, read_text
+    from polyspan.learn import ActivationStore
+    from polyspan.run import pick_device
+
+    if source.suffix not in TEXTS:
+        raise ValueError(f"source must end in {' or '.join(TEXTS)} with --model, got {source.name!r}")
+    if source.suffix == ".txt":
+        texts = [line for line in read_text(source).split("\n") if line.strip()]
+    else:
+        texts = []
+        for i, entry in enumerate(read_jsonl(source), start=1):
+            if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+                raise ValueError(f'source must hold {{"text": ...}} in every line, got another thing in entry {i}')
+            texts.append(entry["text"])
+    network, tokenizer = _language_model(model)
+    say(f"taking activations of {layer}")
+    return ActivationStore.from_model(
+        network.to(pick_device(device)), tokenizer, texts, layer, kept, context=context, verbose=True
+    )
+
+
+def _language_model(name: str) -> tuple[Any, Any]:
+    from polyspan.errors import require
+
+    transformers = require("transformers", extra="hf", purpose="reading a language model")
+    try:
+        network = transformers.AutoModelForCausalLM.from_pretrained(name)
+        return network.eval(), transformers.AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"--model must be a folder or an id of a transformers model, got {name!r}: {error}") from None

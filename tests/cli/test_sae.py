@@ -1,0 +1,162 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from polyspan.cli.sae import interactions, probe, steer, train
+from polyspan.errors import CorruptFile, WrongContent
+from polyspan.integrations import small_language_model
+from polyspan.learn import ActivationStore, PolySAE, UnifiedEmbedding
+
+OPTIONS = {"latents": 20, "k": 3, "ranks": (6, 3, 2), "batch": 50, "tokens": 3000, "learning_rate": 3e-3}
+LINES = [f"the {a} of the {b} goes to the {c}" for a in ["cow", "dog", "hen"] for b in ["hill", "sea"]
+         for c in ["town", "farm", "mill"]]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("acts")
+    rng, fixed = np.random.default_rng(0), np.random.default_rng(99)
+    y = rng.integers(2, size=500)
+    Z = rng.random((500, 10)) * (rng.random((500, 10)) < 0.3)
+    Z[:, 4] = y * rng.uniform(1, 2, size=500)
+    np.save(folder / "acts.npy", (Z @ fixed.normal(size=(10, 6))).astype(np.float16))
+    np.save(folder / "acts.tokens.npy", y)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sae(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sae") / "sae.safetensors"
+    train(data / "acts.npy", out=out, **OPTIONS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    return small_language_model(
+        "\n".join(LINES * 3), hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, vocab_size=280,
+        context=32, steps=3, folder=tmp_path_factory.mktemp("models"),
+    )  # fmt: skip
+
+
+def test_train_compares_draws_and_writes_both_kinds_of_files(data, tmp_path, capsys):
+    out, picture, folder = tmp_path / "sae.safetensors", tmp_path / "t.svg", tmp_path / "sae"
+    train(data, out=out, compare=True, plot=picture, saelens=folder, json=True, **OPTIONS)
+    said = json.loads(capsys.readouterr().out)
+    assert set(said["report"]) == {"polynomial", "linear"}
+    assert said["ranks"] == [6, 3, 2]
+    assert said["steps"] == 60
+    sae = PolySAE.load(out)
+    X = np.load(data / "acts.npy").astype(np.float32)
+    assert said["report"]["polynomial"]["unexplained"] == pytest.approx(sae.report(X).unexplained, rel=1e-4)
+    assert said["report"]["polynomial"]["unexplained"] < 0.5
+    np.testing.assert_array_equal(PolySAE.from_saelens(folder).transform(X), sae.transform(X))
+    assert "linear" in picture.read_text()
+    train(data, out=out, order=1, latents=20, k=3, tokens=500)
+    assert "linear: unexplained\t" in capsys.readouterr().out
+
+
+def test_training_goes_on_from_a_checkpoint(data, tmp_path):
+    one, two, kept = tmp_path / "1.safetensors", tmp_path / "2.safetensors", tmp_path / "kept.safetensors"
+    options = {**OPTIONS, "activation": "batchtopk", "separate": True}
+    train(data / "acts.npy", out=one, **{**options, "tokens": 1000}, checkpoint=kept, every=7)
+    train(data / "acts.npy", out=one, **options, checkpoint=kept, every=7)
+    train(data / "acts.npy", out=two, **options)
+    assert PolySAE.load(one).loss_curve_ == PolySAE.load(two).loss_curve_
+
+
+def test_probe_names_the_latents_that_tell_labels(data, sae, tmp_path, capsys):
+    other = tmp_path / "linear.safetensors"
+    train(data / "acts.npy", out=other, order=1, latents=20, k=3, tokens=1000)
+    capsys.readouterr()
+    labels = data / "acts.tokens.npy"
+    probe(sae, data / "acts.npy", labels=labels, against=[other], top=2, json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert list(said["probes"]) == sorted([str(sae), str(other), "activations"])
+    assert all(0.6 < p["f1"] <= 1 for p in said["probes"].values())
+    assert len(said["latents"]["1"]) == 2
+    assert said["latents"]["1"][0]["distance"] >= said["latents"]["1"][1]["distance"]
+    probe(sae, data / "acts.npy", labels=labels, k=2)
+    assert "activations\t" in capsys.readouterr().out
+    np.save(tmp_path / "few.npy", np.arange(3))
+    with pytest.raises(ValueError, match="--labels must be one a row, 500, got 3"):
+        probe(sae, data / "acts.npy", labels=tmp_path / "few.npy")
+    with pytest.raises(ValueError, match="--top must be at least 1, got 0"):
+        probe(sae, data / "acts.npy", labels=labels, top=0)
+
+
+def test_interactions_are_ranked_and_drawn(data, sae, tmp_path, capsys):
+    picture = tmp_path / "i.svg"
+    interactions(sae, data / "acts.npy", top=4, plot=picture, json=True)
+    said = json.loads(capsys.readouterr().out)
+    X = np.load(data / "acts.npy").astype(np.float32)
+    found = PolySAE.load(sae).interactions(X, top=4)
+    assert [e["latents"] for e in said["interactions"]] == found.latents.tolist()
+    assert said["n_sets"] == found.n_sets
+    assert "<svg" in picture.read_text()
+    interactions(sae, data / "acts.npy", top=3, degree=3)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_models_activations_are_taken_trained_on_and_steered(language_model, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "sae.safetensors"
+    text.write_text("\n".join(LINES * 3) + "\n")
+    options = {"model": str(language_model), "layer": "model.layers.0", "latents": 32, "k": 4, "tokens": 2000}
+    train(text, out=out, context=32, saelens=tmp_path / "lens", **options)
+    kept = tmp_path / "sae.activations.npy"
+    assert np.load(kept).dtype == np.float16
+    assert len(ActivationStore.tokens(kept)) == len(np.load(kept))
+    config = json.loads((tmp_path / "lens" / "cfg.json").read_text())
+    assert config["metadata"] == {"model_name": str(language_model), "hook_name": "model.layers.0"}
+    lines = tmp_path / "text.jsonl"
+    lines.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES * 3))
+    before = kept.stat().st_mtime_ns
+    train(lines, out=out, context=32, activations=kept, **options)
+    assert kept.stat().st_mtime_ns == before
+    capsys.readouterr()
+    common = {"model": str(language_model), "layer": "model.layers.0", "prompt": "the cow", "tokens": 5}
+    steer(out, latents=[3, 4], strength=1000.0, json=True, **common)
+    strong = json.loads(capsys.readouterr().out)
+    steer(tmp_path / "lens", latents=[3], strength=0.0, json=True, **common)
+    none = json.loads(capsys.readouterr().out)
+    assert none["steered"] == none["plain"] == strong["plain"] != strong["steered"]
+    steer(out, latents=[3, 4], sum_only=True, **common)
+    assert capsys.readouterr().out.startswith("plain\t")
+    with pytest.raises(ValueError, match="--tokens must be at least 1, got 0"):
+        steer(out, latents=[3], **{**common, "tokens": 0})
+
+
+def test_what_does_not_fit_is_said(data, sae, tmp_path):
+    out = tmp_path / "o.safetensors"
+    with pytest.raises(ValueError, match="--model and --layer must be given together"):
+        train(data, out=out, model="m")
+    with pytest.raises(ValueError, match="--activations is for --model"):
+        train(data, out=out, activations=tmp_path / "a.npy")
+    with pytest.raises(ValueError, match=r"source must end in .txt or .jsonl with --model, got 'acts.npy'"):
+        train(data / "acts.npy", out=out, model="m", layer="l")
+    text = tmp_path / "t.txt"
+    text.write_text("a\n")
+    with pytest.raises(ValueError, match="--model must be a folder or an id of a transformers model, got '/nowhere'"):
+        train(text, out=out, model="/nowhere", layer="l")
+    lines = tmp_path / "t.jsonl"
+    lines.write_text('{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(ValueError, match=r'source must hold {"text": ...} in every line, got another thing in entry 2'):
+        train(lines, out=out, model="m", layer="l")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="source must hold files of activations"):
+        train(empty, out=out)
+    table = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"a": [1, 2]}), table)
+    with pytest.raises(WrongContent):
+        train(table, out=out)
+    other = UnifiedEmbedding({"a": 1}, 10).save(tmp_path / "u.safetensors")
+    with pytest.raises(WrongContent, match="expected a fitted PolySAE"):
+        interactions(other, data / "acts.npy")
+    broken = tmp_path / "b.npy"
+    broken.write_bytes((data / "acts.npy").read_bytes()[:-10])
+    with pytest.raises(CorruptFile):
+        interactions(sae, broken)
