@@ -10,7 +10,7 @@ from polyspan.align import (
     PointNetEncoder,
     RelaxedOrthogonalLinear,
 )
-from polyspan.checkpoints import TuckerAdapterConfig, TuckerAdapterModel
+from polyspan.checkpoints import MergedExperts, SparseDictionaryLinear, TuckerAdapterConfig, TuckerAdapterModel
 from polyspan.cluster import (
     CodingRate,
     DoublyStochastic,
@@ -19,7 +19,7 @@ from polyspan.cluster import (
     RateReductionLoss,
     TotalCodingRateLoss,
 )
-from polyspan.learn import FeatureSpec, UnifiedEmbedding
+from polyspan.learn import FeatureSpec, PolynomialSAEModule, UnifiedEmbedding
 from polyspan.nn import (
     CRATE,
     CRATEMAE,
@@ -93,6 +93,26 @@ def adapted(**factory):
     return model
 
 
+def sparse_dictionary(**factory):
+    generator = torch.Generator().manual_seed(0)
+    D, codes = torch.randn(12, 10, generator=generator), torch.randn(9, 10, generator=generator)
+    made = SparseDictionaryLinear.from_codes(D, codes, 4, torch.ones(9))
+    made.product = "packed"
+    return made.to(**factory)
+
+
+class RoutedExperts(torch.nn.Module):
+    """Experts behind a choice by scores: the checks draw no indices."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.experts = MergedExperts(5, 3, 8, 6, **options)
+
+    def forward(self, x, scores):
+        top, index = scores.softmax(-1).topk(2)
+        return self.experts(x, index, top)
+
+
 class CompatibleTotal(OrthogonalCompatibleLoss):
     """The loss of tensors alone, one number an item, against each item's likeliest class."""
 
@@ -142,6 +162,8 @@ class OfTokens(torch.nn.Module):
 
 
 CASES = {
+    "checkpoints.MergedExperts": [ModuleCase(RoutedExperts, normals((8,), (5,)), compiles=False)],
+    "checkpoints.SparseDictionaryLinear": [ModuleCase(sparse_dictionary, normal(4, 12))],
     "checkpoints.TuckerAdapterModel": [ModuleCase(adapted, normal(2, 5))],
     "align.OrthogonalCompatibleHead": [
         ModuleCase(lambda how=how, **kw: OrthogonalCompatibleHead(9, 5, 4, 3, orthogonal_map=how, **kw), normal(9))
@@ -177,6 +199,10 @@ CASES = {
         ModuleCase(lambda **kw: RateReductionLoss(top=3, frobenius=0.1, **kw), with_memberships),
     ],
     "cluster.TotalCodingRateLoss": [ModuleCase(lambda **kw: TotalCodingRateLoss(**kw), unit(6, 4, n=2))],
+    "learn.PolynomialSAEModule": [
+        ModuleCase(lambda **kw: PolynomialSAEModule(8, 24, 3, (8, 4, 4), **kw), normal(8)),
+        ModuleCase(lambda **kw: PolynomialSAEModule(6, 9, 2, order=1, **kw), normal(3, 6)),
+    ],
     "learn.UnifiedEmbedding": [
         ModuleCase(lambda **kw: OfTokens(UnifiedEmbedding({"a": 2, "b": 1}, 50, 4, **kw)), normal(2), gradient=False),
         ModuleCase(

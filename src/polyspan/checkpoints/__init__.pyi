@@ -1,8 +1,12 @@
+from .compress_files import CompressedFiles as CompressedFiles
+from .compress_files import compress_checkpoint as compress_checkpoint
+from .compression_plots import plot_compression as plot_compression
 from .concrete_merging import AdaMerged as AdaMerged
 from .concrete_merging import ConcreteMerger as ConcreteMerger
 from .concrete_merging import MergeReport as MergeReport
 from .concrete_merging import adamerging as adamerging
 from .concrete_merging import load_mask as load_mask
+from .dictionary_learning import SparseDictionary as SparseDictionary
 from .expert_files import ExpertCheckpoint as ExpertCheckpoint
 from .expert_files import merge_expert_checkpoint as merge_expert_checkpoint
 from .expert_merging import ExpertCalibration as ExpertCalibration
@@ -19,6 +23,9 @@ from .merge_geometry import merge_geometry as merge_geometry
 from .merge_recipes import MergeRecipe as MergeRecipe
 from .merge_recipes import merge_recipe as merge_recipe
 from .merge_recipes import read_recipe as read_recipe
+from .sparse_dictionary import SparseDictionaryCompressor as SparseDictionaryCompressor
+from .sparse_dictionary import SparseDictionaryLinear as SparseDictionaryLinear
+from .sparse_dictionary import fastest_product as fastest_product
 from .task_vectors import TaskVector as TaskVector
 from .task_vectors import dare as dare
 from .task_vectors import task_arithmetic as task_arithmetic

@@ -40,7 +40,7 @@ from ._expert_jobs import (
 from ._expert_layout import COUNTS, ExpertLayer, check_reducible, fused_parameters, reduced_router
 from ._expert_stream import StreamedModel, as_bytes, text_pieces
 from .expert_merging import RIVALS, ExpertMerger, ExpertMergeReport, MergedLayer, Outcome, narrowed, wide_stack
-from .merge_files import CODES, _copy_others, _plan, digests
+from .merge_files import CODES, copy_others, digests, plan_shards
 
 JOURNAL = "merge.journal.jsonl"
 REPORT = "expert_merge_report.json"
@@ -529,10 +529,10 @@ def _write_shards(
 ) -> list[Path]:
     """Write configuration, other small files, shards and, last, their index."""
     write_json(folder / "config.json", plan.config())
-    _copy_others(plan.stream.path, folder)
+    copy_others(plan.stream.path, folder)
     # A plain reader that knows nothing of merged experts finds no model.safetensors, and says so.
     stem = "polyspan" if plan.export == "merged" else "model"
-    parts = list(_plan(plan.tensors, shard_bytes))
+    parts = list(plan_shards(plan.tensors, shard_bytes))
     files = [f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
     if len(parts) == 1:
         files = [f"{stem}.safetensors"]

@@ -18,6 +18,7 @@ from polyspan.io import (
     write_json,
     write_tensor_blocks,
 )
+from polyspan.io.atomic import MANIFEST
 from polyspan.run import Journal, progress
 
 from ._merge_states import ADAPTER, INDEX, ShardedState, as_states, dtype_of, mergeable, shape_of
@@ -181,7 +182,7 @@ def write_shards(
     """
     if shard_bytes is not None and shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
-    plan = list(_plan(tensors, shard_bytes))
+    plan = list(plan_shards(tensors, shard_bytes))
     width = max(5, len(str(len(plan))))
     files = [f"model-{i:0{width}d}-of-{len(plan):0{width}d}.safetensors" for i in range(1, len(plan) + 1)]
     if len(plan) == 1:
@@ -205,7 +206,7 @@ def write_shards(
         write_json(
             folder / INDEX, {"metadata": {"total_size": sum(map(_nbytes, tensors.values()))}, "weight_map": placed}
         )
-    _copy_others(beside, folder)
+    copy_others(beside, folder)
     journal.remove()
     return [folder / file for file in files], resumed
 
@@ -218,7 +219,8 @@ def _nbytes(facts: tuple[torch.dtype, tuple[int, ...]]) -> int:
     return facts[0].itemsize * math.prod(facts[1])
 
 
-def _plan(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int | None) -> Iterator[list[str]]:
+def plan_shards(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int | None) -> Iterator[list[str]]:
+    """Yield the names of each shard of at most ``limit`` bytes, or of the largest tensor's where that is None."""
     limit = max(map(_nbytes, tensors.values()), default=0) if limit is None else limit
     names: list[str] = []
     total = 0
@@ -234,12 +236,16 @@ def _plan(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int
         yield names
 
 
-def _copy_others(base: Path, folder: Path) -> None:
-    """Copy what makes weights a model: configuration and tokenizer; no weights of any kind, and nothing large."""
+def copy_others(base: Path, folder: Path) -> None:
+    """Copy what makes weights a model, configuration and tokenizer: no weights, nothing large, no manifest of others.
+
+    What stands in ``folder`` already is kept.
+    """
     if not base.is_dir():
         return
     weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx"}
     for entry in list_folder(base):
         small = entry.is_file() and entry.suffix not in weights and entry.stat().st_size <= COPIED
-        if small and not entry.name.endswith(".index.json") and not (folder / entry.name).exists():
+        kept = not entry.name.endswith(".index.json") and entry.name != MANIFEST
+        if small and kept and not (folder / entry.name).exists():
             write_bytes(folder / entry.name, read_bytes(entry, max_bytes=COPIED))

@@ -31,6 +31,7 @@ retrieve = App(name="retrieve", help="Mend a gallery of retrieval vectors.")
 upgrade = App(name="upgrade", help="Move a vector store to another embedding model without embedding it again.")
 adapt = App(name="adapt", help="Small adapters of fine-tuned networks, from checkpoints and back.")
 embed_table = App(name="embed-table", help="Learn from tables with categorical columns of many values.")
+sae = App(name="sae", help="Learn sparse features of activations, and how they multiply.")
 segment = App(name="segment", help="Find regions in pictures by multi-head scans.")
 images = App(name="images", help="Mend and search features of images.")
 position = App(name="position", help="Take the position of patches out of dense features.")
@@ -68,6 +69,10 @@ adapt.command("polyspan.cli.adapt:ranks", name="ranks", help="Say which ranks th
 embed_table.command("polyspan.cli.embed_table:train", name="train", help="Learn a column of a table from the others.")
 embed_table.command("polyspan.cli.embed_table:predict", name="predict", help="Predict for every row of a table.")
 embed_table.command("polyspan.cli.embed_table:report", name="report", help="Say which columns share rows of the table.")
+sae.command("polyspan.cli.sae:train", name="train", help="Learn sparse features of activations.")
+sae.command("polyspan.cli.sae:probe", name="probe", help="Say how well single features tell labels.")
+sae.command("polyspan.cli.sae:interactions", name="interactions", help="Rank features that mean more together.")
+sae.command("polyspan.cli.sae:steer", name="steer", help="Write text while features are pushed.")
 segment.command("polyspan.cli.segment:train", name="train", help="Train a network that marks regions in pictures.")
 segment.command("polyspan.cli.segment:predict", name="predict", help="Mark regions in pictures.")
 position.command("polyspan.cli.position:fit", name="fit", help="Find what tells position in dense features.")
@@ -81,6 +86,7 @@ app.command("polyspan.cli.systems:show", name="show", help="Tell all about one s
 app.command("polyspan.cli.claim:claim", name="claim", help="Measure claims again: method against baseline and control.")
 app.command("polyspan.cli.doctor:doctor", name="doctor", help="Say what is installed, or what is wrong with a file.")
 app.command("polyspan.cli.merge:merge", name="merge", help="Merge fine-tuned checkpoints of one base.")
+app.command("polyspan.cli.compress:compress", name="compress", help="Make a language model's checkpoint smaller.")
 app.command("polyspan.cli.compare:compare", name="compare", help="Say which units of two networks are the same.")
 for group in (
     align,
@@ -91,6 +97,7 @@ for group in (
     cluster,
     images,
     segment,
+    sae,
     embed_table,
     adapt,
     grassmann,

@@ -1,3 +1,9 @@
+from .compressed_model import CompressedModelConfig as CompressedModelConfig
+from .compressed_model import CompressedModelQuantizer as CompressedModelQuantizer
+from .compressed_model import export_dense as export_dense
+from .compressed_model import load_compressed as load_compressed
+from .compressed_model import register_compressed_models as register_compressed_models
+from .compressed_model import save_compressed as save_compressed
 from .crate_model import CrateConfig as CrateConfig
 from .crate_model import CrateForImageClassification as CrateForImageClassification
 from .crate_model import CrateForMaskedImageModeling as CrateForMaskedImageModeling

@@ -1,0 +1,64 @@
+"""Picture of a compression: what each layer lost and weighs, and how the methods compare."""
+
+from pathlib import Path
+
+import numpy as np
+
+from polyspan.io import atomic_path
+
+from .compress_files import CompressedFiles
+
+SUFFIXES = (".svg", ".png", ".pdf")
+OURS, OTHERS = "#2b6cb0", "#a0aec0"
+
+
+def plot_compression(found: CompressedFiles, path: Path | str) -> Path:
+    """Draw the lost share of each layer's outputs by role and depth, and added perplexity (or mean error) by method.
+
+    Parameters
+    ----------
+    found : CompressedFiles
+    path : path
+        .svg, .png or .pdf; written atomically, with equal bytes for equal input.
+
+    Raises
+    ------
+    ValueError
+        The suffix is another one.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    roles: dict[str, list[float]] = {}
+    for row in found.layers:
+        if row.method:
+            roles.setdefault(row.layer.rsplit(".", 1)[-1], []).append(row.error)
+    with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for role, errors in roles.items():
+            left.plot(np.arange(1, len(errors) + 1), errors, marker="o", markersize=3, label=role)
+        left.set(title="Lost share of outputs, by layer", xlabel="block", ylabel="relative squared error")
+        left.set_ylim(bottom=0)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if roles:
+            left.legend(fontsize=7, ncols=2)
+        dense, rows = found.methods[0].perplexity, found.methods[1:]
+        added = [row.perplexity - dense for row in rows if row.perplexity is not None and dense is not None]
+        values = added or [row.mean_error for row in rows]
+        colours = [OURS if row is rows[0] else OTHERS for row in rows]
+        right.bar(range(len(rows)), values, color=colours)
+        right.set_xticks(range(len(rows)), [row.method for row in rows], rotation=30, ha="right")
+        if added:
+            right.set(title=f"Added to the dense model's perplexity of {dense:.2f}", ylabel="perplexity")
+        else:
+            right.set(title="Mean lost share of outputs", ylabel="relative squared error")
+        figure.suptitle(f"{rows[0].method}: {found.bytes_before:,} to {found.bytes_after:,} bytes")
+        kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
+        with atomic_path(path) as temp:
+            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
+    return path

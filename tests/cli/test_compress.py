@@ -1,0 +1,93 @@
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+from polyspan.cli.compress import compress  # noqa: E402
+from polyspan.errors import UnreadableFile  # noqa: E402
+from polyspan.integrations import load_compressed  # noqa: E402
+from polyspan.io import list_folder, write_text  # noqa: E402
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run"]
+
+
+@pytest.fixture
+def base(tmp_path):
+    transformers.logging.disable_progress_bar()
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=12, max_position_embeddings=32,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    vocabulary = {word: i for i, word in enumerate(["?", *WORDS])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path / "base")
+    lines = (" ".join(WORDS[(i * i + j * 3) % 10] for j in range(12)) for i in range(80))
+    write_text(tmp_path / "text.txt", "\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_a_checkpoint_and_a_text_become_a_smaller_checkpoint_and_a_report(base, capsys):
+    compress(
+        str(base / "base"), out=base / "out", calib=base / "text.txt", ratio=0.4, compare=True, max_iter=2,
+        plot=base / "plot.svg", json=True,
+    )  # fmt: skip
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert [row["method"] for row in told["methods"]] == [
+        "dense", "ksvd", "svd", "svd-llm", "asvd", "basis-sharing", "wanda", "magnitude",
+    ]  # fmt: skip
+    assert all(row["bytes_after"] < 0.65 * row["bytes_before"] for row in told["layers"])
+    assert told["bytes_after"] == (base / "out" / "polyspan.safetensors").stat().st_size
+    assert "the last 96 tokens" in said.err
+    assert (base / "plot.svg").stat().st_size > 1000
+    assert (base / "out" / "tokenizer.json").is_file()
+    assert load_compressed(base / "out")(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 12)
+
+
+def test_a_table_for_people_ratios_by_name_and_a_dense_export(base, capsys):
+    compress(
+        str(base / "base"), out=base / "out", calib=base / "text.txt", method="threshold", layer_ratio=["q_proj=0.6"],
+        dense=True, eval=base / "text.txt",
+    )  # fmt: skip
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    layers = {row[0].rsplit(".", 1)[-1]: row for row in rows if len(row) == 7}
+    assert int(layers["q_proj"][2]) < int(layers["k_proj"][2])
+    assert [row[0] for row in rows if len(row) == 4] == ["dense", "threshold"]
+    assert "model.safetensors" in {path.name for path in list_folder(base / "out")}
+    transformers.AutoModelForCausalLM.from_pretrained(base / "out")
+
+
+def test_the_method_experts_is_handed_what_concerns_it(base, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("polyspan.cli._compress_experts.compress_experts", lambda *a, **kw: seen.update(kw, places=a))
+    compress(str(base / "base"), out=base / "out", calib=base / "text.txt", method="experts", ratio=0.25, context=64)
+    assert seen["places"] == (str(base / "base"), base / "out")
+    assert (seen["keep_ratio"], seen["samples"], seen["length"], seen["preset"]) == (0.75, 4096, 64, "recommended")
+    for wrong in ({"dense": True}, {"layer_ratio": ["q=0.1"]}):
+        with pytest.raises(ValueError, match="must go with methods for single layers, got --method experts"):
+            compress(str(base / "base"), out=base / "out", calib=base / "text.txt", method="experts", **wrong)
+    with pytest.raises(ValueError, match="--experts must go with --method experts, got svd"):
+        compress(str(base / "base"), out=base / "out", calib=base / "text.txt", method="svd", experts=2)
+
+
+def test_what_cannot_be_done_is_told_before_anything_is_written(base):
+    given = {"out": base / "out", "calib": base / "text.txt"}
+    with pytest.raises(ValueError, match=r"method must be one of .* got 'zip'"):
+        compress(str(base / "base"), method="zip", **given)
+    with pytest.raises(ValueError, match="--layer-ratio must be NAME=RATIO, got 'q_proj'"):
+        compress(str(base / "base"), layer_ratio=["q_proj"], **given)
+    with pytest.raises(ValueError, match=r"--plot must end in .svg, .png or .pdf"):
+        compress(str(base / "base"), plot=base / "plot.gif", **given)
+    with pytest.raises(UnreadableFile, match="found nothing"):
+        compress(str(base / "none"), **given)
+    write_text(base / "short.txt", "the cat\n")
+    with pytest.raises(ValueError, match="--calib must have 20 tokens at least to hold some out, got 2"):
+        compress(str(base / "base"), out=base / "out", calib=base / "short.txt")
+    assert not (base / "out").exists()
