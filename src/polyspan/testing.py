@@ -101,7 +101,7 @@ def check_module(case: ModuleCase) -> None:
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
         _check_module(case)
 
 

@@ -373,7 +373,8 @@ def test_values_that_are_not_finite_and_other_widths_are_refused(bad):
 def test_equal_rows_stay_equal_and_one_row_in_one_dimension_works():
     G = np.repeat(cone(0, 1)[0], 5, axis=0)
     made = InverseGraphConvolution().fit(cone(1, 30)[0]).transform(G)
-    np.testing.assert_array_equal(made, made[:1].repeat(5, axis=0))
+    # To rounding: products of matrices may take the last rows of a block by other instructions.
+    np.testing.assert_allclose(made, made[:1].repeat(5, axis=0), rtol=1e-14)
     np.testing.assert_array_equal(
         InverseGraphConvolution(0.25).fit([[3.0]]).transform([[2.0], [-4.0]]), [[1.0], [-1.0]]
     )

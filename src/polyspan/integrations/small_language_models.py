@@ -105,8 +105,8 @@ def small_language_model(
     )
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     with torch.random.fork_rng(devices=[]):
-        # Initial weights come from torch's global generator.
-        torch.manual_seed(seed)
+        # Initial weights come from torch's global generator, which is put back.
+        torch.set_rng_state(torch_generator(seed).get_state())
         model = _untrained(transformers, architecture, sizes | {"vocab_size": len(tokenizer)}, balance)
         if initial is not None:
             _upcycle(transformers, model, initial, initial_noise, torch_generator(seed))
