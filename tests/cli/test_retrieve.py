@@ -115,7 +115,7 @@ def test_pictures_have_equal_bytes_for_equal_input(files):
         ({"adjacency": "local", "bank_gallery": None}, "--bank-gallery must be given for --adjacency local"),
         ({"tune_gallery": "tune_gallery.npy"}, "must be given together"),
         ({"sample": 0}, "--sample must be at least 1, got 0"),
-        ({"plot": "x.txt"}, "--plot must end in .svg, .png or .pdf, got .*x.txt"),
+        ({"plot": "x.txt"}, "path must end in .svg, .png or .pdf, got .*x.txt"),
         ({"rate_query": -1.0}, "rate_query must be at least 0"),
     ],
 )

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .backfilling import BackfillCurve
 
-SUFFIXES = (".svg", ".png", ".pdf")
 COLOURS = ("#2f855a", "#2b6cb0", "#a0aec0", "#b7791f", "#9b2c2c", "#553c9a")
 
 
@@ -39,9 +38,7 @@ def plot_backfilling(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     if not curves:
         raise ValueError("curves must hold at least one curve, got none")
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
@@ -54,7 +51,5 @@ def plot_backfilling(
             axes.axhline(reference, color="#4a5568", linestyle="--", linewidth=1, label=f"reference {reference:.3f}")
         axes.set(xlabel="share of the gallery embedded again", ylabel=score)
         axes.legend()
-        kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
+        write_picture(figure, path)
     return path

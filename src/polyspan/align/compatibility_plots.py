@@ -4,11 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .compatibility import CompatibilityMatrix
-
-SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def plot_compatibility(matrix: CompatibilityMatrix, path: Path | str, names: list[str] | None = None) -> Path:
@@ -32,9 +30,7 @@ def plot_compatibility(matrix: CompatibilityMatrix, path: Path | str, names: lis
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path, C = Path(path), matrix.scores
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path, C = picture_path(path), matrix.scores
     shown = [f"model {i + 1}" for i in range(len(C))] if names is None else list(names)
     if len(shown) != len(C):
         raise ValueError(f"names must hold one name a model ({len(C)}), got {len(shown)}")
@@ -53,7 +49,5 @@ def plot_compatibility(matrix: CompatibilityMatrix, path: Path | str, names: lis
         share = "" if np.isnan(matrix.average_compatibility) else f"compatible {matrix.average_compatibility:.0%}, "
         axes.set(title=f"{share}mean {matrix.average_score:.3f}", xlabel="gallery of", ylabel="queries of")
         figure.colorbar(image, ax=axes, label=matrix.metric)
-        kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
+        write_picture(figure, path)
     return path

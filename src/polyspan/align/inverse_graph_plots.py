@@ -4,11 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .inverse_graph import Hubness
-
-SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def plot_hubness(before: Hubness, after: Hubness, path: Path | str) -> Path:
@@ -29,9 +27,7 @@ def plot_hubness(before: Hubness, after: Hubness, path: Path | str) -> Path:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     arms = (("before", before, "#a0aec0"), ("after", after, "#2f855a"))
     most = int(max(before.occurrences.max(), after.occurrences.max(), 1))
     bins = np.unique(np.concatenate([[0, 1], np.geomspace(1, most + 1, 24)]).round()) - 0.5
@@ -49,7 +45,5 @@ def plot_hubness(before: Hubness, after: Hubness, path: Path | str) -> Path:
         right.set(title="Items by occurrence", xlabel="lists that hold an item", ylabel="items", yscale="log")
         right.set_xscale("symlog", linthresh=1)
         right.legend()
-        kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
+        write_picture(figure, path)
     return path

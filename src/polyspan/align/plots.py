@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from ._aligner import Aligner
 
@@ -25,7 +25,7 @@ def plot_alignment(aligner: Aligner, X: Any, Y: Any, path: Path | str) -> Path:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
+    path = picture_path(path)
     X, Y = np.asarray(X), np.asarray(Y)
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
         figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -39,14 +39,8 @@ def plot_alignment(aligner: Aligner, X: Any, Y: Any, path: Path | str) -> Path:
         right.hist(_cosines(aligner.transform(X), Y), bins=bins, alpha=0.7, color="#2f855a", label="after")
         right.set(title="Cosine of each pair", xlabel="cosine", ylabel="pairs")
         right.legend()
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip(".") or "svg", metadata=_undated(path.suffix))
+        write_picture(figure, path)
     return path
-
-
-def _undated(suffix: str) -> dict | None:
-    """Metadata that leaves out the date, so that the same picture has the same bytes."""
-    return {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}.get(suffix)
 
 
 def _cosines(A: np.ndarray, B: np.ndarray) -> np.ndarray:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .subspace_reporting import SizeScore, SubspaceReport
 
-SUFFIXES = (".svg", ".png", ".pdf")
 COLOURS = {"affine": "#2b6cb0", "local_cka": "#2f855a", "cosine": "#b7791f"}
 
 
@@ -33,9 +32,7 @@ def plot_subspaces(report: SubspaceReport, table: Sequence[SizeScore], path: Pat
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
         figure = Figure(figsize=(11 if table else 4.2, 3.2), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, 3 if table else 1))
@@ -65,7 +62,5 @@ def plot_subspaces(report: SubspaceReport, table: Sequence[SizeScore], path: Pat
                         )
             panel.set(title=title, xlabel="dimension", ylabel="share of queries", xscale="log", ylim=(0, None))
             panel.legend()
-        kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
+        write_picture(figure, path)
     return path

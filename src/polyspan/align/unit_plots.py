@@ -4,11 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .network_comparison import LayerComparison
-
-UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
 
 
 def plot_comparison(layer: LayerComparison, path: Path | str) -> Path:
@@ -30,9 +28,7 @@ def plot_comparison(layer: LayerComparison, path: Path | str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in UNDATED:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     rows, columns = matched_order(layer)
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
         figure = Figure(figsize=(11.4, 3.6), layout="constrained", dpi=120)
@@ -57,8 +53,7 @@ def plot_comparison(layer: LayerComparison, path: Path | str) -> Path:
         right.set(title="Few to one, held out", xlabel="mean units of A a unit of B", ylabel="half squared error")
         right.set_ylim(bottom=0)
         right.legend(fontsize=7)
-        with atomic_path(path) as temp:
-            figure.savefig(temp, dpi=120, format=path.suffix[1:], metadata=UNDATED[path.suffix])
+        write_picture(figure, path, dpi=120)
     return path
 
 

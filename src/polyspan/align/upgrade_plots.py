@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .upgrade_plan import STRATEGIES, UpgradePlan
 
-UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
 MARKS = dict(zip(STRATEGIES, "xv^os", strict=True))
 
 
@@ -23,9 +22,7 @@ def plot_upgrade_plan(plan: UpgradePlan, path: Path | str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in UNDATED:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=120)
         FigureCanvasAgg(figure)
@@ -50,6 +47,5 @@ def plot_upgrade_plan(plan: UpgradePlan, path: Path | str) -> Path:
         )
         axis.set(xlabel="share of the store embedded again", ylabel=f"recall@{plan.k}", ylim=(0, 1.05))
         figure.legend(loc="outside right upper", fontsize=7)
-        with atomic_path(path) as temp:
-            figure.savefig(temp, dpi=120, format=path.suffix[1:], metadata=UNDATED[path.suffix])
+        write_picture(figure, path, dpi=120)
     return path

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .compress_files import CompressedFiles
 
-SUFFIXES = (".svg", ".png", ".pdf")
 OURS, OTHERS = "#2b6cb0", "#a0aec0"
 
 
@@ -30,9 +29,7 @@ def plot_compression(found: CompressedFiles, path: Path | str) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     roles: dict[str, list[float]] = {}
     for row in found.layers:
         if row.method:
@@ -58,7 +55,5 @@ def plot_compression(found: CompressedFiles, path: Path | str) -> Path:
         else:
             right.set(title="Mean lost share of outputs", ylabel="relative squared error")
         figure.suptitle(f"{rows[0].method}: {found.bytes_before:,} to {found.bytes_after:,} bytes")
-        kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
+        write_picture(figure, path)
     return path

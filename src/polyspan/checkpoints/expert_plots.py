@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .expert_files import ExpertCheckpoint
 from .expert_merging import ExpertMerger, MergedLayer
 
-SUFFIXES = (".svg", ".png", ".pdf")
 SHOWN = 6
 
 
@@ -32,7 +31,7 @@ def plot_expert_merge(found: ExpertCheckpoint | ExpertMerger, path: Path | str) 
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = check_plot_path(path)
+    path = picture_path(path)
     if isinstance(found, ExpertMerger) and not hasattr(found, "report_"):
         raise ValueError("found must be fitted, got an ExpertMerger without groups")
     report, similarity = (
@@ -58,23 +57,7 @@ def plot_expert_merge(found: ExpertCheckpoint | ExpertMerger, path: Path | str) 
             axis.set(xlabel="perplexity on the text for evaluation")
             for i, value in enumerate(scores.values()):
                 axis.text(value, i, f" {value:.4g}", va="center")
-        kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
-    return path
-
-
-def check_plot_path(path: Path | str) -> Path:
-    """Return a path that a picture can be written to, before the work that is to be drawn.
-
-    Raises
-    ------
-    ValueError
-        Its suffix is another one.
-    """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+        write_picture(figure, path)
     return path
 
 

@@ -1,16 +1,14 @@
 """Pictures of a merge: how its mask was learnt, what each task gained, and what it carries of each task's change."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .concrete_merging import ConcreteMerger, MergeReport
 from .merge_geometry import MergeGeometry
 
-SUFFIXES = (".svg", ".png", ".pdf")
 SMOOTHED = 25
 
 
@@ -34,7 +32,7 @@ def plot_merge(merger: ConcreteMerger, report: MergeReport, path: Path | str) ->
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = check_picture(path)
+    path = picture_path(path)
     tasks = list(next(iter(report.accuracy.values())))
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -56,7 +54,7 @@ def plot_merge(merger: ConcreteMerger, report: MergeReport, path: Path | str) ->
         right.set(title="Accuracy on labelled items", ylim=(0, 1))
         right.set_xticks(range(len(tasks)), tasks)
         right.legend(loc="lower right", fontsize=7)
-        return _saved(figure, path)
+        return write_picture(figure, path)
 
 
 def plot_merge_geometry(found: MergeGeometry, path: Path | str) -> Path:
@@ -76,7 +74,7 @@ def plot_merge_geometry(found: MergeGeometry, path: Path | str) -> Path:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = check_picture(path)
+    path = picture_path(path)
     T, m = found.carried.shape
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
         figure = Figure(figsize=(10, max(3.2, 1.6 + 0.35 * T)), layout="constrained")
@@ -95,19 +93,4 @@ def plot_merge_geometry(found: MergeGeometry, path: Path | str) -> Path:
         right.set_yticks(range(T), found.tasks)
         right.set_xlim(-0.5, m - 0.5)
         figure.colorbar(image, ax=right, extend="both")
-        return _saved(figure, path)
-
-
-def check_picture(path: Path | str) -> Path:
-    """Return the path of a picture, or raise ``ValueError`` where its suffix is none of those that are drawn."""
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
-    return path
-
-
-def _saved(figure: Any, path: Path) -> Path:
-    kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-    with atomic_path(path) as temp:
-        figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
-    return path
+        return write_picture(figure, path)

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from ._tucker import cheapest_ranks, num_parameters
-
-SUFFIXES = (".svg", ".png", ".pdf")
 
 
 class RankCurve(NamedTuple):
@@ -61,9 +59,7 @@ def plot_rank_curves(curves: Mapping[str, RankCurve], path: Path | str, *, most:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     if not curves:
         raise ValueError("curves must hold at least one layer, got none")
     shown: Sequence[str] = list(curves)[:most]
@@ -80,7 +76,5 @@ def plot_rank_curves(curves: Mapping[str, RankCurve], path: Path | str, *, most:
         for axis in axes[len(shown) :]:
             axis.set_visible(False)
         axes[0].legend()
-        kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
+        write_picture(figure, path)
     return path

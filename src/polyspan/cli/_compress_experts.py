@@ -48,10 +48,10 @@ def compress_experts(
     """
     from polyspan.checkpoints import merge_expert_checkpoint, plot_expert_merge
     from polyspan.checkpoints.expert_files import report_json
-    from polyspan.checkpoints.expert_plots import check_plot_path
+    from polyspan.io import picture_path
 
     if plot is not None:
-        check_plot_path(plot)
+        picture_path(plot)
     found = merge_expert_checkpoint(
         model, out, calibration=calibration, evaluation=evaluation, experts=experts, keep_ratio=keep_ratio,
         preset=preset, export=export, compare=compare, length=length, samples=samples, batch_size=batch_size,

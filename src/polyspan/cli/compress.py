@@ -202,10 +202,11 @@ def compress_layers(request: Request) -> None:
         report_json,
         token_ids,
     )
-    from polyspan.checkpoints.compression_plots import SUFFIXES, plot_compression
+    from polyspan.checkpoints.compression_plots import plot_compression
+    from polyspan.io import picture_path
 
-    if request.plot is not None and request.plot.suffix not in SUFFIXES:
-        raise ValueError(f"--plot must end in .svg, .png or .pdf, got {request.plot}")
+    if request.plot is not None:
+        picture_path(request.plot)
     folder = local_checkpoint(request.model)
     context = request.context or min(MOST_CONTEXT, longest_context(folder, MOST_CONTEXT))
     ids = token_ids(folder, request.calib, limit=request.max_tokens)

@@ -72,14 +72,14 @@ def fit(
     import warnings
 
     from polyspan.align import SubspaceAligner
-    from polyspan.io import EmbeddingReader, digest_file
+    from polyspan.io import EmbeddingReader, digest_file, picture_path
 
     if not 0 <= held_out < 1:
         raise ValueError(f"--held-out must be at least 0 and below 1, got {held_out}")
     if plot is not None and not held_out:
         raise ValueError("--plot must go with --held-out above 0: it shows what anchors held out say")
-    if plot is not None and plot.suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"--plot must end in .svg, .png or .pdf, got {plot}")
+    if plot is not None:
+        picture_path(plot)
     names = (source_member, source_column), (target_member, target_column)
     readers = [
         EmbeddingReader(path, member=member, column=column, batch_rows=batch_rows)

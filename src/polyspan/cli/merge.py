@@ -47,10 +47,11 @@ def merge(
         Print JSON.
     """
     from polyspan.checkpoints import merge_geometry, merge_recipe, read_recipe
-    from polyspan.checkpoints.merging_plots import check_picture, plot_merge_geometry
+    from polyspan.checkpoints.merging_plots import plot_merge_geometry
+    from polyspan.io import picture_path
 
     if plot is not None:
-        check_picture(plot)
+        picture_path(plot)
     recipe = read_recipe(config, method=method)
     given = {"scaling": scaling, "density": density}
     parameters = {**recipe.parameters, **{name: value for name, value in given.items() if value is not None}}

@@ -94,7 +94,7 @@ def debias(
     import warnings
 
     from polyspan.align import InverseGraphConvolution
-    from polyspan.io import digest_file, read_array, transform_file, write_json
+    from polyspan.io import digest_file, picture_path, read_array, transform_file, write_json
 
     started = time.perf_counter()
     if adjacency == "local" and bank_gallery is None:
@@ -103,8 +103,8 @@ def debias(
         raise ValueError("--tune-gallery and --tune-queries must be given together")
     if sample < 1:
         raise ValueError(f"--sample must be at least 1, got {sample}")
-    if plot is not None and plot.suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"--plot must end in .svg, .png or .pdf, got {plot}")
+    if plot is not None:
+        picture_path(plot)
     digests = {
         name: digest_file(path)
         for name, path in (("gallery", gallery), ("bank_gallery", bank_gallery), ("bank_queries", bank_queries))

@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .denoiser_jacobian import RankProfile
 from .low_rank_sufficiency import Sufficiency
-
-UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
 
 
 def plot_low_rank(
@@ -40,9 +38,7 @@ def plot_low_rank(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in UNDATED:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     parts: tuple[tuple[Any, Any], ...] = (
         (_draw_spectra, mixture),
         (_draw_profile, profile),
@@ -56,8 +52,7 @@ def plot_low_rank(
         FigureCanvasAgg(figure)
         for axes, (draw, what) in zip(figure.subplots(1, len(given), squeeze=False)[0], given, strict=True):
             draw(axes, what)
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=UNDATED[path.suffix])
+        write_picture(figure, path)
     return path
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 MAX_ROWS = 400
 
@@ -27,9 +27,7 @@ def plot_linearized(fitted: Any, Z: Any, path: Path | str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     Z, labels = np.asarray(Z, dtype=np.float64), np.asarray(fitted.labels_)
     if Z.ndim != 2 or labels.shape != Z.shape[:1]:
         raise ValueError(f"Z must have a row for each of the {len(labels)} labels, got shape {Z.shape}")
@@ -55,7 +53,5 @@ def plot_linearized(fitted: Any, Z: Any, path: Path | str) -> Path:
         third.set(
             title="Singular values of each cluster", xlabel="direction", ylabel="share of the largest", ylim=(0, 1)
         )
-        undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}[path.suffix]
-        with atomic_path(path) as temp:
-            figure.savefig(temp, dpi=120, format=path.suffix[1:], metadata=undated)
+        write_picture(figure, path, dpi=120)
     return path

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 from polyspan.linalg import fix_signs
 
 MAX_POINTS = 5_000
@@ -30,9 +30,7 @@ def plot_clusters(embedding: Any, labels: Any, path: Path | str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     Y, labels = np.asarray(embedding, dtype=np.float64), np.asarray(labels)
     if Y.ndim != 2 or labels.shape != Y.shape[:1]:
         raise ValueError(f"labels must have one entry a row of embedding {Y.shape}, got shape {labels.shape}")
@@ -55,9 +53,7 @@ def plot_clusters(embedding: Any, labels: Any, path: Path | str) -> Path:
             right.axvline(edge, color="black", linewidth=0.5)
         right.set(title="Affinity, by cluster", xticks=[], yticks=[])
         figure.colorbar(shown, ax=right, label="cosine of two rows")
-        undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}[path.suffix]
-        with atomic_path(path) as temp:
-            figure.savefig(temp, dpi=120, format=path.suffix[1:], metadata=undated)
+        write_picture(figure, path, dpi=120)
     return path
 
 

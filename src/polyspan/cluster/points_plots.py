@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .plots import MAX_POINTS, MAX_ROWS, _even, _widest
 from .reporting import basis_angles
-
-UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
 
 
 def plot_subspaces(
@@ -39,9 +37,7 @@ def plot_subspaces(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in UNDATED:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     X, labels = np.asarray(X, dtype=np.float64), np.asarray(labels)
     if X.ndim != 2 or labels.shape != X.shape[:1]:
         raise ValueError(f"labels must have one entry a row of X {X.shape}, got shape {labels.shape}")
@@ -58,8 +54,7 @@ def plot_subspaces(
             axes[3].plot(np.arange(1, len(losses) + 1), losses, color="black", linewidth=1)
             axes[3].axvline(len(losses), color="tab:red", linewidth=1, linestyle="--")
             axes[3].set(title=f"Loss; stopped after step {len(losses)}", xlabel="step")
-        with atomic_path(path) as temp:
-            figure.savefig(temp, dpi=120, format=path.suffix[1:], metadata=UNDATED[path.suffix])
+        write_picture(figure, path, dpi=120)
     return path
 
 

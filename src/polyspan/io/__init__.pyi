@@ -31,6 +31,8 @@ from .inspect import inspect_file as inspect_file
 from .partial import PartialRows as PartialRows
 from .partial import filled_rows as filled_rows
 from .partial import swap_in as swap_in
+from .pictures import picture_path as picture_path
+from .pictures import write_picture as write_picture
 from .replacing import replace_vectors as replace_vectors
 from .text import append_line as append_line
 from .text import dump_json as dump_json

@@ -2,33 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .polynomial_sae import Interactions
 
-SUFFIXES = (".svg", ".png", ".pdf")
 SHOWN = 30
 POINTS = 300
 COLOURS = ("#c05621", "#4a5568", "#2b6cb0", "#6b46c1")
-
-
-def _write(figure: Any, path: Path) -> Path:
-    kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-    with atomic_path(path) as temp:
-        figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
-    return path
-
-
-def _figure(path: Path, size: tuple[float | int, float | int]) -> Any:
-    from matplotlib.figure import Figure
-
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
-    return Figure(figsize=size, layout="constrained")
 
 
 def plot_training(curves: Mapping[str, Sequence[float]], path: Path | str) -> Path:
@@ -47,12 +30,13 @@ def plot_training(curves: Mapping[str, Sequence[float]], path: Path | str) -> Pa
         The suffix is another one, or there is no curve.
     """
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    path = Path(path)
+    path = picture_path(path)
     if not curves:
         raise ValueError("curves must be at least one, got none")
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
-        figure = _figure(path, (6.5, 3.6))
+        figure = Figure(figsize=(6.5, 3.6), layout="constrained")
         axes = figure.subplots()
         for i, (name, values) in enumerate(curves.items()):
             parts = np.array_split(np.asarray(values, float), min(POINTS, len(values)))
@@ -60,7 +44,7 @@ def plot_training(curves: Mapping[str, Sequence[float]], path: Path | str) -> Pa
             axes.plot(ends, [part.mean() for part in parts], color=COLOURS[i % len(COLOURS)], label=name)
         axes.set(title="What reconstructions miss", xlabel="step", ylabel="mean squared length", yscale="log")
         axes.legend()
-        return _write(figure, path)
+        return write_picture(figure, path)
 
 
 def plot_interactions(found: Interactions, path: Path | str) -> Path:
@@ -79,13 +63,14 @@ def plot_interactions(found: Interactions, path: Path | str) -> Path:
         The suffix is another one, or there is no interaction.
     """
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    path = Path(path)
+    path = picture_path(path)
     if not len(found.latents):
         raise ValueError("interactions must be at least one, got none")
     shown = min(SHOWN, len(found.latents))
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
-        figure = _figure(path, (9, 1.6 + 0.2 * max(shown, 12)))
+        figure = Figure(figsize=(9, 1.6 + 0.2 * max(shown, 12)), layout="constrained")
         left, right = figure.subplots(1, 2)
         places = np.arange(shown)
         labels = [" × ".join(map(str, row)) for row in found.latents[:shown].tolist()]
@@ -95,4 +80,4 @@ def plot_interactions(found: Interactions, path: Path | str) -> Path:
         left.invert_yaxis()
         right.scatter(found.shares, found.norms, s=8, color=COLOURS[2])
         right.set(title="Those listed", xlabel="share of rows in which they fire together", ylabel="length")
-        return _write(figure, path)
+        return write_picture(figure, path)

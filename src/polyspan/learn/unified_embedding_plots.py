@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .unified_embedding import Collisions
 
-SUFFIXES = (".svg", ".png", ".pdf")
 SHOWN = 40
 
 
@@ -33,9 +32,7 @@ def plot_collisions(report: Mapping[str, Collisions], overlap: np.ndarray, path:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     if overlap.shape != (len(report), len(report)):
         raise ValueError(f"overlap must be {len(report)} by {len(report)}, got shape {overlap.shape}")
     names = list(report)[:SHOWN]
@@ -57,7 +54,5 @@ def plot_collisions(report: Mapping[str, Collisions], overlap: np.ndarray, path:
         right.set(title="Overlap of readers", xticks=places, yticks=places, yticklabels=names)
         right.set_xticks(places, names, rotation=90)
         figure.colorbar(shown, ax=right, shrink=0.8)
-        kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
+        write_picture(figure, path)
     return path

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import write_picture
 
 from .grassmann_lm import GrassmannLM
 from .grassmann_report import layer_plane_angles, token_influence
@@ -80,8 +80,5 @@ def _figure(panels: int) -> tuple[Any, Any]:
 def _write(figure: Any, path: Path | str) -> Path:
     import matplotlib as mpl
 
-    path = Path(path)
-    kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-    with mpl.rc_context({"svg.hashsalt": "polyspan"}), atomic_path(path) as temp:
-        figure.savefig(temp, format=path.suffix.lstrip(".") or "svg", metadata=kept.get(path.suffix, {"Date": None}))
-    return path
+    with mpl.rc_context({"svg.hashsalt": "polyspan"}):
+        return write_picture(figure, path)

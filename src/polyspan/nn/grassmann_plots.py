@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .grassmann_classifier import GrassmannClassifier
 
@@ -22,7 +22,7 @@ def plot_class_angles(classifier: GrassmannClassifier, path: Path | str) -> Path
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
+    path = picture_path(path)
     angles = np.rad2deg(classifier.principal_angles())
     names = [str(name) for name in classifier.classes_]
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
@@ -37,9 +37,5 @@ def plot_class_angles(classifier: GrassmannClassifier, path: Path | str) -> Path
                 panel.set_xticks(range(len(names)), names, rotation=90)
                 panel.set_yticks(range(len(names)), names)
             figure.colorbar(image, ax=panel, shrink=0.8)
-        with atomic_path(path) as temp:
-            kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-            figure.savefig(
-                temp, format=path.suffix.lstrip(".") or "svg", metadata=kept.get(path.suffix, {"Date": None})
-            )
+        write_picture(figure, path)
     return path

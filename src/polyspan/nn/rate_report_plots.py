@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .layer_rates import LayerRates
 
@@ -84,17 +84,9 @@ def _save(draw: Any, size: tuple[float, float], path: Path | str) -> Path:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    kept: dict[str, dict[str, Any]] = {
-        ".svg": {"Date": None},
-        ".pdf": {"CreationDate": None},
-        ".png": {"Software": None},
-    }
-    if path.suffix not in kept:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     with mpl.rc_context({"svg.hashsalt": "polyspan", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
-        with atomic_path(path) as temp:
-            figure.savefig(temp, dpi=120, format=path.suffix[1:], metadata=kept[path.suffix])
+        write_picture(figure, path, dpi=120)
     return path

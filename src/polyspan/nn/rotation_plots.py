@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .rotation_distance import geodesic_distance
 
@@ -31,7 +31,7 @@ def plot_error_along_path(target: Any, predicted: Mapping[str, Any], path: Path 
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
+    path = picture_path(path)
     if target.ndim != 3 or not len(target):
         raise ValueError(f"target must be (n, 3, 3), n >= 1, got shape {tuple(target.shape)}")
     for name, rotations in predicted.items():
@@ -54,11 +54,7 @@ def plot_error_along_path(target: Any, predicted: Mapping[str, Any], path: Path 
         panel.grid(alpha=0.3)
         if predicted:
             panel.legend()
-        with atomic_path(path) as temp:
-            kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-            figure.savefig(
-                temp, format=path.suffix.lstrip(".") or "svg", metadata=kept.get(path.suffix, {"Date": None})
-            )
+        write_picture(figure, path)
     return path
 
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .scan_routes import scan_routes
 
-SUFFIXES = (".svg", ".png", ".pdf")
 MOST_CELLS = 4096
 
 
@@ -37,7 +36,7 @@ def plot_scan_routes(h: int, w: int, path: Path | str, patterns: Sequence[Any] =
 
     from .scan_routes import PATTERNS
 
-    path = _checked(path)
+    path = picture_path(path)
     if h * w > MOST_CELLS:
         raise ValueError(f"h * w must be at most {MOST_CELLS}, got {h * w}")
     drawn = list(patterns) or list(PATTERNS)
@@ -59,7 +58,7 @@ def plot_scan_routes(h: int, w: int, path: Path | str, patterns: Sequence[Any] =
                 axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5), aspect="equal")
             name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "given")
             axes[0, column].set_title(name)
-        _save(figure, path)
+        write_picture(figure, path)
     return path
 
 
@@ -87,7 +86,7 @@ def plot_segmentation(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = _checked(path)
+    path = picture_path(path)
     images, masks, shares = (np.asarray(part) for part in (images, masks, shares))
     if masks.shape != shares.shape or images.shape[:1] + images.shape[-2:] != masks.shape:
         raise ValueError(
@@ -106,18 +105,5 @@ def plot_segmentation(
             axis.set_axis_off()
             if i < len(titles):
                 axis.set_title(titles[i])
-        _save(figure, path)
+        write_picture(figure, path)
     return path
-
-
-def _checked(path: Path | str) -> Path:
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
-    return path
-
-
-def _save(figure: Any, path: Path) -> None:
-    kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-    with atomic_path(path) as temp:
-        figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 
 def plot_attention_maps(images: Any, maps: Any, path: Path | str) -> Path:
@@ -28,7 +28,7 @@ def plot_attention_maps(images: Any, maps: Any, path: Path | str) -> Path:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
+    path = picture_path(path)
     images, maps = (np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=float) for x in (images, maps))
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise ValueError(f"images must be (n, h, w) or (n, h, w, 3), got shape {images.shape}")
@@ -52,9 +52,5 @@ def plot_attention_maps(images: Any, maps: Any, path: Path | str) -> Path:
         for i in range(g):
             panels[0, i + 1].set_title(f"group {i}")
         figure.colorbar(shown, ax=panels, shrink=0.8, label="times uniform attention")
-        with atomic_path(path) as temp:
-            kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-            figure.savefig(
-                temp, format=path.suffix.lstrip(".") or "svg", metadata=kept.get(path.suffix, {"Date": None})
-            )
+        write_picture(figure, path)
     return path

@@ -7,11 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polyspan.io import atomic_path
+from polyspan.io import picture_path, write_picture
 
 from .latent_directions import Directions, traverse
-
-SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def plot_traversals(
@@ -49,9 +47,7 @@ def plot_traversals(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {path}")
+    path = picture_path(path)
     rows = [
         _pictures(traverse(generator, latent[None], v, amounts, layer)[:, 0]) for v in directions.vectors[:max_rows]
     ]
@@ -79,9 +75,7 @@ def plot_traversals(
         for axis in axes.flat:
             axis.set(xticks=[], yticks=[])
         figure.supylabel("direction")
-        kept = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-        with atomic_path(path) as temp:
-            figure.savefig(temp, format=path.suffix.lstrip("."), metadata=kept[path.suffix])
+        write_picture(figure, path)
     return path
 
 
