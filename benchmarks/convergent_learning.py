@@ -8,14 +8,16 @@ import warnings
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import SpectralClustering
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso
 
 from _runner import growth, peak_in_child, race, save
-from polyspan.align import SparseUnitMapping, compare_networks, match_units, unit_correlations
+from polyspan.align import SparseUnitMapping, UnitCoClustering, compare_networks, match_units, unit_correlations
 from polyspan.linalg import PairedMoments
 
 ALPHAS = (1e-1, 1e-2, 1e-3)
+GROUPS = 16
 
 
 def make(n, d, seed=0):
@@ -57,6 +59,12 @@ def by_hand(X, Y):
     return linear_sum_assignment(between, maximize=True)
 
 
+def spectral_by_hand(X, Y):
+    """The same graph of units, by np.corrcoef, given to scikit-learn's spectral clustering."""
+    affinity = np.abs(np.corrcoef(X, Y, rowvar=False))
+    return SpectralClustering(GROUPS, affinity="precomputed", n_init=10, random_state=0).fit_predict(affinity)
+
+
 def streamed(X, Y):
     moments = PairedMoments(X.shape[1], Y.shape[1])
     for start in range(0, len(X), 8192):
@@ -87,7 +95,7 @@ def main():
 
 def main() -> None:
     warnings.simplefilter("ignore", ConvergenceWarning)
-    lasso, matching, whole, excess = [], [], [], {}
+    lasso, matching, spectral, whole, excess = [], [], [], [], {}
     for n, d in ((2_000, 64), (8_000, 128)):
         X, Y = make(n, d)
         lasso.append(
@@ -115,12 +123,17 @@ def main() -> None:
             "NumPy and SciPy": lambda x=X, y=Y: by_hand(x, y),
         }
         matching.append(race("correlate and match", arms, **options))
+        arms = {
+            "polyspan UnitCoClustering": lambda x=X, y=Y: UnitCoClustering(GROUPS, random_state=0).fit(x, y),
+            "scikit-learn SpectralClustering": lambda x=X, y=Y: spectral_by_hand(x, y),
+        }
+        spectral.append(race("many to many, 16 groups", arms, **options))
         report = {"polyspan compare_networks": lambda x=X, y=Y: compare_networks(x, y, n_shuffles=5, random_state=0)}
         whole.append(race("whole report, 5 shuffles", report, **options))
     peaks = {str(n): peak(n) for n in (50_000, 200_000)}
     save(
         "convergent_learning",
-        lasso + matching + whole,
+        lasso + matching + spectral + whole,
         exponent_in_rows=growth(whole, "n"),
         exponent_in_units_of_the_lasso=growth(lasso, "d"),
         objective_above_the_least=excess,
