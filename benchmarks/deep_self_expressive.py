@@ -3,6 +3,8 @@
 Stage 1: the sum over layers differentiated by torch, against one product with the Gram matrix. Stage 2: a full spectral
 clustering with 20 starts in every epoch and a differentiated norm, against a closed gradient and a clustering in every
 tenth epoch that starts from the last one.
+
+The system is the catalogue's ``lhdsc``.
 """
 
 import numpy as np

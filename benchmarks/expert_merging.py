@@ -2,6 +2,8 @@
 
 The loop is how HC-SMoE and its kin are usually written: each expert is called on the tokens, its outputs (n, m, d) are
 kept, and cosines are taken pair by pair. Both see the same tokens and the same fused layer of Mixtral.
+
+The system is the catalogue's ``sub-moe``.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""Race the Riemannian step against its peers, and the head against nn.Linear, at two sizes."""
+"""Race the Riemannian step against its peers, and the head against nn.Linear, at two sizes.
+
+The system is the catalogue's ``grassmann-class``.
+"""
 
 import torch
 from torch import nn

@@ -3,6 +3,8 @@
 Targets: value and gradient as the literal form's (which makes every matrix and calls an LU log-determinant, as the
 authors' successor code does), in less time; a fit's time linear in the images and its memory flat, where scikit-learn's
 SpectralClustering grows with their square.
+
+The system is the catalogue's ``mlc``.
 """
 
 from functools import partial

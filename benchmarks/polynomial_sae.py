@@ -3,6 +3,8 @@
 Target: decoding forwards and backwards, and the retraction, at least 3 times as fast at d = 256, 4,096 latents and
 1,024 rows of 64 latents each. A whole step of training is raced as well; there the encoder, equal in both, sets the
 limit.
+
+The system is the catalogue's ``polysae``.
 """
 
 import torch

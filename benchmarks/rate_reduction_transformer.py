@@ -3,6 +3,8 @@
 Targets: the twin's numbers at 1.25 times its speed or better; a third of the plain layer's parameters and less of its
 time; and the layer report by small matrices against the authors' log-determinants of N x N. The twin is written from
 the published description: attention with the softmax written out, three products in the sparse step.
+
+The system is the catalogue's ``crate``.
 """
 
 import numpy as np

@@ -2,6 +2,8 @@
 
 Ours look at what they are given (finite, well defined, a rotation) unless it says otherwise; the others do not. The
 error of a small angle is kept as well: it is what the slower distance is for.
+
+The system is the catalogue's ``rotation-continuity``.
 """
 
 import numpy as np

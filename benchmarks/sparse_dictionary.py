@@ -2,6 +2,8 @@
 
 Targets: at equal error at least 5 times as fast as orthogonal_mp_gram with least-squares atoms. Inference is measured
 against the dense layer, for every way to multiply, with the bytes that each holds.
+
+The system is the catalogue's ``cospadi``.
 """
 
 import copy

@@ -2,6 +2,8 @@
 
 The twin is written from the formula with torch's own layers: per group a depthwise and a pointwise convolution, two
 batch norms, a max-pool and a softmax. Target: at least as fast at every size, several times at one image in eval mode.
+
+The system is the catalogue's ``ulsam``.
 """
 
 import torch

@@ -2,6 +2,8 @@
 
 Handwritten digits of scikit-learn: the first model knows 4 of them, the second 7, the third all. Each is trained to be
 compatible with the one before, so queries of the newest search the oldest index.
+
+The system is the catalogue's ``orthogonal-compatible-alignment``.
 """
 
 import numpy as np

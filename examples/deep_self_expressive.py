@@ -1,4 +1,7 @@
-"""Cluster handwritten digits without labels, and look at why training stopped."""
+"""Cluster handwritten digits without labels, and look at why training stopped.
+
+The system is the catalogue's ``lhdsc``.
+"""
 
 import warnings
 

@@ -2,6 +2,8 @@
 
 The text is Python's language reference, which comes with Python. A small Mixtral is trained on it once and kept; a
 checkpoint of your own, or a name on the Hub, goes in its place.
+
+The system is the catalogue's ``sub-moe``.
 """
 
 import math

@@ -2,6 +2,8 @@
 
 Coordinates are those of small molecules in ångström. Every atom collects its neighbours' directions by a Gaunt
 convolution; the many-body layer and products turn what it collected into numbers that no rotation changes.
+
+The system is the catalogue's ``gaunt``.
 """
 
 import torch

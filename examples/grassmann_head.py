@@ -3,6 +3,8 @@
 The network learns scikit-learn's digits with its linear classifier swapped for one subspace a class; the linear one is
 trained alike for comparison. Afterwards the angles between subspaces say which digits are close, and the part of a
 feature outside every subspace says that the image is no digit.
+
+The system is the catalogue's ``grassmann-class``.
 """
 
 import torch

@@ -2,6 +2,8 @@
 
 The generator is an autoencoder's decoder whose latent modulates every layer. Ten directions a layer are kept; after a
 short fine-tuning pictures are about as good as before, and nothing but those directions moves them.
+
+The system is the catalogue's ``householder-projector``.
 """
 
 import sys

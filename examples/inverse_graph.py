@@ -2,6 +2,8 @@
 
 The vectors are generated: 250 items embedded twice, as gallery and as queries, and all drawn towards one direction,
 some more than others. A bank of 500 other items makes the correction; 250 more choose its rates.
+
+The system is the catalogue's ``invgc``.
 """
 
 import numpy as np

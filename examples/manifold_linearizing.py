@@ -1,6 +1,8 @@
 """Cluster handwritten digits without labels: learn features in which every digit is a subspace of its own.
 
 Views of one image, turned and shifted a little, are all that the network is told.
+
+The system is the catalogue's ``mlc``.
 """
 
 from sklearn.cluster import KMeans

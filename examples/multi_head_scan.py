@@ -2,6 +2,8 @@
 
 Cut-outs of a photograph of grass hold a patch of the moon of any outline; a small U-shaped network of multi-head scan
 blocks is trained to find it, and measured on cut-outs that it has not seen. A file name draws them with both outlines.
+
+The system is the catalogue's ``mhs-vm``.
 """
 
 import sys

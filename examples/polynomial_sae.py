@@ -3,6 +3,8 @@
 The activations are sums of two of 20 directions; four pairs, met often, add a direction of their own, like a compound
 whose sense is not in its words. A linear and a polynomial sparse autoencoder of equal size learn them, and the
 polynomial one is asked which pairs interact.
+
+The system is the catalogue's ``polysae``.
 """
 
 import tempfile

@@ -2,6 +2,8 @@
 
 Eight points of a body are turned; the network sees their coordinates and answers with the rotation. On average the
 heads do not differ that much. Along one slow full turn, those that cannot be continuous have to cross a cliff.
+
+The system is the catalogue's ``rotation-continuity``.
 """
 
 import math

@@ -1,6 +1,8 @@
 """Make a small language model smaller without training it, and see what dictionaries keep that low rank does not.
 
 The model is trained once on Python's language reference, which comes with Python, and kept in the user's own folder.
+
+The system is the catalogue's ``cospadi``.
 """
 
 import tempfile

@@ -2,6 +2,8 @@
 
 Each half is a space of its own, as different as a shape's and a caption's: 32 pixels that share no coordinate with the
 other 32. 1,200 digits whose halves are known to belong together are the anchors, 300 others are to be matched.
+
+The system is the catalogue's ``plato-3d``.
 """
 
 import numpy as np

@@ -2,6 +2,8 @@
 
 The network is trained on upright digits of scikit-learn; the new domain shows them after a quarter turn. The adapter
 trains a tenth of the parameters, and its file is all that has to be kept beside the network.
+
+The system is the catalogue's ``flora-nd``.
 """
 
 import copy

@@ -2,6 +2,8 @@
 
 The log is generated: 60,000 rows in a Parquet file, of 3,000 users, 2,000 items and lists of search words. Two models
 of equal size learn from it batch by batch: one table for all columns, and a table a column.
+
+The system is the catalogue's ``unified-embedding``.
 """
 
 import tempfile

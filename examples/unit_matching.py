@@ -2,6 +2,8 @@
 
 Two small convolutional networks learn scikit-learn's digits; their channels are compared on digits that neither has
 seen, beside what the same networks had in common before training.
+
+The system is the catalogue's ``convergent-learning``.
 """
 
 import torch
