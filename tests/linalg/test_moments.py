@@ -29,6 +29,16 @@ def test_any_split_into_batches_gives_the_two_pass_sums(seed, cuts):
         np.testing.assert_allclose(mine, twin, atol=1e-11)
     assert moments.n_rows == 40
     np.testing.assert_allclose(moments.weight, w.sum())
+    bare = PairedMoments(3, 2, keep_cov_in=False, keep_cov_out=False)
+    for a, b in itertools.pairwise(edges):
+        bare.update(X[a:b], Y[a:b], w[a:b])
+    for whole, less in ((moments, bare), (moments.uncentred(), bare.uncentred())):
+        np.testing.assert_allclose(less.cross, whole.cross, atol=1e-11)
+        np.testing.assert_allclose([less.spread_in, less.spread_out], [whole.spread_in, whole.spread_out])
+        np.testing.assert_allclose(
+            [less.spread_in, less.spread_out], [np.trace(whole.cov_in), np.trace(whole.cov_out)], atol=1e-11
+        )
+        assert less.cov_in.size == less.cov_out.size == 0
 
 
 def test_a_merge_equals_one_pass():

@@ -62,7 +62,10 @@ class OrthogonalMap(Aligner):
         self.rank = rank
 
     def _fit_rows(self, X, Y, weights) -> None:
-        self._moments = PairedMoments(X.shape[1], Y.shape[1]).update(X, Y, weights)
+        # How far the map carries rows that it does not keep whole hangs on their covariance.
+        loses = X.shape[1] > Y.shape[1] or self.rank is not None
+        moments = PairedMoments(X.shape[1], Y.shape[1], keep_cov_in=loses, keep_cov_out=False)
+        self._moments = moments.update(X, Y, weights)
         self.modality_means_ = {}
         self._solve()
 
@@ -87,8 +90,9 @@ class OrthogonalMap(Aligner):
         self.mean_out_ = np.zeros(self._n_features_out) if still else fit.mean_out
         used = moments if centred else moments.uncentred()
         mapped = self.scale_ * self.rotation_
-        rss = np.sum((used.cov_in @ mapped) * mapped) - 2 * np.sum(used.cross * mapped) + np.trace(used.cov_out)
-        self.residual_ = float(np.sqrt(max(rss, 0.0) / (np.trace(used.cov_out) or 1.0)))
+        carried = np.sum((used.cov_in @ mapped) * mapped) if used.keep_cov_in else self.scale_**2 * used.spread_in
+        rss = carried - 2 * np.sum(used.cross * mapped) + used.spread_out
+        self.residual_ = float(np.sqrt(max(rss, 0.0) / (used.spread_out or 1.0)))
 
     def add_modality(self, name: str, X, y) -> "OrthogonalMap":
         """Learn the two means of a further modality from its own rows, which need not be paired.

@@ -72,7 +72,7 @@ def procrustes(
         raise ValueError(
             f"X and Y must be 2-d with equal, positive row counts, got {tuple(X.shape)} and {tuple(Y.shape)}"
         )
-    moments = PairedMoments(X.shape[1], Y.shape[1], keep_cov_out=False).update(X, Y, weights)
+    moments = PairedMoments(X.shape[1], Y.shape[1], keep_cov_in=False, keep_cov_out=False).update(X, Y, weights)
     fit = procrustes_from_moments(moments, shift=shift, scale=scale, rank=rank, tie_break=tie_break)
     if is_torch(X):
         return fit._replace(**{name: X.new_tensor(getattr(fit, name)) for name in _ARRAYS})
@@ -116,7 +116,7 @@ def procrustes_from_moments(
         rotation = _complete_near_identity(U[:, :found], Vt[:found].T)
     else:
         rotation = U @ Vt
-    spread = np.trace(used.cov_in)
+    spread = used.spread_in
     factor = float(s[:rank].sum() / spread) if scale and spread > 0 else 1.0
     return ProcrustesFit(rotation, factor, used.mean_in, used.mean_out, s, found)
 
