@@ -246,6 +246,20 @@ def test_a_claim_writes_evidence_and_check_turns_a_verdict_into_an_exit_code(hom
     assert "open" in capsys.readouterr().out
 
 
+def test_of_all_claims_those_that_lack_a_package_are_left_out_and_a_named_one_is_an_error(home, capsys, monkeypatch):
+    from polyspan import claims
+
+    def lacking(claim, **_):
+        raise MissingExtra(f"{claim.slug} needs a package")
+
+    monkeypatch.setattr(claims, "measure_claim", lacking)
+    assert run(["claim", "--family", "align"]) == 0
+    assert "canonicalize\tleft out: canonicalize needs a package" in capsys.readouterr().out
+    assert not list((home / "evidence").glob("*.json"))
+    assert run(["claim", "canonicalize"]) == 4
+    assert "canonicalize needs a package" in capsys.readouterr().err
+
+
 def test_a_claim_runs_on_a_users_own_file(tmp_path, capsys):
     from polyspan.claims.canonicalize import planted
     from polyspan.io import write_members

@@ -6,6 +6,7 @@ import numpy as np
 
 from polyspan.claims import Claim
 from polyspan.data import dataset, python_reference
+from polyspan.errors import require
 from polyspan.run import numpy_generator, thread_limits
 
 # Seeds of models, layers and drawn pieces; no other were looked at before.
@@ -185,11 +186,11 @@ def _of_text(data: Text, seed: int) -> dict[str, float]:
 def prepare(data: Text, seed: int) -> tuple[Any, Any, Any]:
     """Return a model trained on the text, and pieces (b, t) that calibrate and that are scored."""
     import torch
-    import transformers
 
     from polyspan.checkpoints._expert_stream import quiet_transformers
     from polyspan.integrations import small_language_model
 
+    transformers: Any = require("transformers", extra="hf", purpose="a small language model")
     level = "standard" if data.large.all() else "quick"
     sizes = STANDARD if data.large.all() else QUICK
     train, test = (bytes(np.asarray(part, np.uint8)).decode("utf-8", "replace") for part in (data.train, data.test))

@@ -9,6 +9,7 @@ import numpy as np
 
 from polyspan.claims import Claim
 from polyspan.data import dataset, digits
+from polyspan.errors import require
 
 BATCH, PRETRAIN_RATE = 50, 1e-2
 RATES = (1e-2, 3e-2, 1e-1)
@@ -122,9 +123,9 @@ def train(model: Any, X: Any, y: Any, *, passes: int, rate: float, seed: int) ->
 
 def arms(side: int, dearer: bool) -> dict[str, Callable[[Any, int], Any]]:
     """Return how each arm freezes a copy of the pretrained network and adds what it trains."""
-    import peft
-
     from polyspan.checkpoints import TuckerAdapterConfig
+
+    peft: Any = require("peft", extra="hf", purpose="the adapters beside this one")
 
     r_in, r_out, r_spatial = RANKS[side]["tucker"]
     shared = {"target_modules": ADAPTED, "modules_to_save": ["head"]}

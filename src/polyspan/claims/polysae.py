@@ -8,6 +8,7 @@ import numpy as np
 
 from polyspan.claims import Claim
 from polyspan.data import dataset
+from polyspan.errors import require
 
 WIDTH, N_ATOMS, N_LATENTS, RANK, STRENGTH = 32, 32, 48, 8, 0.5
 N_TRAIN, N_TEST = 51_200, 5_000
@@ -108,11 +109,10 @@ def _recorded(train: str, test: str, n_train: int, n_test: int, **sizes: Any) ->
     import tempfile
     from pathlib import Path
 
-    import transformers
-
     from polyspan.integrations import small_language_model
     from polyspan.learn import ActivationStore
 
+    transformers: Any = require("transformers", extra="hf", purpose="a small language model")
     where = small_language_model(train, "llama", context=CONTEXT, **sizes)
     shown = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()

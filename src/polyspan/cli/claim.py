@@ -56,13 +56,14 @@ def claim(
     """
     from polyspan import catalog
     from polyspan.claims import find_claim, measure_claim, write_evidence
+    from polyspan.errors import MissingExtra
     from polyspan.run import user_folder
 
     working = [e for e in catalog.entries() if e.status == "working"]
     chosen = [find_claim(slug) for slug in slugs]
+    asked = {one.slug for one in chosen}
     if all or family is not None:
-        named = {c.slug for c in chosen}
-        found = [e.slug for e in working if (all or e.family == family) and e.slug not in named]
+        found = [e.slug for e in working if (all or e.family == family) and e.slug not in asked]
         if not found and not chosen:
             raise ValueError(f"--family must have a working system, got {family!r}")
         chosen += [find_claim(slug) for slug in found]
@@ -79,17 +80,24 @@ def claim(
                 continue
             table.update(one.slug, "measuring")
             journal = user_folder("journals") / f"{one.slug}.{'user' if data else level}.jsonl"
-            evidence = measure_claim(
-                one,
-                level=level,
-                data=data,
-                seeds=seeds,
-                workers=workers,
-                engine=engine,
-                address=address,
-                journal=journal,
-                tell=table.tell(one.slug),
-            )
+            try:
+                evidence = measure_claim(
+                    one,
+                    level=level,
+                    data=data,
+                    seeds=seeds,
+                    workers=workers,
+                    engine=engine,
+                    address=address,
+                    journal=journal,
+                    tell=table.tell(one.slug),
+                )
+            except MissingExtra as error:
+                # Of all systems, those that cannot be measured here are told and left out; one that was named is not.
+                if one.slug in asked:
+                    raise
+                table.update(one.slug, f"left out: {error}")
+                continue
             write_evidence(evidence, folder)
             results.append(evidence)
             table.update(one.slug, evidence.verdict, evidence)
