@@ -15,6 +15,7 @@ from .encoders import load_encoder as load_encoder
 from .file_tables import FaissTable as FaissTable
 from .file_tables import FileTable as FileTable
 from .file_tables import wrap_queries as wrap_queries
+from .franca_model import convert_franca_checkpoint as convert_franca_checkpoint
 from .grassmann_model import GrassmannForCausalLM as GrassmannForCausalLM
 from .grassmann_model import GrassmannForSequenceClassification as GrassmannForSequenceClassification
 from .grassmann_model import GrassmannLMConfig as GrassmannLMConfig
