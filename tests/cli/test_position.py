@@ -6,6 +6,7 @@ import pytest
 from polyspan.claims.franca import mosaics
 from polyspan.cli.position import apply, fit, score
 from polyspan.cluster import PositionalDisentangler
+from polyspan.cluster.position_plots import _departures
 
 
 @pytest.fixture
@@ -38,6 +39,24 @@ def test_rows_are_streamed_and_keep_their_number(features, tmp_path, capsys):
     made = PositionalDisentangler.load(tmp_path / "map.safetensors")
     np.testing.assert_allclose(np.load(tmp_path / "clean.npy"), made.transform(rows), atol=1e-5)
     assert "4096, 96" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["leace", "rasa", "position_mean"])
+def test_the_picture_is_drawn_twice_alike_and_another_kind_is_told_first(features, tmp_path, method):
+    for name in ("a", "b"):
+        fit(features, out=tmp_path / f"{name}.safetensors", method=method, plot=tmp_path / f"{name}.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    with pytest.raises(ValueError, match=r"path must end in .svg, .png or .pdf, got .*c.gif"):
+        fit(features, out=tmp_path / "c.safetensors", method=method, plot=tmp_path / "c.gif")
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_means_of_places_that_are_taken_out_tell_nothing_any_more():
+    X = mosaics(0, n=64).items
+    fitted = {method: PositionalDisentangler(method=method).fit(X) for method in ("leace", "position_mean")}
+    left = {method: _departures(made.transform(X)).mean() for method, made in fitted.items()}
+    assert left["position_mean"] < 1e-6 < left["leace"] < _departures(X).mean()
+    assert _departures(np.ones((3, 4, 2))).tolist() == [0, 0, 0, 0]
 
 
 def test_the_source_is_never_overwritten(features, tmp_path):

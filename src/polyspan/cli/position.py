@@ -19,6 +19,7 @@ def fit(
     rounds: int = 9,
     alpha: float = 1.0,
     member: str | None = None,
+    plot: Path | None = None,
     json: bool = False,
 ) -> None:
     """Find what tells the position of patches in dense features, and keep the map that takes it out.
@@ -45,17 +46,24 @@ def fit(
         Ridge penalty, in rows.
     member : str
         Which array of an .npz or .safetensors file.
+    plot : Path
+        Picture of what each place tells before and after: .svg, .png or .pdf.
     json : bool
         Print the report as JSON.
     """
     from polyspan.cluster import PositionalDisentangler
-    from polyspan.io import digest_file
+    from polyspan.cluster.position_plots import plot_position
+    from polyspan.io import digest_file, picture_path
 
+    if plot is not None:
+        picture_path(plot)
     X = _read(features, member)
     targets = targets or ("cosine" if method == "leace" else "row_col")
     made = PositionalDisentangler(rounds, method=method, targets=targets, order=order, alpha=alpha)
     made.fit(X, grid=grid)
     made.save(out, features=features.name, digest=digest_file(features))
+    if plot is not None:
+        plot_position(made, X, plot, grid=grid)
     told = {
         "images": len(X),
         "rows": made.n_rows_seen_,
