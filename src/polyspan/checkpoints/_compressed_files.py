@@ -15,7 +15,7 @@ from ._compressed_layers import LowRankLinear, SparseDictionaryLinear
 from ._compression import join, with_bias
 from ._layer_methods import layer_from_config
 from ._merge_states import ShardedState
-from .merge_files import CODES, copy_others, plan_shards
+from .merge_files import CODES, as_bytes, copy_others, plan_shards
 
 QUANT_METHOD = "polyspan_compressed"
 STEM, DENSE_STEM = "polyspan", "model"
@@ -56,7 +56,7 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Entry | Tensor]) -> Path
 
 def _raw(entry: Entry) -> Any:
     """Return a tensor's bytes."""
-    return entry.make().detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return as_bytes(entry.make())
 
 
 def stored_entries(model: nn.Module, *, dense: bool = False) -> dict[str, Entry]:

@@ -16,7 +16,7 @@ from polyspan.io import write_tensor_blocks
 
 from ._expert_layout import ADVICE, ExpertLayer, find_expert_layers
 from ._merge_states import ShardedState
-from .merge_files import CODES
+from .merge_files import CODES, as_bytes
 
 LAYER = re.compile(r"^(.*?)\.(\d+)(?:\.|$)")
 
@@ -232,12 +232,8 @@ def text_pieces(path: Path, text: str, length: int, samples: int | None) -> Tens
     return ids[: n * length].view(n, length)
 
 
-def write_state(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+def write_state(path: Path, state: dict[str, Tensor]) -> Path:
     """Write tensors of any dtype to a .safetensors file, wide items first, without a copy of all of them."""
     order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
     facts = {name: (CODES[state[name].dtype], tuple(state[name].shape)) for name in order}
-    return write_tensor_blocks(path, facts, (as_bytes(state[name]) for name in order), metadata or {"format": "pt"})
-
-
-def as_bytes(part: Tensor) -> memoryview:
-    return part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return write_tensor_blocks(path, facts, (as_bytes(state[name]) for name in order), {"format": "pt"})

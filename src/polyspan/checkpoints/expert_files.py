@@ -38,9 +38,9 @@ from ._expert_jobs import (
     statistics_task,
 )
 from ._expert_layout import COUNTS, ExpertLayer, check_reducible, fused_parameters, reduced_router
-from ._expert_stream import StreamedModel, as_bytes, text_pieces
+from ._expert_stream import StreamedModel, text_pieces
 from .expert_merging import RIVALS, ExpertMerger, ExpertMergeReport, MergedLayer, Outcome, narrowed, wide_stack
-from .merge_files import CODES, copy_others, digests, plan_shards
+from .merge_files import CODES, as_bytes, copy_others, digests, plan_shards
 
 JOURNAL = "merge.journal.jsonl"
 REPORT = "expert_merge_report.json"

@@ -198,7 +198,7 @@ def write_shards(
             resumed += 1
             continue
         facts = {name: (CODES[tensors[name][0]], tensors[name][1]) for name in names}
-        blocks = (_bytes(block) for name in names for block in made(name))
+        blocks = (as_bytes(block) for name in names for block in made(name))
         write_tensor_blocks(folder / file, facts, blocks, {"format": "pt"})
         journal.record(file, digest_file(folder / file))
     if len(plan) > 1:
@@ -211,7 +211,8 @@ def write_shards(
     return [folder / file for file in files], resumed
 
 
-def _bytes(block: Tensor) -> memoryview:
+def as_bytes(block: Tensor) -> memoryview:
+    """Return what a tensor of any dtype is in a file; on the CPU and in C order it is not copied."""
     return block.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
