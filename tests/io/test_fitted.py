@@ -5,9 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 
 from polyspan.errors import CorruptFile, UntrustedFile, WrongContent
-from polyspan.io import inspect_file, load_fitted, save_fitted, write_array, write_members
+from polyspan.io import (
+    classes_of,
+    constructor_params,
+    header_classes,
+    inspect_file,
+    load_fitted,
+    save_fitted,
+    write_array,
+    write_members,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 ARRAYS = {"rotation": np.eye(3)[:, :2], "mean": np.arange(3, dtype=np.float32), "counts": np.array([1, 2])}
@@ -147,3 +157,26 @@ def test_a_doctor_says_what_a_file_holds_or_what_is_wrong(tmp_path):
     (tmp_path / "e.txt").write_text("1 2\n2 3\n")
     assert inspect_file(tmp_path / "e.txt")["edges"] == 2
     json.dumps([inspect_file(p) for p in tmp_path.iterdir()])
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        np.array([-1, 3]), np.array([0.5, 2.0], np.float32), np.array([False, True]), np.array(["a", "ü"]),
+        np.array(["a", "long"], dtype=object),
+    ],
+)  # fmt: skip
+def test_classes_go_through_a_header_as_they_are(tmp_path, classes):
+    path = saved(tmp_path, params={"classes": header_classes(classes)})
+    found = classes_of(load_fitted(path).params["classes"])
+    assert found.dtype == classes.dtype
+    assert found.tolist() == classes.tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(3, 3), (np.int64(3), 3), (None, None), (np.random.RandomState(0), None)]
+)  # fmt: skip
+def test_parameters_of_an_estimator_keep_a_seed_and_no_state_of_a_generator(given, kept):
+    found = constructor_params(KMeans(4, random_state=given))
+    assert found == KMeans(4, random_state=kept).get_params()
+    assert type(found["random_state"]) is type(kept)

@@ -14,7 +14,15 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, valida
 from torch import nn
 
 from polyspan.errors import WrongContent
-from polyspan.io import digest_array, dump_json, load_fitted, save_fitted
+from polyspan.io import (
+    classes_of,
+    constructor_params,
+    digest_array,
+    dump_json,
+    header_classes,
+    load_fitted,
+    save_fitted,
+)
 from polyspan.run import pick_device
 
 from ._compatible_fit import Encoder, Recipe, multilayer_perceptron, output_width, run_rows, seeded, train
@@ -268,13 +276,11 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
         ``about`` holds facts, such as the name and date of the model.
         """
         check_is_fitted(self)
-        init = self.get_params(deep=False)
+        init = constructor_params(self)
         own = isinstance(init["backbone"], nn.Module)
         init |= {"backbone": "module" if own else init["backbone"], "hidden": list(self.hidden), "checkpoint": None}
-        if not isinstance(init["random_state"], int | None):
-            init["random_state"] = None
         facts = {name: getattr(self, name) for name in ("old_dim_", "old_unit_", "n_features_in_", "history_")}
-        facts["classes"] = {"dtype": self.classes_.dtype.str, "values": self.classes_.tolist()}
+        facts["classes"] = header_classes(self.classes_)
         arrays = {f"encoder.{name}": value.cpu() for name, value in self.encoder_.state_dict().items()}
         for name in ("prototypes_", "separability_", "class_means_"):
             if getattr(self, name) is not None:
@@ -304,8 +310,7 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
             raise ValueError(f"backbone must be the module that {path} was fitted with, got None")
         init["backbone"], init["hidden"] = backbone or init["backbone"], tuple(init["hidden"])
         made = cls(**init)
-        known = facts.pop("classes")
-        made.classes_ = np.array(known["values"], dtype=object if known["dtype"] == "|O" else known["dtype"])
+        made.classes_ = classes_of(facts.pop("classes"))
         for name, value in facts.items():
             setattr(made, name, value)
         for name in ("prototypes_", "separability_", "class_means_"):

@@ -341,11 +341,10 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
 
     def save(self, path: Path | str) -> Path:
         """Write parameters and components to one .safetensors file, atomically; labels are not kept."""
-        from polyspan.io import save_fitted
+        from polyspan.io import constructor_params, save_fitted
 
         check_is_fitted(self, "bases_")
-        init = self.get_params()
-        init["random_state"] = init["random_state"] if isinstance(init["random_state"], int) else None
+        init = constructor_params(self)
         if isinstance(init["rank"], Sequence | np.ndarray) and not isinstance(init["rank"], str):
             init["rank"] = [int(r) for r in init["rank"]]
         arrays = {name: getattr(self, name) for name in ARRAYS}

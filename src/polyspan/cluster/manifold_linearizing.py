@@ -250,13 +250,11 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, ClusterMixi
 
         A ``backbone`` or an ``augment`` of your own is code and is not in the file; pass them to :meth:`load`.
         """
-        from polyspan.io import save_fitted
+        from polyspan.io import constructor_params, save_fitted
 
         check_is_fitted(self)
-        init = {
-            name: value for name, value in self.get_params(deep=False).items() if name not in ("backbone", "augment")
-        }
-        init["random_state"] = init["random_state"] if isinstance(init["random_state"], int) else None
+        own = ("backbone", "augment")
+        init = {name: value for name, value in constructor_params(self).items() if name not in own}
         init["init"] = init["init"] if init["init"] in ("tcr", "none") else "none"
         init["checkpoint"] = None
         facts = {name: getattr(self, name) for name in FACTS}

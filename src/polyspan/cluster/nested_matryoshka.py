@@ -294,11 +294,10 @@ class NestedMatryoshkaClustering(ClassNamePrefixFeaturesOutMixin, ClusterMixin, 
 
         An ``encoder`` or an ``augment`` of your own is code and is not in the file; pass them to :meth:`load`.
         """
-        from polyspan.io import save_fitted
+        from polyspan.io import constructor_params, save_fitted
 
         check_is_fitted(self)
-        init = {name: value for name, value in self.get_params(deep=False).items() if name not in OWN}
-        init["random_state"] = init["random_state"] if isinstance(init["random_state"], int) else None
+        init = {name: value for name, value in constructor_params(self).items() if name not in OWN}
         init["checkpoint"] = None
         words = {name: getattr(self, name) for name in OWN if isinstance(getattr(self, name), str | None)}
         facts = {name: getattr(self, name) for name in FACTS}

@@ -269,13 +269,12 @@ class PositionalDisentangler(OneToOneFeatureMixin, TransformerMixin, BaseEstimat
 
     def save(self, path: Path | str, **about: Any) -> Path:
         """Write the map to one .safetensors file, atomically; ``about`` holds facts such as the model's name."""
-        from polyspan.io import save_fitted
+        from polyspan.io import constructor_params, save_fitted
 
         check_is_fitted(self)
         if callable(self.targets):
             raise ValueError("targets must be named to be saved, got a function, which is code")
-        init = self.get_params()
-        init["random_state"] = init["random_state"] if isinstance(init["random_state"], int) else None
+        init = constructor_params(self)
         facts = {name: getattr(self, name) for name in ("n_rounds_", "n_rows_seen_", "n_features_in_", "_unit")}
         facts["names"] = [str(name) for name in getattr(self, "feature_names_in_", ())]
         arrays = {name: getattr(self, name) for name in self._stored(self.method)}

@@ -21,6 +21,9 @@ from .embeddings import EmbeddingWriter as EmbeddingWriter
 from .embeddings import text_batches as text_batches
 from .embeddings import transform_file as transform_file
 from .fitted import Fitted as Fitted
+from .fitted import classes_of as classes_of
+from .fitted import constructor_params as constructor_params
+from .fitted import header_classes as header_classes
 from .fitted import load_fitted as load_fitted
 from .fitted import save_fitted as save_fitted
 from .graphs import Graph as Graph

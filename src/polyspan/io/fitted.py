@@ -1,6 +1,7 @@
 """Fitted things on disk: named arrays in .safetensors, and one JSON header that says what they are."""
 
 import importlib.metadata
+import numbers
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,3 +130,25 @@ def load_fitted(path: PathLike, kind: str | tuple[str, ...] | None = None, *, fi
         if finite and arrays[name].dtype.kind == "f" and not np.isfinite(arrays[name]).all():
             raise WrongContent(path, found="NaN or infinity", expected="finite numbers", where=f"tensor {name}")
     return Fitted(header["kind"], arrays, header["params"], header["about"], header)
+
+
+def constructor_params(estimator: Any) -> dict[str, Any]:
+    """Return the parameters of a scikit-learn estimator for a header, without looking into nested ones.
+
+    A ``random_state`` that is a generator is a state and no number: it becomes None.
+    """
+    params = estimator.get_params(deep=False)
+    if "random_state" in params:
+        seed = params["random_state"]
+        params["random_state"] = int(seed) if isinstance(seed, numbers.Integral) else None
+    return params
+
+
+def header_classes(classes: np.ndarray) -> dict[str, Any]:
+    """Return ``classes_`` of a classifier (C,), numbers or text, in JSON types; :func:`classes_of` reads them."""
+    return {"dtype": classes.dtype.str, "values": classes.tolist()}
+
+
+def classes_of(stored: Mapping[str, Any]) -> np.ndarray:
+    """Return the classes (C,) that :func:`header_classes` wrote."""
+    return np.array(stored["values"], dtype=object if stored["dtype"] == "|O" else stored["dtype"])

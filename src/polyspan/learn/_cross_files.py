@@ -6,15 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from polyspan.io import save_fitted
+from polyspan.io import constructor_params, save_fitted
 
 
 def write_estimator(made: Any, path: Path, about: Mapping[str, Any], more: Mapping[str, np.ndarray]) -> Path:
     """Write a fitted estimator; ``about`` and ``more`` are facts and arrays of a training that is to go on."""
-    init = made.get_params()
-    if not isinstance(init["random_state"], int | None):
-        init["random_state"] = None
-    init = {k: list(v) if isinstance(v, tuple) else v for k, v in init.items()}
+    init = {k: list(v) if isinstance(v, tuple) else v for k, v in constructor_params(made).items()}
     named = hasattr(made, "feature_names_in_")
     params = {
         "init": init,

@@ -282,17 +282,15 @@ class CrateClassifier(ClassifierMixin, BaseEstimator):
 
     def save(self, path: Path | str) -> Path:
         """Write the fitted classifier to one .safetensors file, atomically; no pickle."""
-        from polyspan.io import save_fitted
+        from polyspan.io import constructor_params, header_classes, save_fitted
 
         check_is_fitted(self)
-        init = self.get_params()
-        init["random_state"] = init["random_state"] if isinstance(init["random_state"], int | None) else None
+        init = constructor_params(self)
         init["checkpoint"] = None if init["checkpoint"] is None else str(init["checkpoint"])
         facts = {
             name: getattr(self, name) for name in ("n_features_in_", "image_shape_", "mean_", "spread_", "loss_curve_")
         }
-        classes = {"dtype": self.classes_.dtype.str, "values": self.classes_.tolist()}
-        params = {"init": init, "facts": facts, "classes": classes, "config": self.model_.config}
+        params = {"init": init, "facts": facts, "classes": header_classes(self.classes_), "config": self.model_.config}
         arrays = {name: value.detach().cpu().numpy() for name, value in self.model_.state_dict().items()}
         return save_fitted(Path(path), kind=type(self).__name__, arrays=arrays, params=params)
 
@@ -305,7 +303,7 @@ class CrateClassifier(ClassifierMixin, BaseEstimator):
         FileError
             One of its five kinds; ``WrongContent`` where the file holds something else.
         """
-        from polyspan.io import load_fitted
+        from polyspan.io import classes_of, load_fitted
 
         from .crate_checkpoints import load_crate
 
@@ -313,8 +311,7 @@ class CrateClassifier(ClassifierMixin, BaseEstimator):
         made = cls(**found.params["init"])
         for name, value in found.params["facts"].items():
             setattr(made, name, tuple(value) if name == "image_shape_" else value)
-        dtype = found.params["classes"]["dtype"]
-        made.classes_ = np.array(found.params["classes"]["values"], dtype=object if dtype == "|O" else dtype)
+        made.classes_ = classes_of(found.params["classes"])
         made.model_ = load_crate(path)
         made.n_iter_ = len(made.loss_curve_)
         return made

@@ -209,14 +209,11 @@ class GrassmannClassifier(ClassifierMixin, BaseEstimator):
 
     def save(self, path: Path | str) -> Path:
         """Write the fitted classifier to one .safetensors file, atomically; no pickle."""
-        from polyspan.io import save_fitted
+        from polyspan.io import constructor_params, header_classes, save_fitted
 
         check_is_fitted(self)
-        params: dict[str, Any] = {"init": self.get_params(), "facts": {"n_features_in_": self.bases_.shape[1]}}
-        if not isinstance(params["init"]["random_state"], int | None):
-            params["init"]["random_state"] = None
-        params["facts"]["loss_curve_"] = self.loss_curve_
-        params["classes"] = {"dtype": self.classes_.dtype.str, "values": self.classes_.tolist()}
+        facts = {"n_features_in_": self.bases_.shape[1], "loss_curve_": self.loss_curve_}
+        params = {"init": constructor_params(self), "facts": facts, "classes": header_classes(self.classes_)}
         arrays = {"bases": self.bases_, "momentum": self._momentum}
         return save_fitted(Path(path), kind=type(self).__name__, arrays=arrays, params=params)
 
@@ -229,14 +226,13 @@ class GrassmannClassifier(ClassifierMixin, BaseEstimator):
         FileError
             One of its five kinds; ``WrongContent`` where the file holds something else.
         """
-        from polyspan.io import load_fitted
+        from polyspan.io import classes_of, load_fitted
 
         found = load_fitted(Path(path), kind=cls.__name__)
         made = cls(**found.params["init"])
         for name, value in found.params["facts"].items():
             setattr(made, name, value)
-        dtype = found.params["classes"]["dtype"]
-        made.classes_ = np.array(found.params["classes"]["values"], dtype=object if dtype == "|O" else dtype)
+        made.classes_ = classes_of(found.params["classes"])
         made.bases_ = np.array(found.arrays["bases"])
         made._momentum = np.array(found.arrays["momentum"])
         made.n_iter_ = len(made.loss_curve_)
