@@ -286,8 +286,11 @@ class MergedExperts(nn.Module):
         weights = torch.zeros(chosen.shape, dtype=wide, device=places.device)
         weights = weights.scatter_add(1, places, top_k_weights.to(wide))
         out = torch.zeros_like(hidden_states)
-        for group in chosen.any(dim=0).nonzero().flatten().tolist():
-            tokens = chosen[:, group].nonzero().flatten()
+        # All groups' tokens at once: two waits for the device, however many groups there are.
+        by_group = chosen.mT.nonzero()[:, 1].split(chosen.sum(dim=0).tolist())
+        for group, tokens in enumerate(by_group):
+            if not len(tokens):
+                continue
             x = hidden_states[tokens]
             gate = self._apply_map("gate", group, x) if self.gated else None
             made = self._apply_map("down", group, self.activation(gate, self._apply_map("up", group, x)))
