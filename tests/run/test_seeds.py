@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyspan.run import numpy_generator, spawn_seeds, torch_generator
+from polyspan.run import layers_draw_from, numpy_generator, spawn_seeds, torch_generator
 
 
 @settings(max_examples=20)
@@ -42,3 +42,18 @@ def test_no_seeds_are_no_seeds_and_negative_numbers_are_refused():
         spawn_seeds(-1, 2)
     with pytest.raises(ValueError, match="n must be at least 0, got -2"):
         spawn_seeds(1, -2)
+
+
+def test_layers_draw_from_a_generator_that_goes_on_and_the_global_one_is_as_before():
+    before = torch.get_rng_state()
+    generator, twin = torch_generator(5), torch_generator(5)
+    with layers_draw_from(generator):
+        first, second = torch.nn.Linear(3, 2).weight, torch.rand(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    with layers_draw_from(twin):
+        assert torch.equal(torch.nn.Linear(3, 2).weight, first)
+    assert torch.equal(torch.rand(4, generator=twin), second)
+    assert torch.equal(generator.get_state(), twin.get_state())
+    with pytest.raises(RuntimeError, match="stop"), layers_draw_from(generator):
+        raise RuntimeError("stop")
+    assert torch.equal(torch.get_rng_state(), before)

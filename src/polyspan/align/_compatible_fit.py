@@ -1,10 +1,9 @@
 """Training loop of compatible encoders: warm-up, cosine decay, a checkpoint an epoch, and a stop at a loss of NaN."""
 
-import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from polyspan.errors import NotConverged
 from polyspan.io import load_fitted, remove_file, save_fitted
-from polyspan.run import Progress
+from polyspan.run import Progress, layers_draw_from
 
 from ._compatible_head import OrthogonalCompatibleHead, OrthogonalCompatibleLoss
 
@@ -53,20 +52,8 @@ class Encoder(nn.Module):
         return self.head(self.backbone(x)).logits
 
 
-@contextlib.contextmanager
-def seeded(generator: torch.Generator, device: torch.device) -> Generator[None]:
-    """Let layers that draw from torch's global generator, such as dropout, draw from ours, and put the global back."""
-    cuda = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.random.set_rng_state(generator.get_state())
-        if cuda:
-            torch.cuda.manual_seed(generator.initial_seed())
-        yield
-        generator.set_state(torch.random.get_rng_state())
-
-
 def multilayer_perceptron(n_features: int, hidden: Sequence[int]) -> nn.Sequential:
-    """Linear, batch norm and ReLU a hidden layer; call it inside :func:`seeded`."""
+    """Linear, batch norm and ReLU a hidden layer; call it inside :func:`polyspan.run.layers_draw_from`."""
     layers: list[nn.Module] = []
     for width in hidden:
         layers += [nn.Linear(n_features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
@@ -129,13 +116,13 @@ def train(
     encoder.train()
     with (
         Progress("training a compatible encoder", recipe.max_iter, enabled=recipe.verbose) as shown,
-        seeded(generator, device),
+        layers_draw_from(generator, device),
     ):
         shown.advance(len(history))
         for epoch in range(len(history), recipe.max_iter):
             kept = copy.deepcopy(encoder.state_dict())
             sums = torch.zeros(len(TERMS), device=device)
-            # Inside ``seeded`` the global generator is ours.
+            # The global generator is ours here.
             for i, chosen in enumerate(batches(len(rows), recipe.batch_size, torch.default_generator)):
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.learning_rate * factor(epoch * per_epoch + i, per_epoch, recipe)

@@ -23,9 +23,9 @@ from polyspan.io import (
     load_fitted,
     save_fitted,
 )
-from polyspan.run import pick_device
+from polyspan.run import layers_draw_from, pick_device
 
-from ._compatible_fit import Encoder, Recipe, multilayer_perceptron, output_width, run_rows, seeded, train
+from ._compatible_fit import Encoder, Recipe, multilayer_perceptron, output_width, run_rows, train
 from ._compatible_head import CompatibleOutput, OrthogonalCompatibleHead, OrthogonalCompatibleLoss
 from ._orthogonal_transform import ORTHOGONAL_MAPS
 from ._prototypes import as_rows, class_prototypes, prototype_separability, tell_of_lengths, unit_rows
@@ -334,7 +334,7 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
 
     def _build(self, X: np.ndarray, n_classes: int, generator: torch.Generator) -> Encoder:
         extra = self.extra_dim if self.prototypes_ is not None else 0
-        with seeded(generator, torch.device("cpu")):
+        with layers_draw_from(generator):
             if isinstance(self.backbone, nn.Module):
                 backbone = copy.deepcopy(self.backbone).cpu()
             else:

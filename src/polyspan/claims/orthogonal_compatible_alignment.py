@@ -87,12 +87,12 @@ def make_backbone(data: Stages, seed: int) -> Any:
     """Return "mlp", or a convolutional network of 28 by 28 images, seeded."""
     if int(data.widths[0]):
         return "mlp"
-    import torch
     from torch import nn
 
+    from polyspan.run import layers_draw_from, torch_generator
+
     side = round(data.rows.shape[1] ** 0.5)
-    with torch.random.fork_rng(devices=[]):
-        torch.random.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+    with layers_draw_from(torch_generator(seed)):
         return nn.Sequential(
             nn.Unflatten(1, (1, side, side)),
             nn.Conv2d(1, 16, 5, stride=2, padding=2, bias=False),

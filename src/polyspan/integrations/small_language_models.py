@@ -10,7 +10,7 @@ from torch import Tensor
 from polyspan.errors import require
 from polyspan.io import atomic_directory, check_directory, digest_array, digest_file, make_folder
 from polyspan.nn import train_next_token
-from polyspan.run import torch_generator, user_folder
+from polyspan.run import layers_draw_from, torch_generator, user_folder
 
 # What a changed recipe would be: kept models of another one are not taken for those of this one.
 RECIPE = 1
@@ -104,9 +104,7 @@ def small_language_model(
         else _tokenizer(transformers, text, vocab_size, context)
     )
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    with torch.random.fork_rng(devices=[]):
-        # Initial weights come from torch's global generator, which is put back.
-        torch.set_rng_state(torch_generator(seed).get_state())
+    with layers_draw_from(torch_generator(seed)):
         model = _untrained(transformers, architecture, sizes | {"vocab_size": len(tokenizer)}, balance)
         if initial is not None:
             _upcycle(transformers, model, initial, initial_noise, torch_generator(seed))

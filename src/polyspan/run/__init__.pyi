@@ -12,6 +12,7 @@ from .machine import measure_peak as measure_peak
 from .parallel import map_tasks as map_tasks
 from .progress import Progress as Progress
 from .progress import progress as progress
+from .seeds import layers_draw_from as layers_draw_from
 from .seeds import numpy_generator as numpy_generator
 from .seeds import spawn_seeds as spawn_seeds
 from .seeds import torch_generator as torch_generator

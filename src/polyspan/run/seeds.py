@@ -1,5 +1,7 @@
 """Seeds and generators: chance is passed in, never global."""
 
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -33,3 +35,22 @@ def torch_generator(seed: int, device: Any = "cpu") -> Any:
     import torch
 
     return torch.Generator(device=device).manual_seed(seed)
+
+
+@contextlib.contextmanager
+def layers_draw_from(generator: Any, device: Any = "cpu") -> Generator[None]:
+    """Let what draws from torch's global generator, such as new layers or dropout, draw from ``generator`` instead.
+
+    The global generator is put back at the end, and ``generator``, one of the CPU, has gone on by what was drawn there.
+    On a CUDA ``device`` the global generator begins at the seed of ``generator``.
+    """
+    import torch
+
+    device = torch.device(device)
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.random.set_rng_state(generator.get_state())
+        if cuda:
+            torch.cuda.manual_seed(generator.initial_seed())
+        yield
+        generator.set_state(torch.random.get_rng_state())
