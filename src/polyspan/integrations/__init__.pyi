@@ -31,7 +31,7 @@ from .qdrant_tables import QdrantTable as QdrantTable
 from .small_language_models import small_language_model as small_language_model
 from .upgrading import Upgrade as Upgrade
 from .upgrading import UpgradeCheck as UpgradeCheck
+from .vector_stores import open_vector_table as open_vector_table
 from .vector_tables import TableBatch as TableBatch
 from .vector_tables import TableFacts as TableFacts
 from .vector_tables import VectorTable as VectorTable
-from .vector_tables import open_vector_table as open_vector_table
