@@ -6,14 +6,15 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.io
 import scipy.sparse as sp
+from sklearn.cluster import KMeans
 
 from polyspan.cli.cluster import graph
-from polyspan.cluster import S2CAG, ModularityS2CAG
+from polyspan.cluster import S2CAG, ModularityS2CAG, graph_baselines, smoothed_attributes
 from polyspan.cluster.plots import plot_clusters
 from polyspan.data import planted_graph
 from polyspan.errors import WrongContent
-from polyspan.io import write_array
-from polyspan.linalg import clustering_accuracy
+from polyspan.io import read_array, write_array
+from polyspan.linalg import clustering_accuracy, graph_modularity
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -79,6 +80,37 @@ def test_every_label_format_holds_the_same_and_a_mat_file_needs_nothing_else(wor
         rows = list(csv.DictReader(out.read_text().splitlines()))
         assert [int(row["label"]) for row in rows] == expected.labels_.tolist()
         assert [int(row["id"]) for row in rows] == list(range(200))
+
+
+def test_simpler_methods_run_on_the_same_graph_and_seeds_are_compared(files, world, capsys):
+    given = {"attributes": files / "words.parquet", "labels": files / "classes.csv"}
+    graph(files / "edges.csv", **given, compare=True, seeds=3, embedding=files / "e.npy", json=True)
+    told = json.loads(capsys.readouterr().out)
+    fitted = S2CAG(3, random_state=0).fit(world.attributes, adjacency=world.adjacency)
+    np.testing.assert_allclose(read_array(files / "e.npy"), fitted.embedding_, atol=1e-9)
+    assert told["stability"] == {"seeds": 3, "mean_ari": pytest.approx(1), "min_ari": pytest.approx(1)}
+    rows = {row["method"]: row for row in told["compared"]}
+    assert len(rows) == 8
+    assert rows["s2cag"]["accuracy"] == told["scores"]["accuracy"]
+    assert rows["s2cag"]["modularity"] == pytest.approx(graph_modularity(world.adjacency, fitted.labels_))
+    smooth = smoothed_attributes(world.attributes, world.adjacency)
+    expected = KMeans(3, n_init=10, random_state=0).fit_predict(smooth)
+    assert rows["k-means, smoothed rows"]["accuracy"] == clustering_accuracy(world.labels, expected)
+    assert rows["spectral, graph only"]["accuracy"] > 0.9
+    graph(files / "edges.csv", **given, compare=True)
+    assert "elastic net, smoothed rows\t" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--seeds must be at least 1, got 0"):
+        graph(files / "edges.csv", **given, seeds=0)
+
+
+def test_smoothed_rows_that_do_not_fit_are_said_and_the_others_run(world, monkeypatch):
+    monkeypatch.setattr("polyspan.cluster.graph_comparison.available_memory_bytes", lambda: 1000)
+    rows = {row.name: row for row in graph_baselines(world.attributes, world.adjacency, 3)}
+    assert [name for name, row in rows.items() if row.labels is not None] == [
+        "k-means, attributes",
+        "spectral, graph only",
+    ]
+    assert all("more than is free" in row.error for row in rows.values() if row.labels is None)
 
 
 def test_hops_are_chosen_without_labels_on_request(files, capsys):

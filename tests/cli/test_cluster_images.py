@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from polyspan.cli.cluster_images import images
-from polyspan.cluster import ManifoldLinearizingClustering
+from polyspan.cli.points import COMPARED
+from polyspan.cluster import ElasticNetSubspaceClustering, ManifoldLinearizingClustering, memberships
 from polyspan.data import digits
 from polyspan.errors import CorruptFile, WrongContent
-from polyspan.io import write_array
+from polyspan.io import load_fitted, read_array, write_array
+from polyspan.linalg import clustering_accuracy
 
 QUICK = {"n_clusters": 3, "tcr_epochs": 2, "epochs": 2, "device": "cpu"}
 
@@ -70,10 +72,44 @@ def test_other_methods_see_the_pixels_and_are_scored(pixels, tmp_path, capsys, m
         images(source, n_clusters=3, method=method, eta=0.3)
 
 
+def test_memberships_bases_seeds_and_a_comparison_go_with_mlc_too(pixels, tmp_path, capsys):
+    write_array(tmp_path / "x.npy", pixels)
+    y = digits()[1]
+    write_array(tmp_path / "y.npy", y[y < 3][:120])
+    images(
+        tmp_path / "x.npy", **QUICK, labels=tmp_path / "y.npy", memberships=tmp_path / "u.npy",
+        bases=tmp_path / "b.safetensors", save=tmp_path / "fit.safetensors", compare=True, seeds=2, json=True,
+    )  # fmt: skip
+    told = json.loads(capsys.readouterr().out)
+    made = ManifoldLinearizingClustering.load(tmp_path / "fit.safetensors")
+    expected = memberships(made.transform(pixels), made.subspaces_)
+    np.testing.assert_allclose(read_array(tmp_path / "u.npy"), expected, atol=1e-9)
+    kept = load_fitted(tmp_path / "b.safetensors", "FoundSubspaces")
+    for c, basis in enumerate(made.subspaces_):
+        np.testing.assert_array_equal(kept.arrays[f"basis_{c}"], basis)
+    assert told["stability"]["seeds"] == 2
+    assert told["stability"]["min_ari"] <= told["stability"]["mean_ari"] < 1
+    rows = {row["method"]: row for row in told["compared"]}
+    assert set(rows) == {"mlc", *COMPARED}
+    assert rows["mlc"]["accuracy"] == told["scores"]["accuracy"]
+    unit = pixels.reshape(120, -1) / np.linalg.norm(pixels.reshape(120, -1), axis=1, keepdims=True)
+    fitted = ElasticNetSubspaceClustering(3, random_state=0).fit(unit)
+    assert rows["ensc"]["accuracy"] == clustering_accuracy(y[y < 3][:120], fitted.labels_)
+    images(
+        tmp_path / "x.npy",
+        n_clusters=3,
+        method="ensc",
+        memberships=tmp_path / "v.npy",
+        bases=tmp_path / "c.safetensors",
+    )
+    np.testing.assert_allclose(read_array(tmp_path / "v.npy").sum(axis=1), 1)
+    assert load_fitted(tmp_path / "c.safetensors").arrays["basis_0"].shape[0] == 64
+
+
 def test_options_of_other_methods_are_refused_with_mlc(pixels, tmp_path):
     write_array(tmp_path / "x.npy", pixels)
-    with pytest.raises(ValueError, match=r"options of the other methods, got --dim, --compare"):
-        images(tmp_path / "x.npy", **QUICK, dim=3, compare=True)
+    with pytest.raises(ValueError, match=r"options of the other methods, got --dim, --jobs"):
+        images(tmp_path / "x.npy", **QUICK, dim=3, jobs=2)
     with pytest.raises(ValueError, match="--method must be one of"):
         images(tmp_path / "x.npy", **QUICK, method="dbscan")
 

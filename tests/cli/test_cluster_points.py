@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scipy.io
 
 from polyspan.cli.points import COMPARED, METHODS, _make, points
 from polyspan.cluster import ElasticNetSubspaceClustering, LeastSquaresSubspaceClustering, memberships
@@ -132,6 +133,14 @@ def test_classes_in_a_column_of_the_same_table(files, world, capsys):
     write_array(files / "labelled.parquet", world.points, ids=world.labels, column="vector")
     points(files / "labelled.parquet", label_column="id", method="tsc", json=True)
     assert json.loads(capsys.readouterr().out)["scores"]["accuracy"] > 0.95
+
+
+def test_matlab_keeps_classes_in_a_column_and_a_matrix_is_none(world, tmp_path, capsys):
+    scipy.io.savemat(tmp_path / "w.mat", {"fea": world.points, "gnd": world.labels[:, None], "pair": np.ones((90, 2))})
+    points(tmp_path / "w.mat", member="fea", label_member="gnd", json=True)
+    assert json.loads(capsys.readouterr().out)["scores"]["accuracy"] == 1.0
+    with pytest.raises(ValueError, match=r"one label a row, got pair of shape \(90, 2\)"):
+        points(tmp_path / "w.mat", member="fea", label_member="pair")
 
 
 def test_warnings_are_told_once_and_kept(files, world, capsys):

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import aslinearoperator
 
-from polyspan.linalg import factored_conductance, factored_modularity, knn_graph, normalized_adjacency
+from polyspan.linalg import (
+    factored_conductance,
+    factored_modularity,
+    graph_modularity,
+    knn_graph,
+    normalized_adjacency,
+)
 
 
 def random_graph(seed, n=20, share=0.2):
@@ -56,6 +62,19 @@ def test_modularity_agrees_with_networkx_on_the_formed_affinity(kind, resolution
     groups = [set(np.flatnonzero(labels == c)) for c in range(3)]
     theirs = nx.community.modularity(G, groups, resolution=resolution)
     assert factored_modularity(kind(F), labels, resolution=resolution) == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_modularity_of_a_graph_is_that_of_networkx_and_of_any_labels(seed):
+    A = random_graph(seed)
+    labels = np.random.default_rng(seed).integers(3, size=20)
+    groups = [set(np.flatnonzero(labels == c)) for c in range(3)]
+    theirs = nx.community.modularity(nx.from_numpy_array(A), groups)
+    assert graph_modularity(sp.csr_array(A), np.array(["c", "a", "b"])[labels]) == pytest.approx(theirs, abs=1e-12)
+    assert graph_modularity(sp.csr_array(A), np.zeros(20)) == pytest.approx(0, abs=1e-12)
+    assert graph_modularity(sp.csr_array((20, 20)), labels) == 0
+    with pytest.raises(ValueError, match="labels must have one entry"):
+        graph_modularity(sp.csr_array(A), labels[1:])
 
 
 def test_conductance_agrees_with_its_definition_on_the_formed_affinity():

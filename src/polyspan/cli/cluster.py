@@ -26,6 +26,9 @@ def graph(
     n_init: int = 10,
     precision: Literal["float32", "float64"] = "float64",
     symmetrize: Literal["error", "max", "min", "mean", "sum"] = "error",
+    embedding: Path | None = None,
+    compare: bool = False,
+    seeds: int = 1,
     seed: int = 0,
     jobs: int = 1,
     report: Path | None = None,
@@ -66,6 +69,13 @@ def graph(
         float32 halves memory.
     symmetrize : {"error", "max", "min", "mean", "sum"}
         What to do with a matrix that is not symmetric.
+    embedding : Path
+        The subspace found, one row a vertex: .npy, .npz, .parquet or .safetensors.
+    compare : bool
+        Run k-means on attributes and on smoothed rows, spectral clustering of the graph, and subspace clusterings of
+        the smoothed rows too.
+    seeds : int
+        Cluster with so many seeds, and report how far they agree.
     seed : int
         Starts of the rounding.
     jobs : int
@@ -82,11 +92,13 @@ def graph(
 
     import numpy as np
 
-    from polyspan.cluster import S2CAG, ModularityS2CAG, select_order_decay
-    from polyspan.io import read_graph, write_json
+    from polyspan.cluster import S2CAG, ModularityS2CAG, seed_stability, select_order_decay
+    from polyspan.io import read_graph, write_array, write_json
 
     if out is not None and out.suffix not in LABEL_FILES:
         raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
+    if seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {seeds}")
     started = time.perf_counter()
     found = read_graph(edges, attributes=attributes, labels=labels, symmetrize=symmetrize)
     if found.attributes is None:
@@ -118,13 +130,23 @@ def graph(
     seconds = {"read": read_s, "select": before_fit - started - read_s, "fit": time.perf_counter() - before_fit}
     for warning in caught:
         say(f"warning: {warning.message}")
-    told = _report(estimator, found, method, seconds) | {
+    told: dict[str, Any] = _report(estimator, found, method, seconds) | {
         "selection": table,
         "warnings": [str(w.message) for w in caught],
     }
+    if seeds > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            agreed = seed_stability(estimator, found.attributes, n_seeds=seeds, adjacency=found.adjacency)
+        told["stability"] = {"seeds": seeds, "mean_ari": agreed.mean_ari, "min_ari": agreed.min_ari}
+    if compare:
+        told["compared"] = _compared(estimator, found, method, told)
     if out is not None:
-        _write_labels(out, estimator.labels_, found.ids)
+        write_labels(out, estimator.labels_, found.ids)
         told["out"] = str(out)
+    if embedding is not None:
+        write_array(embedding, estimator.embedding_)
+        told["embedding"] = str(embedding)
     if plot is not None:
         from polyspan.cluster.plots import plot_clusters
 
@@ -135,6 +157,46 @@ def graph(
         show_json(told)
         return
     show_table("", ("what", "value"), _rows(told))
+    if compare:
+        show_table("", ("method", *COMPARED), comparison_rows(told["compared"], COMPARED))
+
+
+COMPARED = ("accuracy", "nmi", "ari", "modularity", "seconds")
+
+
+def _compared(fitted: Any, found: Any, method: str, told: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row a method: scores where there are classes, and the modularity of the groups in the graph."""
+    from polyspan.cluster import class_scores, graph_baselines
+    from polyspan.linalg import graph_modularity
+
+    def row(name: str, labels: Any, seconds: float) -> dict[str, Any]:
+        scores = {} if found.labels is None else class_scores(found.labels, labels)
+        return {"method": name, **scores, "modularity": graph_modularity(found.adjacency, labels), "seconds": seconds}
+
+    rows = [row(method, fitted.labels_, told["seconds"]["fit"])]
+    others = graph_baselines(
+        found.attributes, found.adjacency, fitted.n_clusters, order=fitted.order, decay=fitted.decay,
+        n_init=fitted.n_init, random_state=fitted.random_state,
+    )  # fmt: skip
+    for other in others:
+        say(f"compared with {other.name}")
+        if other.labels is None:
+            rows.append({"method": other.name, "error": other.error})
+        else:
+            rows.append(row(other.name, other.labels, round(other.seconds, 3)))
+    return rows
+
+
+def comparison_rows(compared: list[dict[str, Any]], columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return the cells of a table of methods; one that was not run says why."""
+    rows = []
+    for row in compared:
+        if "error" in row:
+            rows.append((row["method"], f"not run: {row['error']}", *[""] * (len(columns) - 1)))
+            continue
+        cells = (row.get(name.replace(" ", "_"), None) for name in columns)
+        rows.append((row["method"], *("" if cell is None else f"{cell:.4f}" for cell in cells)))
+    return rows
 
 
 def _report(fitted: Any, found: Any, method: str, seconds: dict[str, float]) -> dict[str, Any]:
@@ -161,15 +223,9 @@ def _report(fitted: Any, found: Any, method: str, seconds: dict[str, float]) -> 
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
     if found.labels is not None:
-        from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+        from polyspan.cluster import class_scores
 
-        from polyspan.linalg import clustering_accuracy
-
-        told["scores"] = {
-            "accuracy": clustering_accuracy(found.labels, fitted.labels_),
-            "nmi": float(normalized_mutual_info_score(found.labels, fitted.labels_)),
-            "ari": float(adjusted_rand_score(found.labels, fitted.labels_)),
-        }
+        told["scores"] = class_scores(found.labels, fitted.labels_)
     return told
 
 
@@ -186,13 +242,16 @@ def _rows(told: dict[str, Any]) -> list[tuple[str, str]]:
         ("affinity modularity", f"{told['affinity_modularity']:.4f}"),
         ("rounding objective", f"{max(told['rounding_objectives']):.4f}, starts within {spread:.4f}"),
     ]
+    if "stability" in told:
+        s = told["stability"]
+        rows.append(("stability", f"ARI {s['mean_ari']:.4f} over {s['seeds']} seeds, at least {s['min_ari']:.4f}"))
     rows += [(name, f"{value:.4f}") for name, value in told.get("scores", {}).items()]
     rows += [(f"seconds to {name}", f"{value:.3f}") for name, value in told["seconds"].items()]
-    return rows + ([("labels", told["out"])] if "out" in told else [])
+    return rows + [(name, told[key]) for name, key in (("labels", "out"), ("embedding", "embedding")) if key in told]
 
 
-def _write_labels(path: Path, labels: Any, ids: Any) -> None:
-    """Write one label a vertex, atomically, in the format that the suffix names."""
+def write_labels(path: Path, labels: Any, ids: Any) -> None:
+    """Write one label a row, atomically, in the format that the suffix names."""
     import numpy as np
 
     from polyspan.io import write_array, write_columns

@@ -6,7 +6,18 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
-from .points import METHODS, check_names, count_clusters, read_labels, run_method
+from .cluster import comparison_rows, write_labels
+from .points import (
+    METHODS,
+    NUMBERS,
+    check_names,
+    compare_methods,
+    count_clusters,
+    pixels_in_rows,
+    read_labels,
+    run_method,
+    write_bases,
+)
 
 
 def images(
@@ -32,6 +43,8 @@ def images(
     device: str = "auto",
     dim: int | None = None,
     option: list[str] | None = None,
+    memberships: Path | None = None,
+    bases: Path | None = None,
     compare: bool = False,
     seeds: int = 1,
     seed: int = 0,
@@ -90,14 +103,18 @@ def images(
         For the other methods: dimension of the subspaces; left out, as the method has it.
     option : list[str]
         For the other methods: parameters as name=value, such as solver=ridge; may be repeated.
+    memberships : Path
+        How far each image belongs to each subspace, (n, clusters): .npy, .npz, .parquet or .safetensors.
+    bases : Path
+        Orthonormal bases of the subspaces found, one .safetensors file; for mlc those of the learned features.
     compare : bool
-        For the other methods: run the classical ones on the same pixels too, with their defaults.
+        Run the classical methods on the same pixels too, with their defaults.
     seeds : int
-        For the other methods: cluster with so many seeds, and report how far they agree.
+        Cluster with so many seeds, and report how far they agree.
     seed : int
         Of a network's first weights and all that is drawn.
     jobs : int
-        For the other methods: processes, where images are independent; -1 is all cores.
+        Processes, where images are independent: for the other methods and for --compare; -1 is all cores.
     report : Path
         Write the report as JSON here too.
     plot : Path
@@ -122,9 +139,7 @@ def images(
     others = {
         "--dim": dim is not None,
         "--option": bool(option),
-        "--compare": compare,
-        "--seeds": seeds != 1,
-        "--jobs": jobs != 1,
+        "--jobs": jobs != 1 and not compare,
     }
     check_names(method, METHODS, out, seeds)
     strange = [name for name, given in (others if method == "mlc" else own).items() if given]
@@ -138,7 +153,7 @@ def images(
     k = count_clusters(n_clusters, truth, X)
     if method != "mlc":
         run_method(
-            X.reshape(len(X), -1),
+            pixels_in_rows(X),
             names,
             truth,
             method=method,
@@ -148,8 +163,8 @@ def images(
             dim=dim,
             option=option,
             out=out,
-            memberships=None,
-            bases=None,
+            memberships=memberships,
+            bases=bases,
             compare=compare,
             seeds=seeds,
             seed=seed,
@@ -160,12 +175,15 @@ def images(
             image_shape=X.shape[1:],
         )
         return
+    import time
     import warnings
 
     import numpy as np
+    from sklearn.base import clone
 
-    from polyspan.cluster import ImageJitter, ManifoldLinearizingClustering, class_scores
-    from polyspan.io import write_array, write_columns, write_json
+    from polyspan.cluster import ImageJitter, ManifoldLinearizingClustering, class_scores, seed_stability
+    from polyspan.cluster import memberships as belonging
+    from polyspan.io import write_array, write_json
 
     jitter = ImageJitter(degrees=degrees, shift=shift, scale=scale, flip=flip, contrast=contrast)
     given = {"tcr_epochs": tcr_epochs, "max_epochs": epochs, "batch_size": batch_size}
@@ -180,19 +198,29 @@ def images(
         verbose=1,
         **options,
     )
+    started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made.fit(X)
+    seconds = time.perf_counter() - started
     for warning in caught:
         say(f"warning: {warning.message}")
     scores = {} if truth is None else {"scores": class_scores(truth, made.labels_)}
-    told = summary(made) | {"warnings": [str(w.message) for w in caught]} | scores
+    told: dict[str, Any] = summary(made) | {"warnings": [str(w.message) for w in caught]} | scores
+    if seeds > 1:
+        agreed = seed_stability(clone(made).set_params(checkpoint=None), X, n_seeds=seeds)
+        told["stability"] = {"seeds": seeds, "mean_ari": agreed.mean_ari, "min_ari": agreed.min_ari}
+    if compare:
+        given: dict[str, Any] = {"seed": seed, "jobs": jobs, "normalize": True}
+        others = compare_methods(pixels_in_rows(X, unit=True), truth, k, without=method, given=given)
+        told["compared"] = [{"method": method, **scores.get("scores", {}), "seconds": round(seconds, 3)}, *others]
     if out is not None:
-        if out.suffix == ".npy":
-            write_array(out, made.labels_)
-        else:
-            write_columns(out, {"id": names, "label": made.labels_})
+        write_labels(out, made.labels_, names)
         told["out"] = str(out)
+    if memberships is not None:
+        write_array(memberships, belonging(made.transform(X), made.subspaces_))
+    if bases is not None:
+        write_bases(bases, made.subspaces_, None, told, normalize=False)
     if save is not None:
         told["saved"] = str(made.save(save))
     if plot is not None:
@@ -211,7 +239,12 @@ def images(
     ]
     rows += [(name, f"{told[name]:.2f}") for name in ("rate", "class_rate", "effective_neighbors") if name in told]
     rows += [(name, f"{value:.4f}") for found in scores.values() for name, value in found.items()]
+    if "stability" in told:
+        s = told["stability"]
+        rows.append(("stability", f"ARI {s['mean_ari']:.4f} over {s['seeds']} seeds, at least {s['min_ari']:.4f}"))
     show_table("", ("what", "value"), rows + ([("labels", str(out))] if out is not None else []))
+    if compare:
+        show_table("", ("method", *NUMBERS), comparison_rows(told["compared"], NUMBERS))
 
 
 def summary(fitted: Any) -> dict[str, Any]:

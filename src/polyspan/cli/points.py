@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
-from .cluster import LABEL_FILES
+from .cluster import LABEL_FILES, comparison_rows, write_labels
 
 
 class Method(NamedTuple):
@@ -243,18 +243,17 @@ def run_method(
     )
     told |= {"params": _plain(fitted), "seconds": round(fit_s, 3), "warnings": said}
     if compare:
-        others = [name for name in COMPARED if name != method]
-        told["compared"] = [_summary(method, told)]
-        told["compared"] += [_other(name, rows, truth, n_clusters, given, dim) for name in others]
+        others = compare_methods(rows, truth, n_clusters, without=method, given=given, dim=dim)
+        told["compared"] = [_summary(method, told), *others]
     told["out"] = {name: str(p) for name, p in _chosen(out=out, memberships=memberships, bases=bases).items()}
     if out is not None:
-        _write_labels(out, found, ids)
+        write_labels(out, found, ids)
     if memberships is not None:
         from polyspan.cluster import memberships as belonging
 
         write_array(memberships, belonging(rows, subspaces))
     if bases is not None:
-        _write_bases(bases, subspaces, projection, told, normalize)
+        write_bases(bases, subspaces, projection, told, normalize)
     if plot is not None:
         from polyspan.cluster.points_plots import plot_subspaces
 
@@ -266,7 +265,7 @@ def run_method(
         return
     show_table("", ("what", "value"), _table(told))
     if compare:
-        show_table("", ("method", *NUMBERS), _comparison(told["compared"]))
+        show_table("", ("method", *NUMBERS), comparison_rows(told["compared"], NUMBERS))
 
 
 NUMBERS = ("accuracy", "nmi", "ari", "silhouette", "residual share", "seconds")
@@ -290,13 +289,22 @@ def _read(source: Path, labels: Path | None, member, label_member, column, label
     else:
         X = read_array(source, member=member)
         if label_member is not None:
-            truth = read_members(source, [label_member])[label_member]
+            truth = _vector(read_members(source, [label_member])[label_member], label_member)
     if labels is not None:
         truth = read_labels(labels, ids)
     if truth is not None and len(truth) != len(X):
         turned = "; is the file of rows transposed?" if len(truth) == X.shape[1] else ""
         raise ValueError(f"there must be one label a row, got {len(X)} rows and {len(truth)} labels{turned}")
     return X, ids, truth
+
+
+def _vector(values: Any, name: str) -> Any:
+    """Return a vector; one that MATLAB made a row or a column of is a vector too."""
+    if values.ndim == 2 and 1 in values.shape:
+        values = values.ravel()
+    if values.ndim != 1:
+        raise ValueError(f"--label-member must name one label a row, got {name} of shape {values.shape}")
+    return values
 
 
 def read_labels(path: Path, ids: Any) -> Any:
@@ -318,6 +326,12 @@ def read_labels(path: Path, ids: Any) -> Any:
     if missing:
         raise WrongContent(path, found=f"no label of {str(missing[0])!r}", expected="one for each id of the rows")
     return np.array([by_id[str(i)] for i in ids])
+
+
+def pixels_in_rows(X: Any, *, unit: bool = False) -> Any:
+    """Return images (n, ...) as rows of pixels (n, d), of length 1 where that is asked for."""
+    rows = X.reshape(len(X), -1)
+    return _prepared(rows, None, normalize=True)[0] if unit else rows
 
 
 def _prepared(X: Any, pca: int | None, normalize: bool) -> tuple[Any, Any]:
@@ -368,6 +382,13 @@ def _value(text: str) -> Any:
     return text
 
 
+def compare_methods(
+    rows: Any, truth: Any, k: int, *, without: str, given: dict[str, Any], dim: int | None = None
+) -> list[dict[str, Any]]:
+    """Run the classical methods on the same rows, ``without`` the one that was run already; a dict a method."""
+    return [_other(name, rows, truth, k, given, dim) for name in COMPARED if name != without]
+
+
 def _other(name: str, rows: Any, truth: Any, k: int, given: dict[str, Any], dim: int | None) -> dict[str, Any]:
     """Run one method of the comparison; one that cannot take these rows says so."""
     import time
@@ -403,18 +424,7 @@ def _chosen(**paths: Path | None) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if path is not None}
 
 
-def _write_labels(path: Path, labels: Any, ids: Any) -> None:
-    import numpy as np
-
-    from polyspan.io import write_array, write_columns
-
-    if path.suffix == ".npy":
-        write_array(path, labels)
-    else:
-        write_columns(path, {"id": np.arange(len(labels)) if ids is None else ids, "label": labels})
-
-
-def _write_bases(path: Path, subspaces: list[Any], projection: Any, told: dict[str, Any], normalize: bool) -> None:
+def write_bases(path: Path, subspaces: list[Any], projection: Any, told: dict[str, Any], normalize: bool) -> None:
     """Write bases as basis_0, basis_1, ... and, where rows were projected, the projection (d, D) that goes first."""
     from polyspan.io import save_fitted
 
@@ -444,14 +454,3 @@ def _table(told: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [(name.replace("_", " "), _number(value)) for name, value in told.get("scores", {}).items()]
     rows.append(("seconds to fit", f"{told['seconds']:.3f}"))
     return rows + list(told["out"].items())
-
-
-def _comparison(compared: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    rows = []
-    for row in compared:
-        if "error" in row:
-            rows.append((row["method"], f"not run: {row['error']}", *[""] * (len(NUMBERS) - 1)))
-            continue
-        cells = (row.get(name.replace(" ", "_"), None) for name in NUMBERS)
-        rows.append((row["method"], *("" if cell is None else f"{cell:.4f}" for cell in cells)))
-    return rows

@@ -13,6 +13,8 @@ from .denoiser_jacobian import as_denoiser as as_denoiser
 from .denoiser_jacobian import jacobian_directions as jacobian_directions
 from .denoiser_jacobian import jacobian_spectrum as jacobian_spectrum
 from .denoiser_jacobian import rank_profile as rank_profile
+from .graph_comparison import GraphBaseline as GraphBaseline
+from .graph_comparison import graph_baselines as graph_baselines
 from .low_rank_denoiser import LowRankDenoiser as LowRankDenoiser
 from .low_rank_denoiser import denoising_loss as denoising_loss
 from .low_rank_denoiser import noise_levels as noise_levels

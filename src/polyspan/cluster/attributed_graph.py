@@ -21,6 +21,7 @@ from polyspan.linalg import (
     factored_conductance,
     factored_modularity,
     fix_signs,
+    graph_modularity,
     knn_graph,
     normalized_adjacency,
     randomized_svd,
@@ -170,8 +171,8 @@ class _AttributedGraphClusterer(ClusterMixin, BaseEstimator):
             X = X.astype(self.dtype, copy=False)
         k = self._check(X)
         given = adjacency is not None
-        A = _slim(_check_adjacency(adjacency, X) if given else self._neighbours(X))
-        X = _slim(X)
+        A = slim(_check_adjacency(adjacency, X) if given else self._neighbours(X))
+        X = slim(X)
         self._describe(A, k)
         Xhat = self._weighted(X)
         F = _Smoothing(_twice_looped(A.astype(X.dtype)), Xhat, _hop_weights(self.order, self.decay))
@@ -540,9 +541,9 @@ def smoothed_attributes(
     reader = S2CAG(1, order=order, decay=decay, text_weighting=text_weighting)
     X = validate_data(reader, X, accept_sparse="csr", dtype=[np.float64, np.float32])
     reader._check(X)
-    A = _slim(_check_adjacency(adjacency, X))
-    rows = reader._weighted(_slim(X), scaled=False)[:, : X.shape[1]]
-    return _Smoothing(_twice_looped(A.astype(X.dtype)), _slim(rows), _hop_weights(order, decay)).toarray()
+    A = slim(_check_adjacency(adjacency, X))
+    rows = reader._weighted(slim(X), scaled=False)[:, : X.shape[1]]
+    return _Smoothing(_twice_looped(A.astype(X.dtype)), slim(rows), _hop_weights(order, decay)).toarray()
 
 
 class OrderDecayRow(NamedTuple):
@@ -617,21 +618,11 @@ def _score_pair(base: Any, X: Any, A: Any, pair: tuple) -> tuple:
         fitted = clone(base).set_params(order=order, decay=decay).fit(X, adjacency=A)
     if A is None:
         A = fitted._neighbours(validate_data(fitted, X, accept_sparse="csr", reset=False))
-    in_graph = _graph_modularity(A, fitted.labels_)
+    in_graph = graph_modularity(A, fitted.labels_)
     in_attributes = factored_modularity(fitted._weighted(X, scaled=False), fitted.labels_)
     score = float(np.sqrt(max(in_graph, 0.0) * max(in_attributes, 0.0)))
     spread = float(np.ptp(fitted.rounding_objectives_))
     return int(order), float(decay), score, in_graph, in_attributes, spread
-
-
-def _graph_modularity(A: sp.csr_array, labels: np.ndarray) -> float:
-    """Newman's modularity of a partition of the graph itself; 0 without edges."""
-    degree = np.asarray(A.sum(axis=1), dtype=np.float64).ravel()
-    total = float(degree.sum())
-    if total == 0:
-        return 0.0
-    inside = float(A.data[labels[np.repeat(np.arange(A.shape[0]), np.diff(A.indptr))] == labels[A.indices]].sum())
-    return inside / total - float((np.bincount(labels, weights=degree) ** 2).sum()) / total**2
 
 
 def _check_adjacency(adjacency: Any, X: Any) -> sp.csr_array:
@@ -675,7 +666,7 @@ def _asymmetric(A: sp.csr_array) -> bool:
     return bool(difference.nnz) and float(abs(difference).max()) > 1e-6 * float(A.data.max())
 
 
-def _slim(M: Any) -> Any:
+def slim(M: Any) -> Any:
     """Return a sparse matrix with 32-bit indices where they suffice: half the bytes of every product."""
     if not sp.issparse(M) or max(M.nnz, *M.shape) >= 2**31:
         return M

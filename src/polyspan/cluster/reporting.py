@@ -51,7 +51,7 @@ def memberships(X: Any, bases: list[np.ndarray]) -> np.ndarray:
     return near / near.sum(axis=1, keepdims=True)
 
 
-def seed_stability(estimator: Any, X: Any, *, n_seeds: int = 5) -> Stability:
+def seed_stability(estimator: Any, X: Any, *, n_seeds: int = 5, **fit_params: Any) -> Stability:
     """Cluster with ``random_state`` 0, 1, ... and compare the answers: labels that hang on the seed are no finding.
 
     The self-expressive methods are fitted once, since chance enters them by the rounding only.
@@ -63,6 +63,8 @@ def seed_stability(estimator: Any, X: Any, *, n_seeds: int = 5) -> Stability:
     X : array of shape (n, d)
     n_seeds : int
         At least 2.
+    **fit_params
+        Given to every ``fit``, such as ``adjacency``.
     """
     if n_seeds < 2:
         raise ValueError(f"n_seeds must be at least 2, got {n_seeds}")
@@ -72,7 +74,8 @@ def seed_stability(estimator: Any, X: Any, *, n_seeds: int = 5) -> Stability:
         fitted = estimator if hasattr(estimator, "affinity_") else clone(estimator).fit(X)
         labels = np.stack([fitted.labels_of_seed(X, seed) for seed in range(n_seeds)])
     else:
-        labels = np.stack([clone(estimator).set_params(random_state=seed).fit_predict(X) for seed in range(n_seeds)])
+        runs = (clone(estimator).set_params(random_state=seed) for seed in range(n_seeds))
+        labels = np.stack([run.fit_predict(X, **fit_params) for run in runs])
     pairs = [adjusted_rand_score(labels[i], labels[j]) for i in range(n_seeds) for j in range(i)]
     return Stability(float(np.mean(pairs)), float(np.min(pairs)), labels)
 

@@ -28,6 +28,7 @@ from .correlation import pwcca as pwcca
 from .correlation import svcca as svcca
 from .graph import factored_conductance as factored_conductance
 from .graph import factored_modularity as factored_modularity
+from .graph import graph_modularity as graph_modularity
 from .graph import knn_graph as knn_graph
 from .graph import normalized_adjacency as normalized_adjacency
 from .grassmann import grassmann_exp as grassmann_exp
