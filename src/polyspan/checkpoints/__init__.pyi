@@ -23,6 +23,8 @@ from .merge_geometry import merge_geometry as merge_geometry
 from .merge_recipes import MergeRecipe as MergeRecipe
 from .merge_recipes import merge_recipe as merge_recipe
 from .merge_recipes import read_recipe as read_recipe
+from .merge_scores import MergeScore as MergeScore
+from .merge_scores import score_merge as score_merge
 from .sparse_dictionary import SparseDictionaryCompressor as SparseDictionaryCompressor
 from .sparse_dictionary import SparseDictionaryLinear as SparseDictionaryLinear
 from .sparse_dictionary import fastest_product as fastest_product
