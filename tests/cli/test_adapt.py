@@ -1,3 +1,4 @@
+import importlib
 import json
 
 import numpy as np
@@ -8,7 +9,8 @@ from polyspan.cli.adapt import extract, merge, ranks
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYSPAN_HOME", str(tmp_path / "home"))
     rng = np.random.default_rng(0)
     base = {"conv.weight": rng.normal(size=(6, 4, 3, 3)), "conv.bias": rng.normal(size=6)}
     delta = np.einsum("i,j,k,l->ijkl", *(rng.normal(size=n) for n in (6, 4, 3, 3)))
@@ -45,3 +47,41 @@ def test_tables_say_what_was_done_and_talk_goes_to_stderr(files, capsys):
     assert (files / "r.svg").read_text().count("<svg") == 1
     ranks(base, tuned, json=True)
     assert [c["error"] for c in json.loads(capsys.readouterr().out)[0]["ranks"]] == [0.5, 0.2, 0.1]
+    assert list((files / "home" / "journals").iterdir()) == []
+
+
+def test_two_workers_extract_and_measure_what_one_does(files, capsys):
+    base, tuned = files / "base.safetensors", files / "tuned.safetensors"
+    for name, state in ((base, load_file(base)), (tuned, load_file(tuned))):
+        save_file(state | {"next.weight": 2 * state["conv.weight"][0]}, name)
+    told = []
+    for workers in (1, 2):
+        extract(base, tuned, out=files / f"a{workers}", error=0.1, workers=workers)
+        ranks(base, tuned, workers=workers)
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+    assert "next\t4 x 3 x 3\t" in told[0]
+    one, two = ({p.name: p.read_bytes() for p in (files / f"a{workers}").iterdir()} for workers in (1, 2))
+    assert one == two
+
+
+def test_ranks_go_on_after_an_interrupt(files, capsys, monkeypatch):
+    module = importlib.import_module("polyspan.checkpoints.tucker_files")
+    base, tuned = files / "base.safetensors", files / "tuned.safetensors"
+    for name, state in ((base, load_file(base)), (tuned, load_file(tuned))):
+        save_file(state | {"next.weight": 2 * state["conv.weight"][0]}, name)
+    ranks(base, tuned)
+    expected, calls, real = capsys.readouterr().out, [], module._advise_layer
+
+    def dying(options, pair):
+        calls.append(pair.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(options, pair)
+
+    monkeypatch.setattr(module, "_advise_layer", dying)
+    with pytest.raises(KeyboardInterrupt):
+        ranks(base, tuned)
+    ranks(base, tuned)
+    assert capsys.readouterr().out == expected
+    assert calls == ["conv.weight", "next.weight", "next.weight"]

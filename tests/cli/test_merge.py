@@ -57,6 +57,8 @@ def test_a_method_that_learns_without_inputs_is_an_error(files):
     write_text(files / "recipe.yaml", RECIPE.replace("parameters: {density: 1.0, lambda: 0.5}", ""))
     with pytest.raises(ValueError, match="models must each have inputs for 'concrete', got none for one, two"):
         merge(files / "recipe.yaml", out=files / "out", method="concrete")
+    with pytest.raises(ValueError, match="workers must be 1 for 'concrete', which learns from the whole network"):
+        merge(files / "recipe.yaml", out=files / "out", method="concrete", workers=2)
     with pytest.raises(WrongContent, match="merge_method 'fisher'"):
         merge(files / "recipe.yaml", out=files / "out", method="fisher")
 
@@ -70,3 +72,13 @@ def test_the_picture_is_of_the_changes_and_the_same_each_time(files):
     with pytest.raises(ValueError, match=r"path must end in \.svg, \.png or \.pdf, got .*c\.gif"):
         merge(files / "recipe.yaml", out=files / "c", plot=files / "c.gif")
     assert not (files / "c").exists()
+
+
+def test_two_workers_write_the_files_of_one(files):
+    for name in ("base", "one", "two"):
+        write_members(files / f"{name}.safetensors", {part: read(files / f"{name}.safetensors") for part in "abw"})
+    for workers in (1, 2):
+        merge(files / "recipe.yaml", out=files / f"out{workers}", workers=workers)
+    one, two = ({p.name: p.read_bytes() for p in (files / f"out{workers}").iterdir()} for workers in (1, 2))
+    assert len(one) == 4
+    assert one == two

@@ -4,7 +4,8 @@ import fnmatch
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ class ShardedState(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._slabs)
+
+    def file(self, name: str) -> Path:
+        """Return the file that a tensor lies in."""
+        return Path(self._slabs[name].path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._slabs[name].shape
@@ -185,7 +190,20 @@ class AdaptedState(Mapping[str, Tensor]):
             )
         # The sum stays in float32: in the base's own 16 bits a small update would drown.
         scale = self._scale(name.removesuffix(".weight"), len(A))
-        return weight.float() + scale * (left[lo:hi] @ right).view(weight.shape).to(weight.device)
+        with one_thread():
+            update = left[lo:hi] @ right
+        return weight.float() + scale * update.view(weight.shape).to(weight.device)
+
+
+@contextmanager
+def one_thread() -> Generator[None]:
+    """Keep torch to one thread inside the block: products and sums have then the same bits on any number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def as_state(source: Any, base: Mapping[str, Tensor] | None = None, *, name: str = "finetuned") -> Mapping[str, Tensor]:

@@ -13,7 +13,7 @@ from polyspan.io import digest_file, read_members, read_text
 
 from ._merge_states import ADAPTER
 from .concrete_merging import ConcreteMerger, adamerging
-from .merge_files import STREAMED, MergedFiles, digests, merge_checkpoints, write_shards
+from .merge_files import ALONE, STREAMED, MergedFiles, digests, merge_checkpoints, write_shards
 
 LEARNT = ("adamerging", "concrete")
 NAMES = {
@@ -165,14 +165,15 @@ def merge_recipe(
     mask : path, optional
         Where the learnt logits go ("concrete"), or, with "task_arithmetic", where they are read.
     **options
-        ``shard_bytes`` and ``verbose``, as for :func:`merge_checkpoints`.
+        ``shard_bytes``, ``workers``, ``engine``, ``address`` and ``verbose``, as for :func:`merge_checkpoints`; a
+        learnt merge runs in this process.
 
     Raises
     ------
     MissingExtra
         transformers is not installed.
     ValueError
-        Inputs or the network are missing, or an option is outside its range.
+        Inputs or the network are missing, an option is outside its range, or a learnt merge is to be fanned out.
     """
     if recipe.method in STREAMED:
         return merge_checkpoints(
@@ -181,6 +182,9 @@ def merge_recipe(
         )  # fmt: skip
     if mask is not None and recipe.method != "concrete":
         raise ValueError(f"mask must go with 'concrete' or 'task_arithmetic', got {recipe.method!r}")
+    for name, value in ALONE.items():
+        if options.pop(name, value) != value:
+            raise ValueError(f"{name} must be {value!r} for {recipe.method!r}, which learns from the whole network")
     if recipe.weights is not None:
         raise ValueError(f"weights must be left out of a recipe for {recipe.method!r}, which learns them")
     lacking = [task for task in recipe.models if task not in recipe.inputs]

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from polyspan.run import torch_generator
 
-from ._merge_states import BLOCK, as_state, as_states, is_statistic, mergeable, row_blocks, rows_of, shape_of
+from ._merge_states import (
+    BLOCK,
+    as_state,
+    as_states,
+    is_statistic,
+    mergeable,
+    one_thread,
+    row_blocks,
+    rows_of,
+    shape_of,
+)
 
 # Changes of one block of rows, a task each, made anew at each call.
 Deltas = Callable[[], Iterator[Tensor]]
@@ -295,8 +305,13 @@ def merge_rule(
     elect: bool = False,
     seed: int = 0,
     mask: Mapping[str, Tensor] | None = None,
+    limits: Sequence[float] | None = None,
+    majority: float | None = None,
 ) -> Rule:
-    """Return the rule of a method: the change of a named tensor from the changes of all tasks, one read at a time."""
+    """Return the rule of a method: the change of a named tensor from the changes of all tasks, one read at a time.
+
+    What TIES must know of the whole model, ``limits`` and ``majority``, is found when it is needed, unless it is given.
+    """
     if not isinstance(scaling, float | int) or not math.isfinite(scaling):
         raise ValueError(f"scaling must be a finite number, got {scaling!r}")
     if not isinstance(density, float | int) or not 0 < density <= 1:
@@ -305,16 +320,8 @@ def merge_rule(
     if len(w) != len(states) or not all(map(math.isfinite, w)):
         raise ValueError(f"weights must be {len(states)} finite numbers, one a checkpoint, got {weights!r}")
 
-    def change(name: str, state: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """Blocks of one task's change."""
-        for span in row_blocks(shape_of(base, name)):
-            yield _delta(rows_of(base, name, *span), rows_of(state, name, *span))
-
     def blocks(name: str) -> Iterator[Deltas]:
-        for span in row_blocks(shape_of(base, name)):
-            yield lambda span=span: (
-                _delta(rows_of(base, name, *span), rows_of(state, name, *span)) for state in states.values()
-            )
+        return _blocks(name, base, states)
 
     if method == "task_arithmetic":
         factors = [scaling * v for v in w]
@@ -329,31 +336,75 @@ def merge_rule(
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     if scope not in ("model", "tensor"):
         raise ValueError(f"scope must be 'model' or 'tensor', got {scope!r}")
-    weighed = [name for name in names if not is_statistic(name)]
+    trimmed = Trimmed(base, states, names, w, float(density), scope, limits)
+    sign = _Majority(trimmed.sums, majority)
+    return lambda name: (_agreeing(deltas, sign, reduction).mul_(scaling) for deltas in trimmed(name))
 
-    def limits_of(among: Sequence[str]) -> list[float]:
+
+def _blocks(name: str, base: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Deltas]:
+    for span in row_blocks(shape_of(base, name)):
+        yield lambda span=span: (
+            _delta(rows_of(base, name, *span), rows_of(state, name, *span)) for state in states.values()
+        )
+
+
+def changes(name: str, base: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Yield one task's change of a tensor in blocks of rows."""
+    for span in row_blocks(shape_of(base, name)):
+        yield _delta(rows_of(base, name, *span), rows_of(state, name, *span))
+
+
+class Trimmed:
+    """The changes that TIES adds up, by name of a tensor: small ones are 0, and all are weighted.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Tensors that limits of the whole model, and signs of the majority, are found in.
+    limits : sequence of float, optional
+        Magnitude that a change must reach, a task each, for ``scope="model"``; found at first use where not given.
+    """
+
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        states: Mapping[str, Mapping[str, Tensor]],
+        names: Sequence[str],
+        weights: Sequence[float],
+        density: float,
+        scope: str,
+        limits: Sequence[float] | None = None,
+    ):
+        self.base, self.states, self.weights, self.density, self.scope = base, states, weights, density, scope
+        self.names = [name for name in names if not is_statistic(name)]
+        self.limits = limits
+
+    def _limits_of(self, among: Sequence[str]) -> list[float]:
         return [
-            largest_share(lambda s=state: (block for name in among for block in change(name, s)), float(density))
-            for state in states.values()
+            largest_share(lambda s=state: (b for name in among for b in changes(name, self.base, s)), self.density)
+            for state in self.states.values()
         ]
 
-    shared = limits_of(weighed) if scope == "model" and density < 1 else None
-
-    def trimmed(name: str) -> Iterator[Deltas]:
-        limits = None if density == 1 else shared or limits_of([name])
+    def __call__(self, name: str) -> Iterator[Deltas]:
+        limits = None
+        if self.density < 1 and self.scope == "tensor":
+            limits = self._limits_of([name])
+        elif self.density < 1:
+            limits = self.limits = self._limits_of(self.names) if self.limits is None else self.limits
 
         def kept(deltas: Deltas) -> Iterator[Tensor]:
-            for i, delta in enumerate(deltas()):
+            for i, (delta, weight) in enumerate(zip(deltas(), self.weights, strict=True)):
                 if limits is not None:
                     delta.masked_fill_(delta.float().abs() < limits[i], 0)
-                yield delta if w[i] == 1 else delta.mul_(w[i])
+                yield delta if weight == 1 else delta.mul_(weight)
 
-        for deltas in blocks(name):
+        for deltas in _blocks(name, self.base, self.states):
             yield lambda deltas=deltas: kept(deltas)
 
-    ones = [1.0] * len(w)
-    majority = _Majority(lambda: (_weighted_sum(deltas, ones) for name in weighed for deltas in trimmed(name)))
-    return lambda name: (_agreeing(deltas, majority, reduction).mul_(scaling) for deltas in trimmed(name))
+    def sums(self) -> Iterator[Tensor]:
+        """Yield the sum over tasks, block by block, of all tensors."""
+        ones = [1.0] * len(self.weights)
+        return (_weighted_sum(deltas, ones) for name in self.names for deltas in self(name))
 
 
 def _masked_rule(
@@ -369,7 +420,8 @@ def _masked_rule(
 
     def rule(name: str) -> Iterator[Tensor]:
         whole = mask[name]
-        weight = rescaled(whole.to(_wide(whole.dtype)))
+        with one_thread():
+            weight = rescaled(whole.to(_wide(whole.dtype)))
         weight = weight if weight.ndim else weight.reshape(1)
         for (lo, hi), deltas in zip(row_blocks(tuple(whole.shape)), blocks(name), strict=True):
             total = _weighted_sum(deltas, weights)
@@ -385,16 +437,24 @@ def rescaled(mask: Tensor) -> Tensor:
 
 
 class _Majority:
-    """Sign of the majority of all elected signs; found only when an entry has no sign of its own."""
+    """Sign of the majority of all elected signs; found only when an entry has no sign of its own, or given."""
 
-    def __init__(self, sums: Callable[[], Iterator[Tensor]]):
-        self._sums, self._sign = sums, None
+    def __init__(self, sums: Callable[[], Iterator[Tensor]], sign: float | None = None):
+        self._sums, self._sign = sums, sign
 
     def sign(self) -> float:
         if self._sign is None:
-            total = sum(int(torch.sign(s).sum()) for s in self._sums())
-            self._sign = float(total > 0) - float(total < 0)
+            self._sign = majority_sign(sign_votes(self._sums()))
         return self._sign
+
+
+def sign_votes(sums: Iterator[Tensor]) -> int:
+    """Return how many entries are above 0 less how many are below."""
+    return sum(int(torch.sign(s).sum()) for s in sums)
+
+
+def majority_sign(votes: int) -> float:
+    return float(votes > 0) - float(votes < 0)
 
 
 def _weighted_sum(deltas: Deltas, weights: Sequence[float]) -> Tensor:
@@ -436,27 +496,39 @@ def largest_share(tensors: Callable[[], Iterator[Tensor]], share: float) -> floa
     Magnitudes in float32 order as their bits do: one pass counts the upper 16 bits, the next the lower 16 of those in
     which the limit lies.
     """
-
-    def counts(part: Callable[[Tensor], Tensor]) -> Tensor:
-        total = torch.zeros(2**16, dtype=torch.int64)
-        for tensor in tensors():
-            for block in tensor.detach().flatten().split(BLOCK):
-                bits = block.to(torch.float32).abs().view(torch.int32)
-                total += torch.bincount(part(bits).to("cpu"), minlength=2**16)
-        return total
-
-    def place(found: Tensor, rank: int) -> tuple[int, int]:
-        """Bin that holds the rank-th largest, and its rank within the bin."""
-        above = found.flip(0).cumsum(0).flip(0)
-        at = int((above >= rank).sum()) - 1
-        return at, rank - int(above[at] - found[at])
-
-    upper = counts(lambda bits: bits >> 16)
-    size = int(upper.sum())
-    if size == 0:
+    upper = magnitude_counts(tensors())
+    if int(upper.sum()) == 0:
         return 0.0
-    high, rank = place(upper, max(1, round(share * size)))
-    low, _ = place(counts(lambda bits: bits[bits >> 16 == high] & 0xFFFF), rank)
+    high, rank = ranked_bin(upper, share_rank(upper, share))
+    low, _ = ranked_bin(magnitude_counts(tensors(), high), rank)
+    return magnitude(high, low)
+
+
+def magnitude_counts(tensors: Iterator[Tensor], high: int | None = None) -> Tensor:
+    """Count (65,536,) the upper 16 bits of magnitudes in float32, or the lower 16 of those whose upper are ``high``."""
+    total = torch.zeros(2**16, dtype=torch.int64)
+    for tensor in tensors:
+        for block in tensor.detach().flatten().split(BLOCK):
+            bits = block.to(torch.float32).abs().view(torch.int32)
+            part = bits >> 16 if high is None else bits[bits >> 16 == high] & 0xFFFF
+            total += torch.bincount(part.to("cpu"), minlength=2**16)
+    return total
+
+
+def share_rank(counts: Tensor, share: float) -> int:
+    """Return which of all counted entries, from the largest on, is the last of a share of them: 1 at least."""
+    return max(1, round(share * int(counts.sum())))
+
+
+def ranked_bin(counts: Tensor, rank: int) -> tuple[int, int]:
+    """Return the bin that holds the rank-th largest entry, and its rank within the bin."""
+    above = counts.flip(0).cumsum(0).flip(0)
+    at = int((above >= rank).sum()) - 1
+    return at, rank - int(above[at] - counts[at])
+
+
+def magnitude(high: int, low: int) -> float:
+    """Return the number whose float32 has these upper and lower 16 bits."""
     return float(torch.tensor(high * 2**16 + low, dtype=torch.int32).view(torch.float32))
 
 

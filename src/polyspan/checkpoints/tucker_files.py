@@ -1,25 +1,39 @@
 """Adapters from checkpoint files and back: extract one from a base and a tuned model, or merge one into a base."""
 
+import math
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from polyspan.errors import UnreadableFile, WrongContent
-from polyspan.io import atomic_directory, list_folder, read_json, read_members, write_json, write_members
-from polyspan.run import progress
+from polyspan.io import (
+    atomic_directory,
+    digest_file,
+    read_json,
+    read_members,
+    remove_folder,
+    write_json,
+    write_members,
+)
+from polyspan.run import Journal, map_tasks, progress
 
+from ._merge_states import ShardedState
 from ._tucker import cheapest_ranks, num_parameters
+from .merge_files import digest_sources
 from .tucker_plots import RankCurve, rank_curve
 from .tucker_update import adapter_from_delta, tucker_delta
 
 ROOT = "base_model.model."
 PREFIX = "tucker_adapter_"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-INDEX = "model.safetensors.index.json"
+JOURNAL = "extract.journal.jsonl"
 
 
 class ExtractedLayer(NamedTuple):
@@ -59,54 +73,23 @@ class Extraction(NamedTuple):
     kept_share: float
 
 
-class Checkpoint:
-    """Tensors of a .safetensors file, or of a folder of them, read one by one where an index says where they lie."""
+class Pair(NamedTuple):
+    """One tensor of a base and of a tuned checkpoint, by the files in which they lie."""
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        self._whole: dict[str, np.ndarray] | None = None
-        if not self.path.is_dir():
-            self._place = dict.fromkeys(self._read_whole(self.path), self.path)
-        elif (self.path / INDEX).is_file():
-            found = read_json(self.path / INDEX)
-            shards = found.get("weight_map") if isinstance(found, dict) else None
-            if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
-                raise WrongContent(self.path / INDEX, found="no weight_map", expected="a file name for each tensor")
-            if any(Path(name).name != name for name in shards.values()):
-                raise WrongContent(
-                    self.path / INDEX, found="a file outside the folder", expected="names of files in it"
-                )
-            self._place = {name: self.path / file for name, file in shards.items()}
-        else:
-            files = list_folder(self.path, "*.safetensors")
-            if len(files) != 1:
-                raise UnreadableFile(
-                    self.path, found=f"{len(files)} .safetensors files", expected=f"one, or {INDEX} beside several"
-                )
-            self._place = dict.fromkeys(self._read_whole(files[0]), files[0])
+    name: str
+    base: str
+    tuned: str
 
-    def _read_whole(self, file: Path) -> dict[str, np.ndarray]:
-        # A file's names are not known before it is read: without an index all of it is in memory.
-        self._whole = read_members(file)
-        return self._whole
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors, in order."""
-        return sorted(self._place)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._place
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if self._whole is not None:
-            return self._whole[name]
-        return read_members(self._place[name], [name])[name]
+    def update(self) -> tuple[np.ndarray, Tensor] | None:
+        """Return the base's tensor, and tuned minus base in float64; None where they are equal."""
+        a, b = (read_members(file, [self.name])[self.name] for file in (self.base, self.tuned))
+        if np.array_equal(a, b):
+            return None
+        return a, torch.from_numpy(np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64))
 
 
-def differences(
-    base: Checkpoint, tuned: Checkpoint, *, label: str = "", verbose: bool = False
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield name, base tensor and tuned tensor of all that differ.
+def tensor_pairs(base: ShardedState, tuned: ShardedState) -> dict[str, Pair]:
+    """Return the tensors of two checkpoints by name, in order; of the files only headers are read.
 
     Raises
     ------
@@ -114,17 +97,24 @@ def differences(
         The two do not hold the same names and shapes; the first that does not fit is named.
     """
     for one, other in ((base, tuned), (tuned, base)):
-        missing = next((name for name in one.names() if name not in other), None)
+        missing = next((name for name in sorted(one) if name not in other), None)
         if missing is not None:
             raise WrongContent(other.path, found=f"no tensor {missing}", expected=f"the tensors of {one.path}")
-    for name in progress(base.names(), label=label, enabled=verbose):
-        a, b = base[name], tuned[name]
-        if a.shape != b.shape:
+    for name in sorted(base):
+        if base.shape(name) != tuned.shape(name):
             raise WrongContent(
-                tuned.path, found=f"shape {b.shape}", expected=f"{a.shape} as in the base", where=f"tensor {name}"
+                tuned.path,
+                found=f"shape {tuned.shape(name)}",
+                expected=f"{base.shape(name)} as in the base",
+                where=f"tensor {name}",
             )
-        if not np.array_equal(a, b):
-            yield name, a, b
+    return {name: Pair(name, *(os.path.abspath(s.file(name)) for s in (base, tuned))) for name in sorted(base)}
+
+
+def adaptable(state: ShardedState, name: str, only: str | None) -> bool:
+    """Tell whether a tensor is the weight of a layer that can be adapted, and that ``only`` names."""
+    key = name.removesuffix(".weight")
+    return len(state.shape(name)) > 1 and key != name and (only is None or re.search(only, key) is not None)
 
 
 def extract_tucker_adapter(
@@ -139,14 +129,20 @@ def extract_tucker_adapter(
     modules_to_save: Sequence[str] = (),
     scale: float | int = 4.0,
     replace: bool = False,
+    workers: int | None = 1,
+    engine: str = "local",
+    address: str | None = None,
     verbose: bool = False,
 ) -> Extraction:
     """Turn a fine-tuned checkpoint into an adapter of its base, a folder that ``PeftModel.from_pretrained`` loads.
 
     The update of every weight with two axes or more is decomposed by HOOI. Updates of full rank, such as those of
     long training, compress badly: look at each layer's ``error``. Names must be those of the model that the adapter is
-    for. A single file of the base is in memory whole, and so is the one of the tuned model; with an index of shards,
-    one tensor at a time. Half precision is widened to float32.
+    for. Half precision is widened to float32.
+
+    In memory are one layer a worker, and the adapter. Finished layers are kept in a folder beside ``out`` until the
+    end: the same call goes on after an interrupt, and ends in the same bytes. So it does on any number of workers,
+    each of which has one thread: several workers, not several threads, make it faster.
     Source: catalogue entry ``flora-nd``.
 
     Parameters
@@ -169,13 +165,16 @@ def extract_tucker_adapter(
         The adapter's alpha.
     replace : bool
         Write over a folder that is there.
+    workers, engine, address
+        As of :func:`polyspan.run.map_tasks`, over which layers go. Workers must see the files and the folder of
+        ``out``.
     verbose : bool
         Show progress.
 
     Raises
     ------
     ValueError
-        A rank, error or scale is out of range, or no weight differs.
+        A rank, error or scale is out of range, no weight differs, or other options began what is to go on.
     FileError
         A file cannot be read, or the two do not fit each other.
     """
@@ -183,42 +182,63 @@ def extract_tucker_adapter(
         raise ValueError(f"rank and spatial_rank must be at least 1, got {rank} and {spatial_rank}")
     if error is not None and not 0 <= error < 1:
         raise ValueError(f"error must be in [0, 1), got {error}")
-    first, second = Checkpoint(base), Checkpoint(tuned)
-    missing = [m for m in modules_to_save if not any(n.startswith(f"{m}.") for n in first.names())]
+    if not (math.isfinite(scale) and scale != 0):
+        raise ValueError(f"scale must be finite and not 0, got {scale}")
+    target = Path(out)
+    if (target.exists() or target.is_symlink()) and not replace:
+        raise UnreadableFile(out, found="something of that name", expected="a new name, or replace=True")
+    if not target.parent.is_dir():
+        raise UnreadableFile(out, found=f"no folder {target.parent}", expected="a folder that exists")
+    first, second = ShardedState(base), ShardedState(tuned)
+    pairs = tensor_pairs(first, second)
+    missing = [m for m in modules_to_save if not any(n.startswith(f"{m}.") for n in pairs)]
     if missing:
         raise ValueError(f"modules_to_save must name modules of the base, got {missing[0]!r}")
+    saved = [n for n in pairs if any(n.startswith(f"{module}.") for module in modules_to_save)]
+    wanted = {name: pair for name, pair in pairs.items() if name not in saved and adaptable(first, name, only)}
+    if not wanted:
+        raise ValueError(f"tuned must differ from base in a weight that can be adapted, got none in {tuned}")
+    sizes: dict[str, float] = {}
+    others = [name for name in pairs if name not in wanted]
+    for name in progress(others, label="comparing", enabled=verbose):
+        update = pairs[name].update()
+        if update is not None:
+            sizes[name] = float(update[1].square().sum())
+    left_out = [name for name in sizes if name not in saved]
+
+    fan: dict[str, Any] = {"workers": workers, "engine": engine, "address": address}
+    digested = digest_sources([Path(base), Path(tuned)], label="reading" if verbose else "", **fan)
+    options = {"rank": rank, "spatial_rank": spatial_rank, "error": error, "scale": float(scale)}
+    work = target.absolute().with_name(f".{target.name}.extracting")
+    journal = Journal(work / JOURNAL, {"base": digested[0], "tuned": digested[1], **options})
+    _forget_torn(journal, work)
+    number = {name: i for i, name in enumerate(pairs)}
+    map_tasks(
+        partial(_extract_layer, str(work), options), [(number[name], pair) for name, pair in wanted.items()],
+        journal=journal, key=lambda item: item[1].name, label="extracting" if verbose else "", inner_threads=1, **fan,
+    )  # fmt: skip
+
     tensors: dict[str, np.ndarray] = {}
     layers: list[ExtractedLayer] = []
-    left_out: list[str] = []
-    total = lost = 0.0
-    for name, a, b in differences(first, second, label="extracting", verbose=verbose):
-        delta = torch.from_numpy(np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64))
-        size = float(delta.square().sum())
-        total += size
-        key = name.removesuffix(".weight")
-        if any(name.startswith(f"{module}.") for module in modules_to_save):
+    errors = dict.fromkeys(left_out, 1.0)
+    for name in wanted:
+        told = journal.done[name]
+        if told is None:
             continue
-        if delta.ndim < 2 or not name.endswith(".weight") or (only is not None and not re.search(only, key)):
-            left_out.append(name)
-            lost += size
-            continue
-        if error is None:
-            sides = [s if spatial_rank is None else min(spatial_rank, s) for s in delta.shape[2:]]
-            ranks = (*(min(rank, s) for s in delta.shape[:2]), *sides)
-        else:
-            ranks = cheapest_ranks(delta, error=error)[0]
-        found = adapter_from_delta(delta, ranks, scale=scale)
-        tensors[f"{ROOT}{key}.{PREFIX}core"] = found.core.float().numpy()
-        for n, factor in enumerate(found.factors):
-            tensors[f"{ROOT}{key}.{PREFIX}axis{n}"] = factor.float().numpy()
-        change = float(np.sqrt(size) / (np.linalg.norm(a.astype(np.float64)) or 1.0))
-        shape = tuple(delta.shape)
-        layers.append(ExtractedLayer(key, shape, tuple(ranks), num_parameters(shape, ranks), found.error, change))
-        lost += found.error * size
+        key, shape, ranks = name.removesuffix(".weight"), first.shape(name), tuple(told["ranks"])
+        for part, value in read_members(work / told["file"]).items():
+            tensors[f"{ROOT}{key}.{PREFIX}{part}"] = value
+        layers.append(ExtractedLayer(key, shape, ranks, num_parameters(shape, ranks), told["error"], told["change"]))
+        sizes[name], errors[name] = told["size"], told["error"]
     if not layers:
+        remove_folder(work)
         raise ValueError(f"tuned must differ from base in a weight that can be adapted, got none in {tuned}")
-    saved = [n for n in first.names() if any(n.startswith(f"{module}.") for module in modules_to_save)]
-    tensors |= {ROOT + name: np.asarray(second[name], dtype=np.float32) for name in saved}
+    total = lost = 0.0
+    for name in sorted(sizes):
+        total += sizes[name]
+        lost += errors.get(name, 0.0) * sizes[name]
+    for name in saved:
+        tensors[ROOT + name] = np.asarray(read_members(second.file(name), [name])[name], dtype=np.float32)
     from .tucker_adapter import TuckerAdapterConfig
 
     config = TuckerAdapterConfig(
@@ -231,7 +251,45 @@ def extract_tucker_adapter(
     with atomic_directory(out, replace=replace) as folder:
         write_members(folder / WEIGHTS, tensors, metadata={"format": "pt"})
         write_json(folder / CONFIG, config.to_dict())
-    return Extraction(Path(out), layers, saved, left_out, 1.0 - lost / total if total > 0 else 1.0)
+    remove_folder(work)
+    return Extraction(target, layers, saved, left_out, 1.0 - lost / total if total > 0 else 1.0)
+
+
+def _forget_torn(journal: Journal, work: Path) -> None:
+    """Take layers whose file is missing or changed out of what is done."""
+    for name, told in list(journal.done.items()):
+        if told is not None:
+            path = work / told["file"]
+            if not path.is_file() or digest_file(path) != told["digest"]:
+                del journal.done[name]
+
+
+def _extract_layer(work: str, options: dict[str, Any], item: tuple[int, Pair]) -> dict[str, Any] | None:
+    """Decompose the update of one weight into a file; return what the journal keeps, None where nothing differs."""
+    number, pair = item
+    found = pair.update()
+    if found is None:
+        return None
+    weight, delta = found
+    rank, spatial = options["rank"], options["spatial_rank"]
+    if options["error"] is None:
+        sides = [s if spatial is None else min(spatial, s) for s in delta.shape[2:]]
+        ranks = (*(min(rank, s) for s in delta.shape[:2]), *sides)
+    else:
+        ranks = cheapest_ranks(delta, error=options["error"])[0]
+    made = adapter_from_delta(delta, ranks, scale=options["scale"])
+    size = float(delta.square().sum())
+    tensors = {"core": made.core, **{f"axis{n}": factor for n, factor in enumerate(made.factors)}}
+    path = Path(work) / f"layer-{number:05d}.safetensors"
+    write_members(path, {name: tensor.float().numpy() for name, tensor in tensors.items()})
+    return {
+        "file": path.name,
+        "digest": digest_file(path),
+        "ranks": list(ranks),
+        "error": made.error,
+        "size": size,
+        "change": math.sqrt(size) / (float(np.linalg.norm(weight.astype(np.float64))) or 1.0),
+    }
 
 
 def merge_tucker_adapter(
@@ -269,8 +327,11 @@ def merge_tucker_adapter(
         raise WrongContent(folder / name, found=f"an adapter of kind {kind}", expected=PEFT_TYPE.value)
     config = TuckerAdapterConfig.from_peft_type(**settings)
     tensors = {key.removeprefix(ROOT): value for key, value in read_members(folder / WEIGHTS).items()}
-    model = Checkpoint(base)
-    made = {key: model[key] for key in model.names()}
+    model = ShardedState(base)
+    lying: dict[Path, list[str]] = {}
+    for key in model:
+        lying.setdefault(model.file(key), []).append(key)
+    made = {key: value for file, keys in lying.items() for key, value in read_members(file, keys).items()}
     changed: list[str] = []
     for key in progress(sorted(tensors), label="merging", enabled=verbose):
         layer, found, part = key.partition(f".{PREFIX}")
@@ -320,9 +381,15 @@ def advise_tucker_ranks(
     errors: Sequence[float] = (0.5, 0.2, 0.1),
     only: str | None = None,
     curves: bool = False,
+    workers: int | None = 1,
+    engine: str = "local",
+    address: str | None = None,
+    journal: Path | str | None = None,
+    verbose: bool = False,
 ) -> list[LayerAdvice]:
     """Return for every weight that differs which ranks its update needs.
 
+    In memory is one layer a worker, which has one thread, so that advice is the same on any number of them.
     Source: catalogue entry ``flora-nd``.
 
     Parameters
@@ -335,6 +402,13 @@ def advise_tucker_ranks(
         Expression that must be found in a layer's name.
     curves : bool
         Measure the curve of :func:`~polyspan.checkpoints.tucker_plots.plot_rank_curves` too.
+    workers, engine, address
+        As of :func:`polyspan.run.map_tasks`, over which layers go. Workers must see the files.
+    journal : path, optional
+        Where finished layers are kept until the end, so that the same call goes on after an interrupt; a journal of
+        other files or options is begun anew.
+    verbose : bool
+        Show progress.
 
     Raises
     ------
@@ -346,17 +420,46 @@ def advise_tucker_ranks(
     for error in errors:
         if not 0 <= error < 1:
             raise ValueError(f"errors must be in [0, 1), got {error}")
+    first, second = ShardedState(base), ShardedState(tuned)
+    wanted = [pair for name, pair in tensor_pairs(first, second).items() if adaptable(first, name, only)]
+    fan: dict[str, Any] = {"workers": workers, "engine": engine, "address": address}
+    options = {"errors": [float(error) for error in errors], "curves": curves}
+    kept = None
+    if journal is not None:
+        digested = digest_sources([Path(base), Path(tuned)], label="reading" if verbose else "", **fan)
+        header = {"base": digested[0], "tuned": digested[1], **options}
+        try:
+            kept = Journal(journal, header)
+        except ValueError:
+            Journal.discard(journal)
+            kept = Journal(journal, header)
+    told = map_tasks(
+        partial(_advise_layer, options), wanted, journal=kept, key=lambda pair: pair.name,
+        label="choosing ranks" if verbose else "", inner_threads=1, **fan,
+    )  # fmt: skip
     advice = []
-    for name, a, b in differences(Checkpoint(base), Checkpoint(tuned)):
-        key = name.removesuffix(".weight")
-        if a.ndim < 2 or key == name or (only is not None and not re.search(only, key)):
-            continue
-        delta = torch.from_numpy(np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64))
-        choices = []
-        for error in errors:
-            ranks = cheapest_ranks(delta, error=error)[0]
-            choices.append(RankChoice(float(error), ranks, num_parameters(delta.shape, ranks)))
-        advice.append(LayerAdvice(key, tuple(a.shape), a.size, choices, rank_curve(delta) if curves else None))
+    for pair, found in zip(wanted, told, strict=True):
+        if found is not None:
+            shape = first.shape(pair.name)
+            choices = [RankChoice(error, tuple(ranks), parameters) for error, ranks, parameters in found["choices"]]
+            curve = RankCurve(*map(np.array, found["curve"])) if curves else None
+            advice.append(LayerAdvice(pair.name.removesuffix(".weight"), shape, math.prod(shape), choices, curve))
+    if kept is not None:
+        kept.remove()
     if not advice:
         raise ValueError(f"tuned must differ from base in a weight that can be adapted, got none in {tuned}")
     return advice
+
+
+def _advise_layer(options: dict[str, Any], pair: Pair) -> dict[str, Any] | None:
+    """Return the ranks that the update of one weight needs, as JSON types; None where nothing differs."""
+    found = pair.update()
+    if found is None:
+        return None
+    delta = found[1]
+    choices = []
+    for error in options["errors"]:
+        ranks = cheapest_ranks(delta, error=error)[0]
+        choices.append([error, list(ranks), num_parameters(delta.shape, ranks)])
+    curve = [part.tolist() for part in rank_curve(delta)] if options["curves"] else None
+    return {"choices": choices, "curve": curve}

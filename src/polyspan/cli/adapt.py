@@ -1,5 +1,6 @@
 """``polyspan adapt extract``, ``merge`` and ``ranks``: adapters with a Tucker core from checkpoint files, and back."""
 
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +21,14 @@ def extract(
     save: Annotated[list[str] | None, Parameter(negative="")] = None,
     scale: float = 4.0,
     replace: bool = False,
+    workers: int | None = 1,
+    engine: str = "local",
+    address: str | None = None,
     json: bool = False,
 ) -> None:
     """Turn a fine-tuned checkpoint into a small adapter of its base, which peft loads.
+
+    Run the same command again after an interrupt and it goes on.
 
     Parameters
     ----------
@@ -46,6 +52,12 @@ def extract(
         The adapter's alpha.
     replace : bool
         Write over a folder that is there.
+    workers : int
+        Processes, or workers of a cluster.
+    engine : str
+        Where layers are decomposed: local, dask or ray.
+    address : str
+        Of the cluster.
     json : bool
         Print JSON.
     """
@@ -53,7 +65,7 @@ def extract(
 
     found = extract_tucker_adapter(
         base, tuned, out, rank=rank, spatial_rank=spatial_rank, error=error, only=only, modules_to_save=save or (),
-        scale=scale, replace=replace, verbose=True,
+        scale=scale, replace=replace, workers=workers, engine=engine, address=address, verbose=True,
     )  # fmt: skip
     if json:
         show_json({**found._asdict(), "path": str(found.path), "layers": [layer._asdict() for layer in found.layers]})
@@ -104,9 +116,14 @@ def ranks(
     error: list[float] | None = None,
     only: str | None = None,
     plot: Path | None = None,
+    workers: int | None = 1,
+    engine: str = "local",
+    address: str | None = None,
     json: bool = False,
 ) -> None:
     """Say which ranks the updates of a fine-tuned checkpoint need, layer by layer.
+
+    Run the same command again after an interrupt and it goes on.
 
     Parameters
     ----------
@@ -120,13 +137,30 @@ def ranks(
         Expression that must be found in a layer's name.
     plot : Path
         Draw the share left out by parameters, beside that of LoRA's matrix (.svg, .png or .pdf).
+    workers : int
+        Processes, or workers of a cluster.
+    engine : str
+        Where layers are measured: local, dask or ray.
+    address : str
+        Of the cluster.
     json : bool
         Print JSON.
     """
     from polyspan.checkpoints import advise_tucker_ranks
     from polyspan.checkpoints.tucker_plots import plot_rank_curves
+    from polyspan.io import dump_json, picture_path
+    from polyspan.run import user_folder
 
-    advice = advise_tucker_ranks(base, tuned, errors=error or (0.5, 0.2, 0.1), only=only, curves=plot is not None)
+    if plot is not None:
+        picture_path(plot)
+    errors = error or [0.5, 0.2, 0.1]
+    # Nothing is written here but what is asked for: unfinished work is among the user's own files, one for a question.
+    asked = [str(base.absolute()), str(tuned.absolute()), errors, only, plot is not None]
+    name = hashlib.sha256(dump_json(asked, indent=None).encode()).hexdigest()[:16]
+    advice = advise_tucker_ranks(
+        base, tuned, errors=errors, only=only, curves=plot is not None, workers=workers, engine=engine,
+        address=address, journal=user_folder("journals") / f"ranks-{name}.jsonl", verbose=True,
+    )  # fmt: skip
     if plot is not None:
         plot_rank_curves({layer.name: layer.curve for layer in advice if layer.curve is not None}, plot)
     if json:

@@ -18,6 +18,9 @@ def merge(
     mask: Path | None = None,
     shard_bytes: int | None = None,
     plot: Path | None = None,
+    workers: int | None = 1,
+    engine: str = "local",
+    address: str | None = None,
     json: bool = False,
 ) -> None:
     """Merge fine-tuned checkpoints of one base into one that serves all their tasks.
@@ -43,6 +46,12 @@ def merge(
         Size of the files; left out, that of the largest tensor.
     plot : Path
         Picture of the angles between the tasks' changes and of how much of each is left: .svg, .png or .pdf.
+    workers : int
+        Processes, or workers of a cluster.
+    engine : str
+        Where files are merged: local, dask or ray.
+    address : str
+        Of the cluster.
     json : bool
         Print JSON.
     """
@@ -56,7 +65,9 @@ def merge(
     given = {"scaling": scaling, "density": density}
     parameters = {**recipe.parameters, **{name: value for name, value in given.items() if value is not None}}
     recipe = recipe._replace(parameters=parameters)
-    found = merge_recipe(recipe, out, mask=mask, shard_bytes=shard_bytes, verbose=True)
+    found = merge_recipe(
+        recipe, out, mask=mask, shard_bytes=shard_bytes, workers=workers, engine=engine, address=address, verbose=True
+    )
     if found.resumed:
         say(f"{found.resumed} of {len(found.shards)} files were there from an interrupted run")
     if plot is not None:
