@@ -411,7 +411,7 @@ def test_checkpoints_that_cannot_be_merged_say_why(source, tmp_path, monkeypatch
     with pytest.raises(UnreadableFile, match=r"a folder with notes.txt; expected a new folder, or one of this merge"):
         merge(source, tmp_path / "mine")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UnreadableFile, match="neither a folder nor a checkpoint on the Hub"):
+    with pytest.raises(UnreadableFile, match="found nothing; expected the folder of a checkpoint, or a model"):
         merge(tmp_path / "nowhere", tmp_path / "out2")
     dense = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**{k: v for k, v in SIZES.items() if "experts" not in k}, tie_word_embeddings=False)

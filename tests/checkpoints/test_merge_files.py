@@ -211,6 +211,22 @@ def test_a_recipe_in_the_style_of_mergekit_says_what_is_merged(tmp_path):
     assert (learnt.method, learnt.parameters["method"]) == ("concrete", "adamerging")
 
 
+def test_models_of_a_recipe_may_have_their_names_on_the_hub(tmp_path, monkeypatch):
+    base, states = saved(tmp_path)
+    hub = pytest.importorskip("huggingface_hub")
+    fetched = {"some/base": "base", "some/task": "task0"}
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(tmp_path / fetched[name]))
+    text = RECIPE.format(method="task_arithmetic").replace("base_model: base", "base_model: some/base")
+    read = read_recipe(recipe(tmp_path, text.replace("model: task0", "model: some/task")))
+    assert (str(read.base), next(str(path) for path in read.models.values())) == ("some/base", "some/task")
+    made = ShardedState(merge_recipe(read, tmp_path / "out").path)
+    expected = task_arithmetic(base, states, scaling=0.7, weights=[0.5, 2])
+    torch.testing.assert_close({n: made[n] for n in base}, expected, atol=0, rtol=0)
+    with pytest.raises(UnreadableFile, match="a model's name on the hub"):
+        merge_recipe(read._replace(base=tmp_path / "none"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -106,6 +106,57 @@ def test_a_saved_head_comes_back_with_the_adapter_and_merging_files_equals_mergi
         torch.testing.assert_close(merged.state_dict()[name], value)
 
 
+def test_a_merge_into_a_folder_keeps_dtypes_and_goes_on_where_it_was(pair):
+    base, _, folder = pair
+    source = folder / "bf16"
+    source.mkdir()
+    save_file({name: value.bfloat16() for name, value in base.state_dict().items()}, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    extract_tucker_adapter(source, folder / "tuned.safetensors", folder / "a", rank=2, modules_to_save=["head"])
+    changed = merge_tucker_adapter(source, folder / "a", folder / "whole.safetensors")
+    whole = load_file(folder / "whole.safetensors")
+    assert {value.dtype for value in whole.values()} == {torch.bfloat16}
+    wide = folder / "wide.safetensors"
+    save_file({name: value.bfloat16().float() for name, value in base.state_dict().items()}, wide)
+    merge_tucker_adapter(wide, folder / "a", folder / "wide-merged.safetensors")
+    for name, value in load_file(folder / "wide-merged.safetensors").items():
+        assert torch.equal(whole[name], value.bfloat16())
+    assert merge_tucker_adapter(source, folder / "a", folder / "out", shard_bytes=200) == changed
+    shards = sorted((folder / "out").glob("*.safetensors"))
+    assert len(shards) > 3
+    parts = {name: value for shard in shards for name, value in load_file(shard).items()}
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    assert (folder / "out" / "config.json").read_text() == "{}"
+    assert not list((folder / "out").glob("*.jsonl"))
+
+
+def test_sums_too_large_for_the_base_are_told(pair):
+    base, _, folder = pair
+    save_file({name: value.half() for name, value in base.state_dict().items()}, folder / "half.safetensors")
+    huge = {name: value * 1e6 for name, value in base.state_dict().items()}
+    save_file(huge, folder / "huge.safetensors")
+    extract_tucker_adapter(folder / "half.safetensors", folder / "huge.safetensors", folder / "a", rank=2)
+    with pytest.raises(ValueError, match=r"base must hold sums with the adapter, got torch.float16, too narrow for"):
+        merge_tucker_adapter(folder / "half.safetensors", folder / "a", folder / "m.safetensors")
+    assert not (folder / "m.safetensors").exists()
+
+
+def test_names_on_the_hub_are_fetched(pair, monkeypatch):
+    base, _, folder = pair
+    hub = pytest.importorskip("huggingface_hub")
+    (folder / "fetched").mkdir()
+    save_file(base.state_dict(), folder / "fetched" / "model.safetensors")
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(folder / "fetched") if name == "a/b" else name)
+    found = extract_tucker_adapter("a/b", folder / "tuned.safetensors", folder / "one", rank=2)
+    other = extract_tucker_adapter(folder / "base.safetensors", folder / "tuned.safetensors", folder / "two", rank=2)
+    assert found.layers == other.layers
+    with pytest.raises(
+        UnreadableFile, match=r"nothing; expected a .safetensors file, the folder of a checkpoint, or a"
+    ):
+        extract_tucker_adapter(folder / "no.safetensors", folder / "tuned.safetensors", folder / "c")
+
+
 def test_shards_with_an_index_are_read_tensor_by_tensor(pair):
     base, _, folder = pair
     shards = folder / "shards"

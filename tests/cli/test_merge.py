@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from polyspan.checkpoints import MergeScore
 from polyspan.cli.merge import merge
 from polyspan.errors import WrongContent
 from polyspan.io import read_members, write_members, write_text
@@ -82,3 +84,27 @@ def test_two_workers_write_the_files_of_one(files):
     one, two = ({p.name: p.read_bytes() for p in (files / f"out{workers}").iterdir()} for workers in (1, 2))
     assert len(one) == 4
     assert one == two
+
+
+def test_texts_are_measured_and_named_once(files, tmp_path, capsys, monkeypatch):
+    asked = {}
+
+    def measured(recipe, merged, texts, **options):
+        asked.update(options, texts=texts, merged=merged)
+        return [MergeScore("base", "base", dict.fromkeys(texts, 2.0)), MergeScore("ties", "merged", {"a": 1.5, "b": 3})]
+
+    monkeypatch.setattr("polyspan.checkpoints.merge_scores.score_merge", measured)
+    monkeypatch.setattr("polyspan.checkpoints.score_merge", measured, raising=False)
+    given = ["a=one.txt", str(tmp_path / "b.txt")]
+    merge(files / "recipe.yaml", out=files / "out", eval=given, compare=True, context=7, device="cpu")
+    shown = capsys.readouterr().out
+    assert "base\tbase\t2.00\t2.00" in shown
+    assert "ties\tmerged\t1.50\t3.00" in shown
+    assert asked["texts"] == {"a": Path("one.txt"), "b": tmp_path / "b.txt"}
+    assert asked["compare"] == ("average", "task_arithmetic", "ties", "dare")
+    assert (asked["context"], asked["device"], asked["merged"]) == (7, "cpu", files / "out")
+    with pytest.raises(ValueError, match="a name of its own, got 'one' twice"):
+        merge(files / "recipe.yaml", out=files / "other", eval=["one.txt", "one=b.txt"])
+    with pytest.raises(ValueError, match="must go with --eval, got no text"):
+        merge(files / "recipe.yaml", out=files / "other", compare=True)
+    assert not (files / "other").exists()

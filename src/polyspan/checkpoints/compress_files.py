@@ -43,6 +43,7 @@ from ._compression import (
     windows,
 )
 from ._expert_stream import quiet_transformers
+from ._hub import local_checkpoint
 from ._layer_methods import Settings, Sizes, check_settings, compress_unit, group_size, layer_config, named_method
 from ._merge_states import ShardedState
 from .merge_files import digests
@@ -468,29 +469,6 @@ def perplexity(model: nn.Module, ids: Tensor, *, context: int = 128, batch_size:
     device = next(p.device for p in model.parameters() if not p.is_meta)
     length = min(context, len(ids) - 1)
     return math.exp(score_next_token(Logits(), ids.to(device), length=length, batch_size=batch_size))
-
-
-def local_checkpoint(model: Path | str) -> Path:
-    """Return the folder of a checkpoint; a name on the hub is fetched first.
-
-    Raises
-    ------
-    UnreadableFile
-        There is neither.
-    """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    name = str(model)
-    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        found = "a file" if path.exists() else "nothing"
-        raise UnreadableFile(path, found=found, expected="the folder of a checkpoint, or a model's name on the hub")
-    hub = require("huggingface_hub", extra="hf", purpose="fetching a model")
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    except (OSError, ValueError) as error:
-        told = str(error).strip().split("\n")[0]
-        raise UnreadableFile(path, found=told, expected="a folder, or a model's name on the hub") from error
 
 
 def open_model(folder: Path, *, device_map: Any = None) -> Any:

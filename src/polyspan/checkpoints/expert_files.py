@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyspan.errors import TooLarge, UnreadableFile, WrongContent, require
+from polyspan.errors import TooLarge, UnreadableFile, WrongContent
 from polyspan.io import (
     digest_array,
     digest_file,
@@ -39,6 +39,7 @@ from ._expert_jobs import (
 )
 from ._expert_layout import COUNTS, ExpertLayer, check_reducible, fused_parameters, reduced_router
 from ._expert_stream import StreamedModel, text_pieces
+from ._hub import local_checkpoint
 from .expert_merging import RIVALS, ExpertMerger, ExpertMergeReport, MergedLayer, Outcome, narrowed, wide_stack
 from .merge_files import CODES, as_bytes, copy_others, digests, plan_shards
 
@@ -275,19 +276,6 @@ def report_json(found: ExpertCheckpoint) -> dict[str, Any]:
         "similarity": {name: gram.round(6).tolist() for name, gram in found.similarity.items()},
     }
     return told
-
-
-def local_checkpoint(model: Path | str) -> Path:
-    """Return the folder of a checkpoint: itself, or where the Hub's is kept after fetching what is needed of it."""
-    path = Path(model)
-    if path.exists():
-        return path
-    hub = require("huggingface_hub", extra="hf", purpose="fetching a checkpoint")
-    try:
-        return Path(hub.snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
-    except (OSError, ValueError, hub.errors.HFValidationError) as error:
-        told = f"neither a folder nor a checkpoint on the Hub ({type(error).__name__})"
-        raise UnreadableFile(path, found=told, expected="a folder with config.json and .safetensors files") from error
 
 
 def check_memory(stream: StreamedModel, max_bytes: int | None) -> None:

@@ -26,6 +26,7 @@ from polyspan.io import (
 from polyspan.io.atomic import MANIFEST
 from polyspan.run import Journal, map_tasks
 
+from ._hub import local_checkpoint
 from ._merge_states import ADAPTER, INDEX, ShardedState, as_states, dtype_of, is_statistic, mergeable, shape_of
 from .concrete_merging import load_mask
 from .task_vectors import (
@@ -101,7 +102,7 @@ def merge_checkpoints(
     Parameters
     ----------
     base : path
-        A .safetensors file, or a folder of them.
+        A .safetensors file, a folder of them, or a model's name on the hub.
     models : mapping of str to path
         By task; each what the base may be, or the folder of a LoRA adapter of PEFT.
     out : path
@@ -135,8 +136,10 @@ def merge_checkpoints(
         raise ValueError(f"method must be one of {STREAMED}, got {method!r}")
     if mask is not None and method != "task_arithmetic":
         raise ValueError(f"mask must go with method 'task_arithmetic', got {method!r}")
+    base = local_checkpoint(base, files=True)
+    models = {task: local_checkpoint(path, files=True) for task, path in models.items()}
     start = ShardedState(base)
-    states = as_states({task: Path(path) for task, path in models.items()}, start)
+    states = as_states(models, start)
     names = sorted(mergeable(start, states, ignore_keys))
     options: dict[str, Any] = {"weights": None if weights is None else [float(w) for w in weights]}
     if method == "average":
@@ -155,7 +158,7 @@ def merge_checkpoints(
     merge_rule(called, start, states, names, mask=kept, **options)
 
     fan: dict[str, Any] = {"workers": workers, "engine": engine, "address": address}
-    sources = [Path(base), *map(Path, models.values())]
+    sources = [base, *models.values()]
     own, *others = digest_sources(sources, label="reading" if verbose else "", **fan)
     header = {
         "method": method,
@@ -188,7 +191,7 @@ def merge_checkpoints(
             job = job._replace(whole=_whole_model(job, parts, journal, fan, verbose=verbose))
         write = partial(_write_merged, job)
     map_tasks(write, parts, journal=journal, key=lambda part: part.file, label="merging" if verbose else "", **fan)
-    finish_shards(folder, parts, tensors, journal, beside=Path(base))
+    finish_shards(folder, parts, tensors, journal, beside=base)
     return MergedFiles(folder, [folder / part.file for part in parts], len(tensors), len(names), resumed)
 
 

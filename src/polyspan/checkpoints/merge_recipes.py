@@ -11,6 +11,7 @@ from torch import Tensor
 from polyspan.errors import WrongContent, require
 from polyspan.io import digest_file, read_members, read_text
 
+from ._hub import local_checkpoint
 from ._merge_states import ADAPTER
 from .concrete_merging import ConcreteMerger, adamerging
 from .merge_files import ALONE, STREAMED, MergedFiles, digests, merge_checkpoints, write_shards
@@ -68,7 +69,7 @@ def read_recipe(path: Path | str, *, method: str | None = None) -> MergeRecipe:
     Parameters
     ----------
     path : path
-        A .yaml file; paths in it are relative to its folder.
+        A .yaml file; paths in it are relative to its folder. OWNER/NAME that is not there is a name on the hub.
     method : str, optional
         Instead of the recipe's own.
 
@@ -112,7 +113,7 @@ def read_recipe(path: Path | str, *, method: str | None = None) -> MergeRecipe:
         task = str(entry.get("name") or Path(str(entry["model"])).stem)
         if task in models:
             raise WrongContent(path, found=f"{task!r} twice", expected="a name of its own for each model", where=where)
-        models[task] = path.parent / str(entry["model"])
+        models[task] = _place(path.parent, str(entry["model"]))
         own = _entries(path, entry.get("parameters") or {}, {"weight", "density"}, set(), f"{where}.parameters")
         weights.append(own.get("weight", 1.0))
         densities.add(own.get("density"))
@@ -124,12 +125,19 @@ def read_recipe(path: Path | str, *, method: str | None = None) -> MergeRecipe:
     density = densities.pop()
     if density is not None:
         options["density"] = density
-    base = path.parent / str(found["base_model"])
+    base = _place(path.parent, str(found["base_model"]))
     ignored = [str(pattern) for pattern in found.get("ignore_keys") or []]
     return MergeRecipe(
         name, base, models, options, None if set(weights) == {1.0} else weights, parts["inputs"], parts["head"],
         str(found.get("network") or ""), ignored,
     )  # fmt: skip
+
+
+def _place(folder: Path, given: str) -> Path:
+    """Return where a checkpoint lies as seen from a folder; OWNER/NAME that is not there is a name on the hub."""
+    there = folder / given
+    named = given.count("/") == 1 and given[0] not in "./" and Path(given).suffix != ".safetensors"
+    return Path(given) if named and not there.exists() else there
 
 
 def _entries(path: Path, found: Any, known: set[str] | None, needed: set[str], where: str) -> dict:
@@ -175,6 +183,10 @@ def merge_recipe(
     ValueError
         Inputs or the network are missing, an option is outside its range, or a learnt merge is to be fanned out.
     """
+    recipe = recipe._replace(
+        base=local_checkpoint(recipe.base, files=True),
+        models={task: local_checkpoint(path, files=True) for task, path in recipe.models.items()},
+    )
     if recipe.method in STREAMED:
         return merge_checkpoints(
             recipe.base, recipe.models, out, method=recipe.method, weights=recipe.weights, mask=mask,

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from polyspan.io import remove_folder
 from polyspan.run import Progress
 
+from ._hub import local_checkpoint
 from ._merge_states import ADAPTER
 from .compress_files import longest_context, open_model, perplexity, token_ids
 from .merge_files import STREAMED, merge_checkpoints
-from .merge_recipes import MergeRecipe, merge_recipe
+from .merge_recipes import MergeRecipe
 
 MOST_CONTEXT = 1024
 
@@ -73,7 +74,8 @@ def score_merge(
     strange = [name for name in compare if name not in STREAMED]
     if strange:
         raise ValueError(f"compare must hold some of {', '.join(STREAMED)}, got {strange[0]!r}")
-    base, merged = Path(recipe.base), Path(merged)
+    base, merged = local_checkpoint(recipe.base), Path(merged)
+    models = {task: local_checkpoint(path, files=True) for task, path in recipe.models.items()}
     ids = {name: token_ids(base, text, limit=max_tokens) for name, text in texts.items()}
     length = context or min(MOST_CONTEXT, longest_context(base, MOST_CONTEXT))
 
@@ -85,22 +87,22 @@ def score_merge(
 
     others = [method for method in compare if method != recipe.method]
     scores = []
-    with Progress("measuring merges", 2 + len(recipe.models) + len(others), enabled=verbose) as shown:
+    with Progress("measuring merges", 2 + len(models) + len(others), enabled=verbose) as shown:
         for name, kind, folder in [("base", "base", base), (recipe.method, "merged", merged)]:
             scores.append(measured(name, kind, folder))
             shown.advance()
-        for task, path in recipe.models.items():
+        for task, path in models.items():
             if (Path(path) / ADAPTER).is_file():
-                alone = {"models": {task: path}, "method": "average", "weights": None, "parameters": {}}
                 with _beside(merged, task) as folder:
-                    merge_recipe(recipe._replace(**alone), folder)
+                    # An average of one is the base with the adapter added.
+                    merge_checkpoints(base, {task: path}, folder, method="average", ignore_keys=recipe.ignore_keys)
                     scores.append(measured(task, "model", folder))
             else:
                 scores.append(measured(task, "model", Path(path)))
             shown.advance()
         for method in others:
             with _beside(merged, method) as folder:
-                merge_checkpoints(base, recipe.models, folder, method=method, ignore_keys=recipe.ignore_keys)
+                merge_checkpoints(base, models, folder, method=method, ignore_keys=recipe.ignore_keys)
                 scores.append(measured(method, "compared", folder))
             shown.advance()
     return scores

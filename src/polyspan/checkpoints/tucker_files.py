@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +21,14 @@ from polyspan.io import (
     remove_folder,
     write_json,
     write_members,
+    write_tensor_blocks,
 )
 from polyspan.run import Journal, map_tasks, progress
 
-from ._merge_states import ShardedState
+from ._hub import local_checkpoint
+from ._merge_states import ShardedState, row_blocks, rows_of
 from ._tucker import cheapest_ranks, num_parameters
-from .merge_files import digest_sources
+from .merge_files import CODES, as_bytes, digest_sources, digests, write_shards
 from .tucker_plots import RankCurve, rank_curve
 from .tucker_update import adapter_from_delta, tucker_delta
 
@@ -148,7 +150,7 @@ def extract_tucker_adapter(
     Parameters
     ----------
     base, tuned : path
-        A .safetensors file, or a folder with one, or with shards and their index.
+        A .safetensors file, or a folder with one, or with shards and their index; or a model's name on the hub.
     out : path
         Folder to make: all of it is there at the end, or nothing.
     rank : int, default=8
@@ -189,6 +191,7 @@ def extract_tucker_adapter(
         raise UnreadableFile(out, found="something of that name", expected="a new name, or replace=True")
     if not target.parent.is_dir():
         raise UnreadableFile(out, found=f"no folder {target.parent}", expected="a folder that exists")
+    base, tuned = local_checkpoint(base, files=True), local_checkpoint(tuned, files=True)
     first, second = ShardedState(base), ShardedState(tuned)
     pairs = tensor_pairs(first, second)
     missing = [m for m in modules_to_save if not any(n.startswith(f"{m}.") for n in pairs)]
@@ -207,7 +210,7 @@ def extract_tucker_adapter(
     left_out = [name for name in sizes if name not in saved]
 
     fan: dict[str, Any] = {"workers": workers, "engine": engine, "address": address}
-    digested = digest_sources([Path(base), Path(tuned)], label="reading" if verbose else "", **fan)
+    digested = digest_sources([base, tuned], label="reading" if verbose else "", **fan)
     options = {"rank": rank, "spatial_rank": spatial_rank, "error": error, "scale": float(scale)}
     work = target.absolute().with_name(f".{target.name}.extracting")
     journal = Journal(work / JOURNAL, {"base": digested[0], "tuned": digested[1], **options})
@@ -293,24 +296,33 @@ def _extract_layer(work: str, options: dict[str, Any], item: tuple[int, Pair]) -
 
 
 def merge_tucker_adapter(
-    base: Path | str, adapter: Path | str, out: Path | str, *, name: str = CONFIG, verbose: bool = False
+    base: Path | str,
+    adapter: Path | str,
+    out: Path | str,
+    *,
+    name: str = CONFIG,
+    shard_bytes: int | None = None,
+    verbose: bool = False,
 ) -> list[str]:
     """Add an adapter to the weights of a base checkpoint, without building the model; return the names that changed.
 
-    For a model that is built, ``merge_and_unload`` does the same. Everything is in memory; half precision is widened
-    to float32.
+    For a model that is built, ``merge_and_unload`` does the same. In memory are the adapter and one of the layers that
+    it changes; sums are in float64, and weights keep the dtype of the base.
     Source: catalogue entry ``flora-nd``.
 
     Parameters
     ----------
-    base : path
+    base : path or str
         As for :func:`extract_tucker_adapter`.
     adapter : path
         Folder that peft or :func:`extract_tucker_adapter` wrote.
     out : path
-        A .safetensors file.
+        A .safetensors file; or a folder of shards, beside which the base's configuration and tokenizer are put, and in
+        which the same call goes on after an interrupt.
     name : str
         Of the configuration in that folder.
+    shard_bytes : int, optional
+        Size of the files in a folder; that of the largest tensor where not given.
     verbose : bool
         Show progress.
 
@@ -318,6 +330,8 @@ def merge_tucker_adapter(
     ------
     WrongContent
         The folder holds another kind of adapter, or one of a layer that the base does not have, or of another shape.
+    ValueError
+        A sum is too large for the base's dtype.
     """
     from .tucker_adapter import PEFT_TYPE, TuckerAdapterConfig
 
@@ -326,34 +340,52 @@ def merge_tucker_adapter(
         kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
         raise WrongContent(folder / name, found=f"an adapter of kind {kind}", expected=PEFT_TYPE.value)
     config = TuckerAdapterConfig.from_peft_type(**settings)
-    tensors = {key.removeprefix(ROOT): value for key, value in read_members(folder / WEIGHTS).items()}
-    model = ShardedState(base)
-    lying: dict[Path, list[str]] = {}
-    for key in model:
-        lying.setdefault(model.file(key), []).append(key)
-    made = {key: value for file, keys in lying.items() for key, value in read_members(file, keys).items()}
-    changed: list[str] = []
-    for key in progress(sorted(tensors), label="merging", enabled=verbose):
+    tensors = {key.removeprefix(ROOT): torch.from_numpy(x) for key, x in read_members(folder / WEIGHTS).items()}
+    source = local_checkpoint(base, files=True)
+    model = ShardedState(source)
+    # Of each tensor that changes: its adapter's core, or None and what takes its place.
+    changed: dict[str, tuple[Tensor | None, list[Tensor]]] = {}
+    for key, value in sorted(tensors.items()):
         layer, found, part = key.partition(f".{PREFIX}")
         if found and part != "core":
             continue
         target = f"{layer}.weight" if found else key.replace(".base_layer.", ".")
-        if target not in made:
+        if target not in model:
             raise WrongContent(folder / WEIGHTS, found=f"an adapter of {layer}", expected=f"a layer of {model.path}")
-        value = np.asarray(tensors[key])
-        if found:
-            core = torch.from_numpy(value).double()
-            factors = [torch.from_numpy(tensors[f"{layer}.{PREFIX}axis{n}"]).double() for n in range(core.ndim)]
-            delta = tucker_delta(core, factors, config.scale_for(layer, core.shape)).numpy()
-            value = delta if delta.shape != made[target].shape else (made[target] + delta).astype(made[target].dtype)
-        if value.shape != made[target].shape:
+        parts = [tensors[f"{layer}.{PREFIX}axis{n}"] for n in range(value.ndim)] if found else [value]
+        shape = tuple(len(factor) for factor in parts) if found else tuple(value.shape)
+        if shape != model.shape(target):
             raise WrongContent(
-                folder / WEIGHTS, found=f"shape {value.shape}", expected=f"{made[target].shape}", where=f"layer {layer}"
+                folder / WEIGHTS, found=f"shape {shape}", expected=f"{model.shape(target)}", where=f"layer {layer}"
             )
-        made[target] = value
-        changed.append(target)
-    write_members(out, made)
-    return changed
+        changed[target] = (value if found else None, parts)
+
+    def made(key: str) -> Iterator[Tensor]:
+        if key not in changed:
+            yield from (rows_of(model, key, *span) for span in row_blocks(model.shape(key)))
+            return
+        core, parts = changed[key]
+        if core is None:
+            yield parts[0].to(model.dtype(key))
+            return
+        scale = config.scale_for(key.removesuffix(".weight"), core.shape)
+        delta = tucker_delta(core.double(), [factor.double() for factor in parts], scale)
+        summed = (model[key].double() + delta).to(model.dtype(key))
+        if not bool(torch.isfinite(summed).all()):
+            raise ValueError(f"base must hold sums with the adapter, got {model.dtype(key)}, too narrow for {key}")
+        yield summed
+
+    facts = {key: (model.dtype(key), model.shape(key)) for key in model}
+    if Path(out).suffix == ".safetensors":
+        order = sorted(facts, key=lambda key: -facts[key][0].itemsize)
+        shown = progress(order, label="merging", enabled=verbose)
+        blocks = (as_bytes(block) for key in shown for block in made(key))
+        codes = {key: (CODES[facts[key][0]], facts[key][1]) for key in order}
+        write_tensor_blocks(Path(out), codes, blocks, {"format": "pt"})
+    else:
+        header = {"base": digests(source), "adapter": digests(folder), "settings": digest_file(folder / name)}
+        write_shards(Path(out), facts, made, header, beside=source, shard_bytes=shard_bytes, verbose=verbose)
+    return sorted(changed)
 
 
 class RankChoice(NamedTuple):
@@ -420,13 +452,14 @@ def advise_tucker_ranks(
     for error in errors:
         if not 0 <= error < 1:
             raise ValueError(f"errors must be in [0, 1), got {error}")
+    base, tuned = local_checkpoint(base, files=True), local_checkpoint(tuned, files=True)
     first, second = ShardedState(base), ShardedState(tuned)
     wanted = [pair for name, pair in tensor_pairs(first, second).items() if adaptable(first, name, only)]
     fan: dict[str, Any] = {"workers": workers, "engine": engine, "address": address}
     options = {"errors": [float(error) for error in errors], "curves": curves}
     kept = None
     if journal is not None:
-        digested = digest_sources([Path(base), Path(tuned)], label="reading" if verbose else "", **fan)
+        digested = digest_sources([base, tuned], label="reading" if verbose else "", **fan)
         header = {"base": digested[0], "tuned": digested[1], **options}
         try:
             kept = Journal(journal, header)

@@ -33,7 +33,7 @@ def extract(
     Parameters
     ----------
     base : Path
-        A .safetensors file, or a folder of them.
+        A .safetensors file, a folder of them, or a model's name on the hub.
     tuned : Path
         The same model after fine-tuning.
     out : Path
@@ -92,11 +92,11 @@ def merge(
     Parameters
     ----------
     base : Path
-        A .safetensors file, or a folder of them.
+        A .safetensors file, a folder of them, or a model's name on the hub.
     adapter : Path
         Folder with adapter_config.json.
     out : Path
-        A .safetensors file.
+        A .safetensors file; or a folder of them, with the base's configuration and tokenizer.
     json : bool
         Print JSON.
     """
@@ -128,7 +128,7 @@ def ranks(
     Parameters
     ----------
     base : Path
-        A .safetensors file, or a folder of them.
+        A .safetensors file, a folder of them, or a model's name on the hub.
     tuned : Path
         The same model after fine-tuning.
     error : list of float

@@ -194,10 +194,10 @@ def compress_layers(request: Request) -> None:
     """Compress linear layers by one of the methods of :func:`polyspan.checkpoints.compress_checkpoint`."""
     if request.experts is not None:
         raise ValueError(f"--experts must go with --method experts, got {request.method}")
+    from polyspan.checkpoints._hub import local_checkpoint
     from polyspan.checkpoints.compress_files import (
         COMPARED,
         compress_checkpoint,
-        local_checkpoint,
         longest_context,
         report_json,
         token_ids,

@@ -17,6 +17,11 @@ def merge(
     density: float | None = None,
     mask: Path | None = None,
     shard_bytes: int | None = None,
+    eval: Annotated[list[str] | None, Parameter(negative="")] = None,
+    compare: bool = False,
+    context: int | None = None,
+    max_tokens: int | None = None,
+    device: str | None = None,
     plot: Path | None = None,
     workers: int | None = 1,
     engine: str = "local",
@@ -31,7 +36,8 @@ def merge(
     Parameters
     ----------
     config : Path
-        A recipe in YAML, as of mergekit: merge_method, base_model, models, parameters. Models may be LoRA adapters.
+        A recipe in YAML, as of mergekit: merge_method, base_model, models, parameters. Models are folders, files, LoRA
+        adapters, or names on the hub.
     out : Path
         Folder of the merged checkpoint.
     method : str
@@ -44,6 +50,16 @@ def merge(
         Where the logits of a Concrete mask are written, or, for task-arithmetic, read.
     shard_bytes : int
         Size of the files; left out, that of the largest tensor.
+    eval : list of str
+        Texts on which base, models and merge are measured by perplexity: NAME=FILE, or a file; may be repeated.
+    compare : bool
+        Measure averages, task arithmetic, TIES and DARE of the same models on these texts too.
+    context : int
+        Tokens of a piece of text; the model's longest, at most 1,024, where not given.
+    max_tokens : int
+        Most tokens of each text.
+    device : str
+        Such as cuda:0, for --eval.
     plot : Path
         Picture of the angles between the tasks' changes and of how much of each is left: .svg, .png or .pdf.
     workers : int
@@ -55,12 +71,16 @@ def merge(
     json : bool
         Print JSON.
     """
-    from polyspan.checkpoints import merge_geometry, merge_recipe, read_recipe
+    from polyspan.checkpoints import merge_geometry, merge_recipe, read_recipe, score_merge
+    from polyspan.checkpoints.merge_files import STREAMED
     from polyspan.checkpoints.merging_plots import plot_merge_geometry
     from polyspan.io import picture_path
 
     if plot is not None:
         picture_path(plot)
+    texts = _texts(eval or [])
+    if not texts and (compare or context is not None or max_tokens is not None or device is not None):
+        raise ValueError("--compare, --context, --max-tokens and --device must go with --eval, got no text")
     recipe = read_recipe(config, method=method)
     given = {"scaling": scaling, "density": density}
     parameters = {**recipe.parameters, **{name: value for name, value in given.items() if value is not None}}
@@ -74,6 +94,12 @@ def merge(
         plot_merge_geometry(
             merge_geometry(recipe.base, recipe.models, found.path, ignore_keys=recipe.ignore_keys), plot
         )
+    scores = []
+    if texts:
+        scores = score_merge(
+            recipe, found.path, texts, compare=STREAMED if compare else (), context=context, max_tokens=max_tokens,
+            device=device, verbose=True,
+        )  # fmt: skip
     result = {
         "out": str(found.path),
         "method": recipe.method,
@@ -83,6 +109,7 @@ def merge(
         "tensors": found.tensors,
         "merged": found.merged,
         "resumed": found.resumed,
+        "scores": [row._asdict() for row in scores],
     }
     if json:
         show_json(result)
@@ -95,3 +122,19 @@ def merge(
         ("tensors", f"{found.tensors}, {found.merged} of them merged"),
     ]
     show_table("", ("what", "value"), rows)
+    if scores:
+        cells = [[row.name, row.kind, *(f"{row.perplexity[text]:.2f}" for text in texts)] for row in scores]
+        show_table("Perplexity", ("checkpoint", "what", *texts), cells)
+
+
+def _texts(given: list[str]) -> dict[str, Path]:
+    """Return text files by name; a file without one has that of the file."""
+    found: dict[str, Path] = {}
+    for entry in given:
+        name, mark, file = entry.partition("=")
+        path = Path(file if mark else entry)
+        name = name if mark else path.stem
+        if name in found:
+            raise ValueError(f"--eval must give each text a name of its own, got {name!r} twice")
+        found[name] = path
+    return found
