@@ -1,5 +1,7 @@
 import copy
 import math
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ from polyspan.nn import (
     random_rotation,
     real_spherical_harmonics,
 )
+from polyspan.nn import _packed_product as packing
 from polyspan.nn import _sphere_product as engine
+from polyspan.nn import gaunt_product as whole
 
 ROUTES = ("dense", "separable", "fourier")
 D = torch.float64
@@ -416,3 +420,170 @@ def test_tables_above_the_limit_switch_to_the_separable_route_with_a_warning(mon
 def test_the_route_goes_from_dense_to_separable_as_degrees_grow():
     assert GauntTensorProduct(full(3), full(3)).methods == ("dense",)
     assert GauntTensorProduct(full(8), full(8)).methods == ("separable",)
+
+
+# products of packed features, block by block
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Make every product that can go block by block do so, with small blocks."""
+    monkeypatch.setattr(packing, "BLOCK_FLOATS", 40_000)
+    monkeypatch.setattr(whole, "LEAST_VALUES", 0)
+    for route in ROUTES:
+        monkeypatch.setitem(packing.CACHE_FLOATS, route, 6_000)
+    went, real = [], whole.packed_product
+
+    def packed_product(x, y, plan):
+        went.append((plan.half, len(x) and -(-len(x) // plan.block(len(x)))))
+        return real(x, y, plan)
+
+    monkeypatch.setattr(whole, "packed_product", packed_product)
+    return went
+
+
+# The third has odd or even degrees only in one function each; the fourth has bracket paths only.
+WHOLE = (
+    (full(3, 5), full(2, 5), None, "even"),
+    ("5x3o+5x0e+5x2e", "5x4e+5x1o", "5x1o+5x5o+5x2e", "even"),
+    ("5x1o+5x3o", "5x0e+5x2e", "5x1o", "even"),
+    ("5x1o", "5x2e", "5x2o", "all"),
+)
+
+
+@pytest.mark.parametrize("route", ["dense", "separable", "fourier"])
+@pytest.mark.parametrize("layout", ["e3nn", "channels"])
+@pytest.mark.parametrize(("in1", "in2", "out", "paths_of"), WHOLE)
+def test_products_in_blocks_and_their_gradients_are_those_without(in_blocks, route, layout, in1, in2, out, paths_of):
+    product = GauntTensorProduct(in1, in2, out, paths=paths_of, method=route, layout=layout, dtype=D)
+    sizes = [sum(2 * int(part.split("x")[1][:-1]) + 1 for part in irreps.split("+")) for irreps in (in1, in2)]
+    # No block divides the number of nodes.
+    shapes = [(103, 5 * size) if layout == "e3nn" else (103, 5, size) for size in sizes]
+    x, y = (draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes))
+    found = product(x, y)
+    assert in_blocks[0][0] == (route == "dense" and paths_of == "even")
+    assert in_blocks[0][1] > 1
+    weight = draw(*found.shape, seed=7)
+    once = torch.autograd.grad(found, (x, y), weight, retain_graph=True)
+    again = torch.autograd.grad(found, (x, y), weight, create_graph=True)
+    with pytest.MonkeyPatch.context() as plain:
+        plain.setattr(whole, "LEAST_VALUES", 10**9)
+        n = len(in_blocks)
+        expected = product(x, y)
+        gradients = torch.autograd.grad(expected, (x, y), weight)
+        assert len(in_blocks) == n
+    for mine, theirs in zip((found, *once, *again), (expected, *gradients, *gradients), strict=True):
+        assert (mine - theirs).abs().max() < 1e-12 * theirs.abs().max()
+
+
+def test_half_of_the_sphere_is_taken_for_degrees_for_which_it_is_faster(in_blocks, monkeypatch):
+    x, y = draw(9, 162), draw(9, 162, seed=1)
+    for out, method, half in ((8, "auto", True), (16, "auto", False), (8, "separable", False), (8, "dense", True)):
+        product = GauntTensorProduct(full(8, 2), full(8, 2), full(out, 2), method=method, dtype=D)
+        found = product(x, y)
+        assert in_blocks.pop()[0] == half
+        with monkeypatch.context() as plain:
+            plain.setattr(whole, "LEAST_VALUES", 10**9)
+            expected = product(x, y)
+        assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
+    assert not in_blocks
+
+
+@pytest.mark.parametrize("route", ["dense", "separable"])
+def test_second_derivatives_in_blocks_are_right(in_blocks, route):
+    product = GauntTensorProduct(full(2, 2), full(1, 2), full(2, 2), method=route, dtype=D)
+    x, y = draw(3, 18).requires_grad_(), draw(3, 8, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(product, (x, y), fast_mode=True)
+    assert torch.autograd.gradgradcheck(product, (x, y), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x: product(x, y.detach()), x, fast_mode=True)
+    assert in_blocks
+
+
+@pytest.mark.parametrize("weights", ["per_degree", "shared"])
+@pytest.mark.parametrize("layout", ["e3nn", "channels"])
+def test_weights_act_in_blocks_as_they_do_without(in_blocks, monkeypatch, weights, layout):
+    outside = GauntTensorProduct(
+        full(1, 3), full(2, 3), weights=weights, layout=layout, internal_weights=False, dtype=D
+    )
+    own = GauntTensorProduct(full(1, 3), full(2, 3), weights=weights, layout=layout, dtype=D)
+    shapes = ((7, 2, 12), (7, 2, 27)) if layout == "e3nn" else ((7, 2, 3, 4), (7, 2, 3, 9))
+    x, y = (draw(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    one, each = draw(outside.weight_numel, seed=3), draw(7, 2, outside.weight_numel, seed=4)
+    with torch.no_grad():
+        own.weight.copy_(one)
+    made = [own(x, y), outside(x, y, one), outside(x, y, each)]
+    assert len(in_blocks) == 3
+    monkeypatch.setattr(whole, "LEAST_VALUES", 10**9)
+    for mine, theirs in zip(made, (own(x, y), outside(x, y, one), outside(x, y, each)), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+    assert len(in_blocks) == 3
+
+
+def test_products_in_blocks_equal_e3nns_to_1e_12(in_blocks):
+    with_e3nn()
+    for lmax in (1, 2, 3, 4, 6):
+        product = GauntTensorProduct(full(lmax, 2), full(lmax, 2), full(min(2 * lmax, 6), 2), dtype=D)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twin = equivalent_e3nn_product(product)
+        x, y = draw(40, 2 * (lmax + 1) ** 2), draw(40, 2 * (lmax + 1) ** 2, seed=1)
+        expected = twin(x, y)
+        assert (product(x, y) - expected).abs().max() < 1e-12 * expected.abs().max()
+        narrow = product.to(torch.float32)(x.float(), y.float())
+        assert (narrow - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert len(in_blocks) == 10
+
+
+def test_what_a_thread_keeps_serves_inference_training_autocast_and_other_threads(in_blocks):
+    product = GauntTensorProduct(full(2, 4), full(2, 4), dtype=torch.float32)
+    x, y = draw(50, 36, dtype=torch.float32), draw(50, 36, seed=1, dtype=torch.float32)
+    with torch.inference_mode():
+        first = product(x, y)
+    kept = first.clone()
+    leaf = x.clone().requires_grad_()
+    product(leaf, y).sum().backward()
+    assert torch.isfinite(leaf.grad).all()
+    # Results own their memory: later products do not write to them.
+    product(y, y)
+    assert torch.equal(first, kept)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(product(x, y), kept)
+    with ThreadPoolExecutor(4) as pool:
+        for made in pool.map(lambda i: product(x * (i + 1), y), range(12)):
+            assert made.shape == kept.shape
+        found = list(pool.map(lambda _: product(x, y), range(12)))
+    assert all(torch.equal(made, kept) for made in found)
+    moved = product.to(D)
+    torch.testing.assert_close(moved(x.double(), y.double()).float(), kept, atol=1e-5, rtol=1e-5)
+    big = draw(2, 3, 36, dtype=torch.float32).to(D).mT.contiguous().mT
+    torch.testing.assert_close(moved(big, big)[1, 2], moved(big[1, 2], big[1, 2]))
+
+
+def test_batches_of_any_size_and_blocks_larger_than_what_is_kept(in_blocks, monkeypatch):
+    monkeypatch.setattr(packing, "KEPT_FLOATS", 30_000)
+    monkeypatch.setattr(packing, "MOST_TOOLS", 3)
+    monkeypatch.setattr(packing, "_kept", packing._Kept())
+    product = GauntTensorProduct(full(2, 2), full(2, 2), dtype=D)
+    x, y = draw(700, 18), draw(700, 18, seed=1)
+    expected = product(x, y)
+    for n in (0, 1, 2, 63, 64, 65, 255, 256, 257, 699):
+        torch.testing.assert_close(product(x[:n], y[:n]), expected[:n], atol=1e-12, rtol=1e-12)
+    x[100, 3] = math.nan
+    z = product(x, y)
+    assert torch.isnan(z[100]).any()
+    assert torch.isfinite(z[:100]).all()
+    assert torch.isfinite(z[101:]).all()
+    assert len(in_blocks) == 12
+
+
+def test_small_batches_single_channels_and_what_broadcasts_do_not_go_in_blocks():
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole, "packed_product", lambda *args: calls.append(args))
+        product = GauntTensorProduct(full(2, 2), full(2, 2), dtype=D)
+        product(draw(3, 18), draw(3, 18))
+        product(draw(9000, 18), draw(18))
+        GauntTensorProduct(full(2, 2), full(2, 1), dtype=D)(draw(9000, 18), draw(9000, 9))
+        GauntTensorProduct(full(2, 1), full(2, 1), dtype=D)(draw(9000, 9), draw(9000, 9))
+        GauntTensorProduct(full(2, 2), full(2, 2), paths="all", dtype=D)(draw(9000, 18), draw(9000, 18))
+        assert not calls

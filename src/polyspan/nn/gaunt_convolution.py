@@ -133,7 +133,7 @@ class GauntConvolution(nn.Module):
         if self.check_finite and not (torch.isfinite(vectors).all() and torch.isfinite(x).all()):
             raise ValueError("x and vectors must be finite, got NaN or infinity")
         product = self.product
-        first = product._open(x, product._in1, "x")
+        first = product._unpack(product._read(x, product._in1, "x"), product._in1)
         if self.polar is not None:
             if vectors.requires_grad:
                 raise ValueError("vectors must not need gradients with method='rotated'; the other routes give them")

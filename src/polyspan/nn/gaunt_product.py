@@ -31,8 +31,10 @@ from ._gaunt_paths import (
     unpack,
 )
 from ._irreps import Irrep, check_channels, read_irreps, width, write_irreps
+from ._packed_product import HALF_BELOW, LEAST_VALUES, HalfSphere, Packed, packed_product
 from ._sphere import coupling
 from ._sphere_product import METHODS, SphereProduct, choose_method
+from ._sphere_routes import n_nodes
 
 
 class GauntTensorProduct(nn.Module):
@@ -63,7 +65,8 @@ class GauntTensorProduct(nn.Module):
     method : {"auto", "dense", "separable", "fourier"}, default="auto"
         "dense" is three matrix products with the values of all harmonics on the grid; "separable" goes over latitudes
         and longitudes in turn; "fourier" is the paper's product on the torus by FFT. "auto" takes dense for small
-        degrees and separable for larger ones.
+        degrees and separable for larger ones. On a CPU, batches of equal shape go block by block through memory that a
+        thread keeps (6 MiB in float32); even paths that are dense, or small with "auto", need half of the grid there.
     channel_mode : {"uuu", "uvuv"}, default="uuu"
         Channel by channel (a multiplicity of 1 goes with all), or all pairs of channels.
     normalization : {"component", "integral", "norm"}, default="component"
@@ -115,6 +118,8 @@ class GauntTensorProduct(nn.Module):
         one_of("method", method, METHODS)
         self._in1, self._in2, self._out = read_all(irreps_in1, irreps_in2, irreps_out, paths, channel_mode)
         self.irreps_in1, self.irreps_in2, self.irreps_out = map(write_irreps, (self._in1, self._in2, self._out))
+        self._degrees = tuple(tuple(part.l for part in parts) for parts in (self._in1, self._in2, self._out))
+        self._widths = tuple(map(width, (self._in1, self._in2, self._out)))
         self._add_terms(method, device, dtype)
         channels = [1 if weights == "shared" else part[0].mul for part in (self._in1, self._in2, self._out)]
         numbers = len(self._in1), len(self._in2), len(self._slots)
@@ -128,6 +133,7 @@ class GauntTensorProduct(nn.Module):
     def _add_terms(self, method: str, device: Any, dtype: torch.dtype | None) -> None:
         """Make one product for each pair of kinds of input and each kind of path that some output needs."""
         self.terms, self._plan, self._slots = nn.ModuleList(), [], []
+        half: HalfSphere | None = None
         for s1, s2, kind in pairs_of((1, -1), (1, -1), ("gaunt", "bracket") if self.paths == "all" else ("gaunt",)):
             own1 = [i for i, part in enumerate(self._in1) if part.natural == s1]
             own2 = [i for i, part in enumerate(self._in2) if part.natural == s2]
@@ -152,6 +158,20 @@ class GauntTensorProduct(nn.Module):
                     self._slots.append((kind, k))
                 slots.append(self._slots.index((kind, k)))
             self._plan.append((own1, own2, own3, slots))
+            small = method == "auto" and sum(axis.lmax for axis in axes) < HALF_BELOW
+            if kind == "gaunt" and (taken == "dense" or small):
+                half = HalfSphere(axes, device=device, dtype=dtype)
+        own = [len(part) for plan in self._plan for part in plan[:3]]
+        # A single channel has nothing to unpack, and gains little.
+        self._is_whole = (
+            self.channel_mode == "uuu"
+            and self._in1[0].mul == self._in2[0].mul > 1
+            and own == [len(self._in1), len(self._in2), len(self._out)]
+        )
+        self.half_sphere = half if self._is_whole else None
+        if self._is_whole:
+            shape = self._products[0].shape
+            self._values_per_node = self._in1[0].mul * (n_nodes(shape) if half is None else len(half.tables[0]))
         self.methods = tuple(term.shape.method for term in self._products)
 
     @torch.no_grad()
@@ -186,8 +206,52 @@ class GauntTensorProduct(nn.Module):
             A width is not that of the irreps, weights are missing or too many, or a value is not finite if checked.
         """
         dtype = torch.promote_types(x.dtype, y.dtype)
-        z = self.multiply(self._open(x, self._in1, "x"), self._open(y, self._in2, "y"), weight).to(dtype)
+        first, second = self._read(x, self._in1, "x"), self._read(y, self._in2, "y")
+        z = self._multiply_packed(first, second, weight)
+        if z is not None:
+            return z.to(dtype)
+        z = self.multiply(self._unpack(first, self._in1), self._unpack(second, self._in2), weight).to(dtype)
         return z if self.layout == "channels" else pack(z, self._out)
+
+    def _multiply_packed(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor | None:
+        """Multiply features as they are packed, where one product of whole features on a CPU is all there is to do."""
+        batch = x.shape[: -1 if self.layout == "e3nn" else -2]
+        if (
+            not self._is_whole
+            or torch.compiler.is_compiling()
+            or not x.device.type == y.device.type == "cpu"
+            # Fake tensors and other wrappers have no memory to work in.
+            or not {type(x), type(y)} <= {Tensor, nn.Parameter}
+            or batch != y.shape[: len(batch)]
+            or x.dim() != y.dim()
+            or (weight is not None and weight.shape[:-1] not in ((), batch))
+            or batch.numel() * self._values_per_node < LEAST_VALUES
+        ):
+            return None
+        tables = self._products[0].tables if self.half_sphere is None else self.half_sphere.tables
+        k, mul = len(tables) // 3, self._in1[0].mul
+        plan = Packed(
+            degrees=self._degrees,
+            widths=self._widths,
+            tables=(tables[:k], tables[k : 2 * k], tables[2 * k :]),
+            shape=self._products[0].shape,
+            half=self.half_sphere is not None,
+            mul=mul,
+            layout=self.layout,
+        )
+        w1, w2, w3 = self._split_weights(weight, x.dtype)
+        if w1 is not None and w2 is not None:
+            x, y = x * self._spread_packed(w1, self._in1), y * self._spread_packed(w2, self._in2)
+        z = packed_product(x.reshape(-1, mul * self._widths[0]), y.reshape(-1, mul * self._widths[1]), plan)
+        z = z.reshape(*x.shape[:-1], self._widths[2] * (mul if self.layout == "e3nn" else 1))
+        return z if w3 is None else z * self._spread_packed(w3[..., self._plan[0][3]], self._out)
+
+    def _spread_packed(self, weight: Tensor, irreps: tuple[Irrep, ...]) -> Tensor:
+        """Repeat weights (*rows, mul or 1, irreps) over packed components."""
+        wide = spread(weight, irreps)
+        if self.layout == "channels":
+            return wide
+        return pack(wide.expand(*wide.shape[:-2], irreps[0].mul, wide.shape[-1]), irreps)
 
     def multiply(self, first: Tensor, second: Tensor, weight: Tensor | None = None) -> Tensor:
         r"""Multiply features that are (\*batch, mul, components) already, in the compute dtype, whatever the layout."""
@@ -225,8 +289,8 @@ class GauntTensorProduct(nn.Module):
         """The dtype in which values on the grid are computed: float32 or wider."""
         return self._products[0].compute_dtype if len(self.terms) else torch.float32
 
-    def _open(self, x: Tensor, irreps: tuple[Irrep, ...], name: str) -> Tensor:
-        """Return an input as (*batch, mul, components) in the dtype of the tables."""
+    def _read(self, x: Tensor, irreps: tuple[Irrep, ...], name: str) -> Tensor:
+        """Check an input, and return it in the dtype of the tables."""
         mul, size = irreps[0].mul, width(irreps)
         expected = (mul * size,) if self.layout == "e3nn" else (mul, size)
         if tuple(x.shape[-len(expected) :]) != expected:
@@ -236,8 +300,10 @@ class GauntTensorProduct(nn.Module):
             )
         if self.check_finite and not torch.isfinite(x).all():
             raise ValueError(f"{name} must be finite, got NaN or infinity")
-        if len(self.terms):
-            x = self._products[0].cast_input(x, name)
+        return self._products[0].cast_input(x, name) if len(self.terms) else x
+
+    def _unpack(self, x: Tensor, irreps: tuple[Irrep, ...]) -> Tensor:
+        """Return features as (*batch, mul, components)."""
         return x if self.layout == "channels" else unpack(x, irreps)
 
     def _split_weights(self, weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
