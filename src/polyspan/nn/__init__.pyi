@@ -9,6 +9,7 @@ from .crate_checkpoints import save_crate as save_crate
 from .crate_classifier import CrateClassifier as CrateClassifier
 from .gaunt_convolution import GauntConvolution as GauntConvolution
 from .gaunt_many_body import GauntManyBody as GauntManyBody
+from .gaunt_plots import plot_gaunt_product as plot_gaunt_product
 from .gaunt_product import GauntTensorProduct as GauntTensorProduct
 from .gaunt_product import convert_e3nn_layout as convert_e3nn_layout
 from .gaunt_product import equivalent_e3nn_product as equivalent_e3nn_product
