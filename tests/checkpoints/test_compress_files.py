@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from polyspan.checkpoints import SparseDictionaryCompressor, compress_checkpoint, compress_files, plot_compression
-from polyspan.checkpoints._compressed_files import read_layers, write_layers, write_tensor_file
+from polyspan.checkpoints._compressed_files import read_layers, write_layers
 from polyspan.checkpoints._compression import windows
 from polyspan.checkpoints._layer_methods import Settings, Sizes, compress_unit, layer_config
-from polyspan.checkpoints._merge_states import ShardedState
 from polyspan.checkpoints.compress_files import COMPARED, JOURNAL, open_model, token_ids
 from polyspan.errors import CorruptFile, UnreadableFile, WrongContent
-from polyspan.io import list_folder, read_json, write_bytes, write_json, write_text
+from polyspan.io import ShardedState, list_folder, read_json, write_bytes, write_json, write_tensor_file, write_text
 from polyspan.run import torch_generator
 
 transformers = pytest.importorskip("transformers")

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from polyspan.checkpoints import ExpertMerger, merge_expert_checkpoint
 from polyspan.checkpoints._expert_stream import StreamedModel
-from polyspan.checkpoints._merge_states import ShardedState
 from polyspan.checkpoints.expert_merging import RIVALS
 from polyspan.errors import CorruptFile, TooLarge, UnreadableFile, WrongContent
-from polyspan.io import read_json, write_json, write_text
+from polyspan.io import ShardedState, read_json, write_json, write_text
 
 transformers = pytest.importorskip("transformers")
 load_merged_experts = importlib.import_module("polyspan.integrations").load_merged_experts

@@ -18,9 +18,9 @@ from polyspan.checkpoints import (
     task_arithmetic,
     ties,
 )
-from polyspan.checkpoints._merge_states import INDEX, ShardedState
 from polyspan.errors import UnreadableFile, WrongContent
-from polyspan.io import read_json, read_members, write_members, write_text
+from polyspan.io import ShardedState, read_json, read_members, write_members, write_text
+from polyspan.io.torch_tensors import INDEX
 
 
 def saved(folder, seed=0, shapes=((40, 30), (30,), (7, 5)), dtype=torch.float32, tasks=2):

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from polyspan.checkpoints import TaskVector, dare, task_arithmetic, ties
-from polyspan.checkpoints._merge_states import ShardedState
 from polyspan.checkpoints.task_vectors import largest_share
 from polyspan.errors import CorruptFile, UnreadableFile, WrongContent
-from polyspan.io import write_bytes, write_json, write_members
+from polyspan.io import ShardedState, write_bytes, write_json, write_members
 
 
 def states(seed, tasks=3, shapes=((4, 5), (5,), (2, 3, 2)), dtype=torch.float32):

@@ -1,21 +1,19 @@
 """Compressed models on disk: tensors one by one into shards, the configuration that says how to read them."""
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyspan.io import dump_json, make_folder, remove_file, write_json, write_tensor_blocks
+from polyspan.io import ShardedState, TensorEntry, make_folder, remove_file, write_json, write_tensor_file
 
 from ._compressed_layers import LowRankLinear, SparseDictionaryLinear
 from ._compression import join, with_bias
 from ._layer_methods import layer_from_config
-from ._merge_states import ShardedState
-from .merge_files import CODES, as_bytes, copy_others, plan_shards
+from .merge_files import copy_others, plan_shards
 
 QUANT_METHOD = "polyspan_compressed"
 STEM, DENSE_STEM = "polyspan", "model"
@@ -24,44 +22,9 @@ SHARD_BYTES = 2**29
 FORMAT = 1
 
 
-class Entry(NamedTuple):
-    """A tensor that is to be written: what it is, and how it is made when its turn comes."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        size = self.dtype.itemsize
-        for side in self.shape:
-            size *= side
-        return size
-
-
-def write_tensor_file(path: Path, tensors: Mapping[str, Entry | Tensor]) -> Path:
-    """Write tensors atomically to one .safetensors file, with the digest of each, which our readers compare."""
-    entries = {
-        name: given if isinstance(given, Entry) else Entry(given.dtype, tuple(given.shape), lambda given=given: given)
-        for name, given in tensors.items()
-    }
-    # Wide items first: each tensor then begins at a multiple of its width, as maps need it.
-    order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
-    facts = {name: (CODES[entries[name].dtype], entries[name].shape) for name in order}
-    digests = {name: hashlib.sha256(_raw(entries[name])).hexdigest() for name in order}
-    about = dump_json({"sha256": digests}, indent=None)
-    blocks = (_raw(entries[name]) for name in order)
-    return write_tensor_blocks(path, facts, blocks, {"format": "pt", "polyspan": about})
-
-
-def _raw(entry: Entry) -> Any:
-    """Return a tensor's bytes."""
-    return as_bytes(entry.make())
-
-
-def stored_entries(model: nn.Module, *, dense: bool = False) -> dict[str, Entry]:
+def stored_entries(model: nn.Module, *, dense: bool = False) -> dict[str, TensorEntry]:
     """Return all tensors of a model that a file must hold, each once; ``dense`` has compressed layers as weights."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorEntry] = {}
     seen: set[tuple] = set()
     kinds = SparseDictionaryLinear | LowRankLinear
     compressed = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
@@ -74,11 +37,13 @@ def stored_entries(model: nn.Module, *, dense: bool = False) -> dict[str, Entry]
         if tensor.numel() and mark in seen:
             continue
         seen.add(mark)
-        entries[name] = Entry(tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
+        entries[name] = TensorEntry(tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
     for name, module in compressed.items() if dense else ():
         shape = (module.out_features, module.in_features)
         shape = shape[::-1] if module.transposed else shape
-        entries[f"{name}.weight"] = Entry(module.weight_dtype(), shape, lambda module=module: dense_weight(module))
+        entries[f"{name}.weight"] = TensorEntry(
+            module.weight_dtype(), shape, lambda module=module: dense_weight(module)
+        )
     return entries
 
 
@@ -100,7 +65,12 @@ def _fetched(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def write_model(
-    folder: Path, entries: Mapping[str, Entry], config: dict[str, Any], *, stem: str, shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    entries: Mapping[str, TensorEntry],
+    config: dict[str, Any],
+    *,
+    stem: str,
+    shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
     """Write shards, their index where there are several, and the configuration; return the weight files."""
     make_folder(folder)

@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyspan.io import digest_file, read_members, remove_file, write_members
+from polyspan.io import ShardedState, digest_file, read_members, remove_file, write_members, write_tensor_file
 from polyspan.run import Journal, Progress
 
 from ._expert_capture import Capture, LayerInputs
 from ._expert_combining import LowRank
 from ._expert_layout import ExpertLayer, ExpertStack, put_module
 from ._expert_statistics import ExpertStatistics, expert_statistics
-from ._expert_stream import StreamedModel, write_state
-from ._merge_states import ShardedState
+from ._expert_stream import StreamedModel
 from .expert_merging import (
     ExpertMerger,
     Outcome,
@@ -43,6 +42,11 @@ class Job(NamedTuple):
     @property
     def merger(self) -> ExpertMerger:
         return ExpertMerger(**self.options)
+
+
+def _written(path: Path, state: dict[str, Tensor]) -> str:
+    """Write an intermediate file, and return the digest of all of it, which the journal keeps."""
+    return digest_file(write_tensor_file(path, state, digests=False))
 
 
 def capture_layers(
@@ -72,9 +76,9 @@ def capture_layers(
         facts = {}
         if layer:
             found = capture.take(layer.name)
-            facts["inputs"] = digest_file(write_state(job.file("inputs", number), found._asdict()))
+            facts["inputs"] = _written(job.file("inputs", number), found._asdict())
         after = job.file("hidden", number + 1)
-        facts["hidden"] = digest_file(write_state(after, {str(i): x for i, x in enumerate(hidden)}))
+        facts["hidden"] = _written(after, {str(i): x for i, x in enumerate(hidden)})
         journal.record(f"capture/{number}", facts)
         remove_file(job.file("hidden", number))
         shown.advance()
@@ -136,7 +140,7 @@ def merge_task(job: Job, item: tuple[int, list[int]]) -> dict[str, Any]:
         stack, dtype = wide_stack(layer), layer.stack().up.dtype
         outcome = job.merger.combined(layer.name, stack, np.asarray(labels), statistics, inputs)
         report = layer_report(layer.name, stack, outcome, statistics, inputs, job.merger.batch_tokens)
-        path = write_state(job.file("merged", number), outcome_state(narrowed(outcome, dtype)))
+        path = write_tensor_file(job.file("merged", number), outcome_state(narrowed(outcome, dtype)), digests=False)
     told = in_bytes(report, dtype)._asdict()
     # JSON has no NaN.
     told["error"] = None if outcome.dropped else told["error"]
@@ -217,7 +221,7 @@ def perplexities(
                 with installed(stream.model, layer, outcome(number, layer)):
                     hidden[arm] = _run(stream, number, batches, hidden[arm])
         state = {f"{i}.{j}": x for i, arm in enumerate(arms) for j, x in enumerate(hidden[arm])}
-        journal.record(f"scored/{number}", {"digest": digest_file(write_state(job.file("scored", number + 1), state))})
+        journal.record(f"scored/{number}", {"digest": _written(job.file("scored", number + 1), state)})
         remove_file(job.file("scored", number))
         shown.advance()
     predicted = len(ids) * (ids.shape[1] - 1)

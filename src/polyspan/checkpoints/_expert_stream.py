@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyspan.errors import WrongContent, require
-from polyspan.io import write_tensor_blocks
+from polyspan.io import ShardedState
 
 from ._expert_layout import ADVICE, ExpertLayer, find_expert_layers
-from ._merge_states import ShardedState
-from .merge_files import CODES, as_bytes
 
 LAYER = re.compile(r"^(.*?)\.(\d+)(?:\.|$)")
 
@@ -230,10 +228,3 @@ def text_pieces(path: Path, text: str, length: int, samples: int | None) -> Tens
     if n < 2:
         raise ValueError(f"calibration must hold two pieces of {length} tokens or more, got {len(ids)} tokens")
     return ids[: n * length].view(n, length)
-
-
-def write_state(path: Path, state: dict[str, Tensor]) -> Path:
-    """Write tensors of any dtype to a .safetensors file, wide items first, without a copy of all of them."""
-    order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
-    facts = {name: (CODES[state[name].dtype], tuple(state[name].shape)) for name in order}
-    return write_tensor_blocks(path, facts, (as_bytes(state[name]) for name in order), {"format": "pt"})

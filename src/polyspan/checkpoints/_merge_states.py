@@ -3,7 +3,6 @@
 import fnmatch
 import math
 import re
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,109 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyspan.errors import UnreadableFile, WrongContent
-from polyspan.io import list_folder, read_json
-from polyspan.io._slabs import Slab, no_member, stored_digests, tensor_slabs
-from polyspan.io.arrays import check_digest
+from polyspan.errors import WrongContent
+from polyspan.io import ShardedState, read_json
 
-INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 STATISTICS = ("running_mean", "running_var")
 SHOWN = 10
 # Numbers worked on at once: few enough for a core's cache, and for nothing beside a tensor.
 BLOCK = 2**18
-DTYPES = {
-    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
-    "int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "int8": torch.int8, "uint8": torch.uint8,
-    "uint16": torch.uint16, "uint32": torch.uint32, "uint64": torch.uint64, "bool": torch.bool,
-}  # fmt: skip
-
-
-class ShardedState(Mapping[str, Tensor]):
-    """The tensors of one .safetensors file or of a folder of them, mapped when it is asked for, in its own dtype.
-
-    What is returned must not be written to: it is the file.
-    """
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        self._slabs: dict[str, Slab] = {}
-        self._digests: dict[str, str] = {}
-        for file, wanted in _files(self.path):
-            found = tensor_slabs(file, refuse_types=False)
-            for name in found.slabs if wanted is None else wanted:
-                if name not in found.slabs:
-                    raise no_member(file, name, list(found.slabs), "tensor")
-                if name in self._slabs:
-                    raise WrongContent(file, found=f"tensor {name} a second time", expected="distinct names")
-                self._slabs[name] = found.slabs[name]
-            self._digests.update(stored_digests(file, found.metadata))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._slabs)
-
-    def __len__(self) -> int:
-        return len(self._slabs)
-
-    def file(self, name: str) -> Path:
-        """Return the file that a tensor lies in."""
-        return Path(self._slabs[name].path)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._slabs[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        stored = self._slabs[name].stored
-        if stored not in DTYPES:
-            raise WrongContent(
-                self._slabs[name].path, found="a dtype that torch cannot add", expected="floats or integers", where=name
-            )
-        return DTYPES[stored]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._mapped(name, self._slabs[name])
-
-    def rows(self, name: str, lo: int, hi: int) -> Tensor:
-        """Return rows ``lo`` to ``hi`` of a tensor: only they are mapped, and they only while the result is in use."""
-        slab = self._slabs[name]
-        step = slab.dtype.itemsize * math.prod(slab.shape[1:])
-        return self._mapped(name, slab._replace(shape=(hi - lo, *slab.shape[1:]), offset=slab.offset + lo * step))
-
-    def _mapped(self, name: str, slab: Slab) -> Tensor:
-        dtype = self.dtype(name)
-        # A tensor may be read several times over; its digest is compared once.
-        check_digest(self._slabs[name], self._digests.pop(name, None))
-        mapped = slab.map().view("i2" if slab.brain else slab.dtype)
-        with warnings.catch_warnings():
-            # Torch warns that writing to a read-only map would be a fault; no merge writes to what it reads.
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            raw = torch.from_numpy(mapped)
-        tensor = raw.view(torch.bfloat16) if slab.brain else raw
-        # Extremes carry NaN along and, unlike isfinite, need no memory.
-        if dtype.is_floating_point and tensor.numel() and not all(map(math.isfinite, map(float, tensor.aminmax()))):
-            raise WrongContent(slab.path, found="NaN or infinity", expected="finite numbers", where=f"tensor {name}")
-        return tensor
-
-
-def _files(path: Path) -> Iterator[tuple[Path, list[str] | None]]:
-    """Yield each file of a checkpoint with the tensors that belong to it; None stands for all."""
-    if not path.is_dir():
-        yield path, None
-        return
-    if (path / INDEX).is_file():
-        found = read_json(path / INDEX)
-        placed = found.get("weight_map") if isinstance(found, dict) else None
-        if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
-            raise WrongContent(path / INDEX, found="no weight_map", expected="a file name for each tensor")
-        if any(Path(name).name != name for name in placed.values()):
-            raise WrongContent(path / INDEX, found="a file outside the folder", expected="names of files in it")
-        for file in sorted(set(placed.values())):
-            yield path / file, [name for name, where in placed.items() if where == file]
-        return
-    files = list_folder(path, "*.safetensors")
-    if len(files) != 1:
-        raise UnreadableFile(path, found=f"{len(files)} .safetensors files", expected=f"one, or {INDEX} beside several")
-    yield files[0], None
 
 
 class AdaptedState(Mapping[str, Tensor]):
@@ -144,7 +48,7 @@ class AdaptedState(Mapping[str, Tensor]):
             elif match[2] == "A":
                 other = key.replace(".lora_A.", ".lora_B.")
                 if other not in self._factors:
-                    raise no_member(self.path, other, list(self._factors), "tensor")
+                    raise WrongContent(self.path, found=f"no tensor {other!r}", expected=f"one beside {key}")
                 self._pairs[match[1] + ".weight"] = (key, other)
         missing = [name for name in (*self._pairs, *self._whole) if name not in base]
         if missing:

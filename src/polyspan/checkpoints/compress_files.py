@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from polyspan.errors import CorruptFile, UnreadableFile, WrongContent, require
-from polyspan.io import digest_array, digest_file, list_folder, make_folder, read_json, read_text, write_json
+from polyspan.io import (
+    ShardedState,
+    digest_array,
+    digest_file,
+    list_folder,
+    make_folder,
+    read_json,
+    read_text,
+    write_json,
+    write_tensor_file,
+)
 from polyspan.run import Journal, map_tasks, pick_device
 
 from ._calibration import as_batches, find_layers, gather_grams, trace_sites, warn_of_few, weight_dtypes, weight_of
@@ -27,7 +37,6 @@ from ._compressed_files import (
     stored_entries,
     write_layers,
     write_model,
-    write_tensor_file,
 )
 from ._compression import (
     LayerReport,
@@ -45,7 +54,6 @@ from ._compression import (
 from ._expert_stream import quiet_transformers
 from ._hub import local_checkpoint
 from ._layer_methods import Settings, Sizes, check_settings, compress_unit, group_size, layer_config, named_method
-from ._merge_states import ShardedState
 from .merge_files import digests
 
 JOURNAL = "compress.journal.jsonl"

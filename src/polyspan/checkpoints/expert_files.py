@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polyspan.errors import TooLarge, UnreadableFile, WrongContent
 from polyspan.io import (
+    TENSOR_CODES,
     digest_array,
     digest_file,
     list_folder,
@@ -20,6 +21,7 @@ from polyspan.io import (
     read_json,
     read_text,
     remove_file,
+    tensor_bytes,
     write_json,
     write_tensor_blocks,
 )
@@ -41,7 +43,7 @@ from ._expert_layout import COUNTS, ExpertLayer, check_reducible, fused_paramete
 from ._expert_stream import StreamedModel, text_pieces
 from ._hub import local_checkpoint
 from .expert_merging import RIVALS, ExpertMerger, ExpertMergeReport, MergedLayer, Outcome, narrowed, wide_stack
-from .merge_files import CODES, as_bytes, copy_others, digests, plan_shards
+from .merge_files import copy_others, digests, plan_shards
 
 JOURNAL = "merge.journal.jsonl"
 REPORT = "expert_merge_report.json"
@@ -527,7 +529,7 @@ def _write_shards(
     for file, names in progress(list(zip(files, parts, strict=True)), label="writing", enabled=verbose):
         if file in journal.done and (folder / file).is_file() and digest_file(folder / file) == journal.done[file]:
             continue
-        facts = {name: (CODES[plan.tensors[name][0]], plan.tensors[name][1]) for name in names}
+        facts = {name: (TENSOR_CODES[plan.tensors[name][0]], plan.tensors[name][1]) for name in names}
         write_tensor_blocks(folder / file, facts, _blocks(plan, names), {"format": "pt"})
         journal.record(file, digest_file(folder / file))
     if len(parts) > 1:
@@ -540,4 +542,4 @@ def _write_shards(
 def _blocks(plan: ExportPlan, names: list[str]) -> Iterator[memoryview]:
     for name in names:
         for block in plan(name):
-            yield as_bytes(block)
+            yield tensor_bytes(block)

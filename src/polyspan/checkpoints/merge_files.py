@@ -13,21 +13,25 @@ from torch import Tensor
 
 from polyspan.errors import UnreadableFile
 from polyspan.io import (
+    TENSOR_CODES,
+    ShardedState,
     digest_file,
     list_folder,
     make_folder,
     read_bytes,
     read_members,
     sweep_temporaries,
+    tensor_bytes,
     write_bytes,
     write_json,
     write_tensor_blocks,
 )
 from polyspan.io.atomic import MANIFEST
+from polyspan.io.torch_tensors import INDEX
 from polyspan.run import Journal, map_tasks
 
 from ._hub import local_checkpoint
-from ._merge_states import ADAPTER, INDEX, ShardedState, as_states, dtype_of, is_statistic, mergeable, shape_of
+from ._merge_states import ADAPTER, as_states, dtype_of, is_statistic, mergeable, shape_of
 from .concrete_merging import load_mask
 from .task_vectors import (
     Trimmed,
@@ -47,11 +51,6 @@ COPIED = 2**26
 OWN = {"ties": ("density", "reduction", "scope"), "dare": ("density", "rescale", "elect", "seed")}
 STREAMED = ("average", "task_arithmetic", "ties", "dare")
 ALONE = {"workers": 1, "engine": "local", "address": None}
-CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.uint16: "U16",
-    torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 class MergedFiles(NamedTuple):
@@ -393,8 +392,8 @@ def write_part(
     part: Part,
 ) -> str:
     """Write one shard from tensors made block by block, and return its digest."""
-    facts = {name: (CODES[tensors[name][0]], tensors[name][1]) for name in part.names}
-    blocks = (as_bytes(block) for name in part.names for block in made(name))
+    facts = {name: (TENSOR_CODES[tensors[name][0]], tensors[name][1]) for name in part.names}
+    blocks = (tensor_bytes(block) for name in part.names for block in made(name))
     return digest_file(write_tensor_blocks(folder / part.file, facts, blocks, {"format": "pt"}))
 
 
@@ -414,11 +413,6 @@ def finish_shards(
         )
     copy_others(beside, folder)
     journal.remove()
-
-
-def as_bytes(block: Tensor) -> memoryview:
-    """Return what a tensor of any dtype is in a file; on the CPU and in C order it is not copied."""
-    return block.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _nbytes(facts: tuple[torch.dtype, tuple[int, ...]]) -> int:

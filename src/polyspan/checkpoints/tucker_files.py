@@ -14,11 +14,14 @@ from torch import Tensor
 
 from polyspan.errors import UnreadableFile, WrongContent
 from polyspan.io import (
+    TENSOR_CODES,
+    ShardedState,
     atomic_directory,
     digest_file,
     read_json,
     read_members,
     remove_folder,
+    tensor_bytes,
     write_json,
     write_members,
     write_tensor_blocks,
@@ -26,9 +29,9 @@ from polyspan.io import (
 from polyspan.run import Journal, map_tasks, progress
 
 from ._hub import local_checkpoint
-from ._merge_states import ShardedState, row_blocks, rows_of
+from ._merge_states import row_blocks, rows_of
 from ._tucker import cheapest_ranks, num_parameters
-from .merge_files import CODES, as_bytes, digest_sources, digests, write_shards
+from .merge_files import digest_sources, digests, write_shards
 from .tucker_plots import RankCurve, rank_curve
 from .tucker_update import adapter_from_delta, tucker_delta
 
@@ -379,8 +382,8 @@ def merge_tucker_adapter(
     if Path(out).suffix == ".safetensors":
         order = sorted(facts, key=lambda key: -facts[key][0].itemsize)
         shown = progress(order, label="merging", enabled=verbose)
-        blocks = (as_bytes(block) for key in shown for block in made(key))
-        codes = {key: (CODES[facts[key][0]], facts[key][1]) for key in order}
+        blocks = (tensor_bytes(block) for key in shown for block in made(key))
+        codes = {key: (TENSOR_CODES[facts[key][0]], facts[key][1]) for key in order}
         write_tensor_blocks(Path(out), codes, blocks, {"format": "pt"})
     else:
         header = {"base": digests(source), "adapter": digests(folder), "settings": digest_file(folder / name)}

@@ -25,9 +25,8 @@ from polyspan.checkpoints._compressed_files import (
 from polyspan.checkpoints._compressed_layers import PRODUCTS, LowRankLinear, SparseDictionaryLinear
 from polyspan.checkpoints._compression import put
 from polyspan.checkpoints._layer_methods import layer_config
-from polyspan.checkpoints._merge_states import ShardedState
 from polyspan.errors import UnreadableFile, WrongContent, require
-from polyspan.io import list_folder, make_folder, read_json, write_text
+from polyspan.io import ShardedState, list_folder, make_folder, read_json, write_text
 
 transformers: Any = require("transformers", extra="hf", purpose="a compressed model of transformers")
 quantizers: Any = require("transformers.quantizers.auto", extra="hf")

@@ -52,3 +52,8 @@ from .text import write_bytes as write_bytes
 from .text import write_json as write_json
 from .text import write_jsonl as write_jsonl
 from .text import write_text as write_text
+from .torch_tensors import TENSOR_CODES as TENSOR_CODES
+from .torch_tensors import ShardedState as ShardedState
+from .torch_tensors import TensorEntry as TensorEntry
+from .torch_tensors import tensor_bytes as tensor_bytes
+from .torch_tensors import write_tensor_file as write_tensor_file
