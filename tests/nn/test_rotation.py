@@ -1,6 +1,7 @@
 import inspect
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.linalg import logm
 from scipy.spatial.transform import Rotation
 from scipy.stats import kstest
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import polyspan.nn as pn
 from polyspan.linalg import nearest_rotation, orthonormal_basis
@@ -463,6 +465,87 @@ def test_batches_of_n_dimensions_made_by_vmap_are_batches():
     x = torch.randn(4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = torch.vmap(lambda row: rotationnd_to_matrix(row, check=False))(x)
     torch.testing.assert_close(found, rotationnd_to_matrix(x))
+
+
+@pytest.mark.parametrize("form", ["rotation6d", "rotation9d", "quaternion"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_of_many_blocks_are_what_they_are_alone(form, dtype):
+    x = np.random.default_rng(0).normal(size=(20_000, SIZES[form])).astype(dtype)
+    R = to_matrix(form, x)
+    for rows in (slice(0, 50), slice(4090, 4100), slice(8185, 8200), slice(19_950, 20_000)):
+        np.testing.assert_allclose(to_matrix(form, x[rows]), R[rows], atol=8 * np.finfo(dtype).eps)
+        np.testing.assert_allclose(from_matrix(form, R[rows]), from_matrix(form, R)[rows], atol=8 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(to_matrix(form, torch.tensor(x)).numpy(), R, atol=8 * np.finfo(dtype).eps)
+    bad = R.copy()
+    bad[[9000, 19_999]] *= 1.01
+    with pytest.raises(ValueError, match=r"in 2 rows: \[9000, 19999\]"):
+        from_matrix(form, bad)
+    x[[8191, 8192], 1] = np.nan
+    with pytest.raises(ValueError, match=r"must be finite.* in 2 rows: \[8191, 8192\]"):
+        to_matrix(form, x)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_distance_is_accurate_over_all_angles(dtype):
+    rng = np.random.default_rng(0)
+    angles = np.concatenate([10.0 ** rng.uniform(-5, 0, 5000), math.pi - 10.0 ** rng.uniform(-8, 0, 5000)])
+    axes = rng.normal(size=(10_000, 3))
+    axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    R = random_rotation(rng=rng, batch=(10_000,)).astype(dtype)
+    S = (R.astype(np.float64) @ pn.axis_angle_to_matrix(angles[:, None] * axes)).astype(dtype)
+    unit = np.finfo(dtype).eps
+    for found in (geodesic_distance(R, S), geodesic_distance(torch.tensor(R), torch.tensor(S)).numpy()):
+        assert found.dtype == dtype
+        error = np.abs(found - angles) / unit
+        assert error[angles < 2].max() < 8
+        # The chord magnifies the 8 units by the tangent of half the angle, up to 32 times.
+        assert error.max() < 8 * 32
+        assert error[angles > 3.1].max() < 64
+        assert found.max() <= math.pi + unit
+
+
+def test_distances_with_and_without_derivatives_agree():
+    R, S = torch.tensor(rotations(40)), torch.tensor(rotations(40, seed=1))
+    S[:5], S[5:10] = R[:5], R[5:10] @ torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
+    expected = geodesic_distance(R, S)
+    close = partial(torch.testing.assert_close, atol=1e-13, rtol=0)
+    found = geodesic_distance(R.clone().requires_grad_(), S)
+    assert found.requires_grad
+    close(found.detach(), expected)
+    with torch.no_grad():
+        close(geodesic_distance(R.clone().requires_grad_(), S), expected)
+    for dims, arrays in (((0, 0), (R, S)), ((0, None), (R, S[0])), ((None, 0), (R[0], S))):
+        mapped = torch.vmap(geodesic_distance, in_dims=dims)(*arrays)
+        close(mapped, geodesic_distance(*arrays))
+    turn = torch.randn(40, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value, slope, *_ = torch.func.jvp(lambda P: geodesic_distance(P, S), (R,), (turn,))
+    grad = torch.func.grad(lambda P: geodesic_distance(P, S).sum())(R)
+    close(value, expected)
+    torch.testing.assert_close(slope[10:], (grad * turn).sum((-2, -1))[10:])
+    assert torch.isfinite(slope).all()
+
+
+def test_captured_graphs_hold_no_values_of_the_tensors_they_were_captured_with():
+    x, other = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def function(y):
+        R = rotation6d_to_matrix(y)
+        return geodesic_distance(R, rotation6d_to_matrix(y.flip(0))), matrix_to_quaternion(R, order="wxyz")
+
+    torch.testing.assert_close(make_fx(function)(x)(other), function(other))
+
+
+def test_means_of_chordal_losses_are_means_of_the_losses():
+    R, S = rotations(30).reshape(5, 6, 3, 3), rotations(6, seed=1)
+    rows = chordal_loss(R, S, reduction="none")
+    assert rows.shape == (5, 6)
+    assert chordal_loss(R, S) == pytest.approx(rows.mean(), rel=1e-12)
+    assert chordal_loss(R, S, reduction="sum") == pytest.approx(rows.sum(), rel=1e-12)
+    assert chordal_loss(R.astype(np.float16), S.astype(np.float16)).dtype == np.float16
+    half = torch.tensor(R).bfloat16().requires_grad_()
+    loss = chordal_loss(half, torch.tensor(S).bfloat16())
+    assert loss.dtype == torch.bfloat16
+    assert torch.isfinite(torch.autograd.grad(loss, half)[0]).all()
 
 
 # The head

@@ -1,8 +1,11 @@
 """The two maps from free vectors to rotations, Gram-Schmidt and nearest matrix, safe where they are not defined.
 
-``look`` says whether values may decide what is computed, which spares work: not inside vmap or captured graphs.
+``look`` says whether values may decide what is computed, which spares work: not inside vmap or captured graphs. Where
+nobody waits for it, outside those and on the processor, values are looked at anyway.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,11 @@ from polyspan.linalg import nearest_rotation
 from polyspan.linalg._namespace import detached, identity, is_torch, namespace, swap
 
 WELL_APART = 1e-4
+# One vector of numbers of a block; some thirty of them are in use at a time and fit the second cache of a core.
+BLOCK_BYTES = 32768
+# Squared cosine of half the angle: above it the chord magnifies what matrices are off rotations by up to its root's
+# inverse, 32; the next rows cost more than they gain.
+NEARLY_HALF_TURN = 2.0**-10
 
 
 def dot(u: Any, v: Any) -> Any:
@@ -24,7 +32,14 @@ def dot(u: Any, v: Any) -> Any:
 
 def length(v: Any) -> Any:
     """Euclidean length along the last axis, with gradient 0 at 0."""
-    xp, square = namespace(v), dot(v, v)
+    return root(dot(v, v))
+
+
+def root(square: Any) -> Any:
+    """Square root with gradient 0 at 0."""
+    xp = namespace(square)
+    if not is_torch(square):
+        return np.sqrt(square)
     zero = square == 0
     return xp.where(zero, square, xp.sqrt(xp.where(zero, xp.ones_like(square), square)))
 
@@ -56,74 +71,144 @@ def least_aligned(v: Any) -> Any:
     return one_hot(xp.argmin(xp.abs(detached(v)), axis=-1), v, v.shape[-1])
 
 
-def two_columns(a: Any, b: Any, look: bool) -> tuple[Any, Any]:
-    """Rotation whose first column is along ``a`` and whose second is ``b`` made orthogonal, and where they are lost."""
-    xp = namespace(a)
-    lost = None
-    if not look or not _plain(detached(a), detached(b)):
-        a, no_first = _near_one(a, least_aligned(b))
-        b, no_second = _near_one(b, xp.zeros_like(b))
-        x, y = detached(a), detached(b)
-        x = x / xp.sqrt(dot(x, x))[..., None]
-        for _ in range(2):
-            y = y - dot(x, y)[..., None] * x
-        no_second = no_second | (dot(y, y) <= (8 * xp.finfo(y.dtype).eps) ** 2)
-        b = xp.where(no_second[..., None], least_aligned(x), b)
-        lost = no_first | no_second
-    R = _frame(detached(a), detached(b))
-    if is_torch(a):
+def two_columns(x: Any, look: bool) -> tuple[Any, Any]:
+    """Gram-Schmidt frames of six-vectors, completed where a direction is lost, and where that is."""
+    xp = namespace(x)
+    if look or _at_hand(x):
+        R, fine = _frames(x)
+        if bool(xp.all(fine)):
+            return R, ~fine
+    a, no_first = _near_one(x[..., :3], least_aligned(x[..., 3:]))
+    b, no_second = _near_one(x[..., 3:], xp.zeros_like(x[..., 3:]))
+    still, y = detached(a), detached(b)
+    still = still / xp.sqrt(dot(still, still))[..., None]
+    for _ in range(2):
+        y = y - dot(still, y)[..., None] * still
+    no_second = no_second | (dot(y, y) <= (8 * xp.finfo(y.dtype).eps) ** 2)
+    b = xp.where(no_second[..., None], least_aligned(still), b)
+    return _frames(xp.concat([a, b], axis=-1))[0], no_first | no_second
+
+
+def _at_hand(x: Any) -> bool:
+    if not is_torch(x):
+        return True
+    from ._rotation_torch import as_numpy
+
+    return as_numpy(x) is not None
+
+
+def _frames(x: Any) -> tuple[Any, Any]:
+    if is_torch(x):
         from ._rotation_torch import Frame
 
-        R = Frame.apply(a, b, R)
-    return R, xp.zeros(a.shape[:-1], dtype=xp.bool) if lost is None else lost
+        return Frame.apply(x)
+    return gram_schmidt(x)
 
 
-def _plain(a: Any, b: Any) -> bool:
-    """Say whether every square stays in range and every b is well away from the line of a."""
-    xp = namespace(a)
-    finfo = xp.finfo(a.dtype)
+def gram_schmidt(x: Any) -> tuple[Any, Any]:
+    """Rotations of six-vectors: first column along the first three numbers, second the other three made orthogonal.
+
+    Returns (*b, 3, 3), and (*b,) where all is well: no product leaves the range of floats, no halves nearly parallel.
+    """
+    R, fine = by_blocks(_frame, (x,), 9)
+    return namespace(x).reshape(R, (*x.shape[:-1], 3, 3)), fine
+
+
+def _frame(numbers: list[Any]) -> tuple[list[Any], Any]:
+    """Gram-Schmidt. The part of b along a is taken out before the cross product, which then errs across a only."""
+    xp = namespace(numbers[0])
+    finfo = xp.finfo(numbers[0].dtype)
     # Products of four factors are formed.
     low, high = finfo.tiny**0.25, finfo.max**0.25 / 4
-    with np.errstate(over="ignore", invalid="ignore"):
-        a, b = ([v[..., i] for i in range(3)] for v in (a, b))
-        aa, bb, ab = _sum3(a, a), _sum3(b, b), _sum3(a, b)
-        apart = aa * bb - ab * ab > 64 * finfo.eps * aa * bb
-        fine = apart & (aa > low) & (aa < high) & (bb > low) & (bb < high)
-    return bool(xp.all(fine))
+    a, b = numbers[:3], numbers[3:]
+    aa, bb = sum3(a, a), sum3(b, b)
+    inverse = 1 / xp.sqrt(aa)
+    x = [part * inverse for part in a]
+    along = sum3(x, b)
+    z = cross3(x, [p - along * q for p, q in zip(b, x, strict=True)])
+    zz = sum3(z, z)
+    fine = (zz > 64 * finfo.eps * bb) & (aa > low) & (aa < high) & (bb > low) & (bb < high)
+    inverse = 1 / xp.sqrt(zz)
+    z = [part * inverse for part in z]
+    y = cross3(z, x)
+    return [part for row in zip(x, y, z, strict=True) for part in row], fine
 
 
-def _frame(a: Any, b: Any) -> Any:
-    """Gram-Schmidt. The part of b along a is taken out before the cross product, which then errs across a only.
-
-    Written in entries: operations on whole arrays of one entry are several times faster than on an axis of three.
-    """
-    xp = namespace(a)
-    a, b = ([v[..., i] for i in range(3)] for v in (a, b))
-    size = xp.sqrt(_sum3(a, a))
-    x = [part / size for part in a]
-    along = _sum3(x, b)
-    z = _cross3(x, [p - along * q for p, q in zip(b, x, strict=True)])
-    size = xp.sqrt(_sum3(z, z))
-    z = [part / size for part in z]
-    y = _cross3(z, x)
-    flat = xp.stack([part for row in zip(x, y, z, strict=True) for part in row], axis=-1)
-    return xp.reshape(flat, (*flat.shape[:-1], 3, 3))
-
-
-def _sum3(u: Any, v: Any) -> Any:
+def sum3(u: Any, v: Any) -> Any:
     return u[0] * v[0] + u[1] * v[1] + u[2] * v[2]
 
 
-def _cross3(u: Any, v: Any) -> Any:
+def cross3(u: Any, v: Any) -> Any:
     return [u[1] * v[2] - u[2] * v[1], u[2] * v[0] - u[0] * v[2], u[0] * v[1] - u[1] * v[0]]
+
+
+def entries(x: Any) -> list[Any]:
+    """Numbers along the last axis, each a contiguous array: several times faster to compute with than a short axis."""
+    if is_torch(x):
+        return [part.contiguous() for part in x.unbind(-1)]
+    return list(np.ascontiguousarray(np.moveaxis(x, -1, 0)))
+
+
+def by_blocks(
+    kernel: Callable[[list[Any]], tuple[list[Any], Any]], arrays: Sequence[Any], width: int, double: bool = False
+) -> tuple[Any, Any]:
+    """Apply ``kernel``, from entries to entries and a mark a row, to the last axes of ``arrays`` one after another.
+
+    Returns (*b, width) and (*b,); ``double`` computes in float64. Not for tensors of which derivatives are asked for.
+    On the processor the work is NumPy's, whose operations start sooner, in blocks of rows small enough for the cache
+    and for reused memory.
+    """
+    if is_torch(arrays[0]):
+        import torch
+
+        from ._rotation_torch import as_numpy, joined
+
+        seen = as_numpy(*arrays)
+        if seen is None:
+            parts, marks = kernel([part for x in arrays for part in entries(x.double() if double else x)])
+            return joined(parts).to(arrays[0].dtype), marks
+        found, marks = by_blocks(kernel, seen, width, double)
+        return torch.from_numpy(found), torch.from_numpy(marks)
+    narrow, batch = arrays[0].dtype, arrays[0].shape[:-1]
+    dtype = np.dtype(np.float64 if double else narrow)
+    flat = [x.reshape(-1, x.shape[-1]) for x in arrays]
+    found, marks = np.empty((len(flat[0]), width), dtype=narrow), np.empty(len(flat[0]), dtype=bool)
+    with np.errstate(all="ignore"):
+        for start in range(0, len(marks), BLOCK_BYTES // dtype.itemsize):
+            rows = slice(start, start + BLOCK_BYTES // dtype.itemsize)
+            numbers = [part for x in flat for part in entries(x[rows].astype(dtype, copy=False))]
+            parts, marks[rows] = kernel(numbers)
+            for i, part in enumerate(parts):
+                found[rows, i] = part
+    return found.reshape(*batch, width), marks.reshape(batch)
+
+
+def no_rotations(R: Any, tolerance: float) -> Any:
+    """Mark matrices (*b, n, n) with an entry of R'R - I beyond ``tolerance``, or with a negative determinant."""
+    xp = namespace(R)
+    n = R.shape[-1]
+    if n != 3:
+        off = xp.max(xp.abs(swap(R) @ R - identity(n, R)), axis=(-2, -1))
+        return (off > tolerance) | (xp.linalg.det(R) < 0)
+
+    def kernel(numbers: list[Any]) -> tuple[list[Any], Any]:
+        x, y, z = (numbers[j::3] for j in range(3))
+        off = [sum3(x, x) - 1, sum3(y, y) - 1, sum3(z, z) - 1, sum3(x, y), sum3(y, z), sum3(z, x)]
+        xp = namespace(*numbers)
+        worst = functools.reduce(xp.maximum, (xp.abs(part) for part in off))
+        return [], (worst > tolerance) | (sum3(cross3(x, y), z) < 0)
+
+    return by_blocks(kernel, (xp.reshape(R, (*R.shape[:-2], 9)),), 0)[1]
 
 
 def nearest(M: Any, look: bool) -> tuple[Any, Any]:
     """Nearest rotations, with gradient 0 where they are not unique, and where that is."""
     xp = namespace(M)
     n = M.shape[-1]
-    size = xp.max(xp.abs(detached(M)), axis=(-2, -1), keepdims=True)
-    M = M / xp.where(size >= xp.finfo(M.dtype).tiny, size, xp.ones_like(size))
+    closed = n == 3 and M.dtype == xp.float32 and (look or _at_hand(M))
+    if closed and not is_torch(M):
+        return _mostly_closed_form(M)
+    M = _scaled(M)
     still = detached(M)
     if n != 3:
         R = nearest_rotation(still)
@@ -133,7 +218,7 @@ def nearest(M: Any, look: bool) -> tuple[Any, Any]:
         if is_torch(M):
             R = nearest_rotation(xp.where(lost[..., None, None], R, M))
         return R, lost
-    if look and M.dtype == xp.float32:
+    if closed:
         R, lost = _mostly_closed_form(still)
     else:
         R = nearest_rotation(still)
@@ -145,40 +230,59 @@ def nearest(M: Any, look: bool) -> tuple[Any, Any]:
     return R, lost
 
 
+def _scaled(M: Any) -> Any:
+    """Divide matrices by their largest entry, which changes no rotation, so that no product overflows or vanishes."""
+    xp = namespace(M)
+    size = xp.max(xp.abs(detached(M)), axis=(-2, -1), keepdims=True)
+    return M / xp.where(size >= xp.finfo(M.dtype).tiny, size, xp.ones_like(size))
+
+
 def _mostly_closed_form(M: Any) -> tuple[Any, Any]:
-    """Nearest rotations to float32 matrices without an SVD, but for the few near those that have several.
+    """Nearest rotations to float32 matrices without an SVD, but for the few near those that have several."""
+    xp = namespace(M)
+    R, apart = by_blocks(_closed_form, (xp.reshape(M, (*M.shape[:-2], 9)),), 9, double=True)
+    R, lost = xp.reshape(R, (-1, 3, 3)), xp.reshape(~apart, (-1,))
+    if bool(xp.any(lost)):
+        rows = xp.nonzero(lost)[0]
+        left = _scaled(xp.reshape(M, (-1, 3, 3))[rows])
+        R[rows] = nearest_rotation(left)
+        lost[rows] = pair_sums(R[rows], left)[2]
+    return xp.reshape(R, M.shape), xp.reshape(lost, M.shape[:-2])
+
+
+def _closed_form(numbers: list[Any]) -> tuple[list[Any], Any]:
+    """Nearest rotation to M in closed form, and where it may be trusted.
 
     R = ((k + |M|²) M + l C - M M'M) / (k l - det M) with k = (l² - |M|²) / 2, the cofactors C, and l the sum of the
     signed singular values, the largest root of (l² - |M|²)² - 8 l det M - 4 |C|². Newton's method comes to it from
     above. In float64 that leaves more digits than float32 holds.
     Source: Markley 1993.
     """
-    xp = namespace(M)
-    wide = xp.reshape(xp.astype(M, xp.float64), (-1, 3, 3))
-    C = _cofactors(wide)
-    determinant = dot(wide[:, 0], C[:, 0])
-    square, cofactors = xp.sum(wide * wide, axis=(-2, -1)), xp.sum(C * C, axis=(-2, -1))
+    xp = namespace(numbers[0])
+    M = [numbers[:3], numbers[3:6], numbers[6:]]
+    C = [cross3(M[1], M[2]), cross3(M[2], M[0]), cross3(M[0], M[1])]
+    gram = {(i, j): sum3(*([row[k] for row in M] for k in (i, j))) for i in range(3) for j in range(i, 3)}
+    determinant = sum3(M[0], C[0])
+    square, cofactors = gram[0, 0] + gram[1, 1] + gram[2, 2], sum(sum3(row, row) for row in C)
     total, step = xp.sqrt(3 * square), square
-    for _ in range(8):
+    eightfold, fourfold = 8 * determinant, 4 * cofactors
+    for _ in range(12):
         inner = total * total - square
-        slope = 4 * total * inner - 8 * determinant
-        value = inner * inner - 8 * total * determinant - 4 * cofactors
-        step = value / xp.where(slope > 0, slope, xp.ones_like(slope))
+        step = (inner * inner - total * eightfold - fourfold) / (4 * total * inner - eightfold)
         total = total - step
     k = (total * total - square) / 2
     bottom = k * total - determinant
-    # Where the root is almost a double one, Newton's steps only halve and are not done.
+    # Where the root is almost a double one, Newton's steps only halve and are not done; NaN, of 0 / 0, is not apart.
     apart = (bottom > WELL_APART * total**3) & (xp.abs(step) < 1e-7 * total)
-    bottom = xp.where(apart, bottom, xp.ones_like(bottom))[:, None, None]
-    R = (k + square)[:, None, None] * wide + total[:, None, None] * C - wide @ (swap(wide) @ wide)
-    R = xp.astype(R / bottom, M.dtype)
-    lost = ~apart
-    if bool(xp.any(lost)):
-        rows = xp.nonzero(lost)[0]
-        left = xp.reshape(M, (-1, 3, 3))[rows]
-        R[rows] = nearest_rotation(left)
-        lost[rows] = pair_sums(R[rows], left)[2]
-    return xp.reshape(R, M.shape), xp.reshape(lost, M.shape[:-2])
+    inverse = 1 / bottom
+    p, q = (k + square) * inverse, total * inverse
+    R = []
+    for row, cofactor in zip(M, C, strict=True):
+        scaled = [part * inverse for part in row]
+        for j in range(3):
+            column = [gram[min(i, j), max(i, j)] for i in range(3)]
+            R.append(p * row[j] + q * cofactor[j] - sum3(scaled, column))
+    return R, apart
 
 
 def pair_sums(R: Any, M: Any) -> tuple[Any, Any, Any]:
@@ -202,3 +306,57 @@ def _cofactors(M: Any) -> Any:
     xp = namespace(M)
     a, b, c = (M[..., i, :] for i in range(3))
     return xp.stack([xp.linalg.cross(b, c), xp.linalg.cross(c, a), xp.linalg.cross(a, b)], axis=-2)
+
+
+def angle(R: Any, S: Any) -> Any:
+    """Angles (*b,) of the turns from R to S (*b, 3, 3) of one dtype, broadcast."""
+    if not is_torch(R):
+        return _angle_by_chord(R, S)
+    from ._rotation_torch import undifferentiated
+
+    seen = undifferentiated(R, S)
+    if seen is None:
+        return _angle_by_axis(R, S)
+    import torch
+
+    return torch.from_numpy(_angle_by_chord(*seen))
+
+
+def _angle_by_chord(R: np.ndarray, S: np.ndarray) -> np.ndarray:
+    """Angle from |R - S|² = 8 sin² of its half, but near half turns, where that says little, from its own sine."""
+    if R.shape != S.shape:
+        R, S = np.broadcast_arrays(R, S)
+    flat_R, flat_S = R.reshape(-1, 9), S.reshape(-1, 9)
+    found, eighths = np.empty(len(flat_R), dtype=R.dtype), np.full(9, 0.125, dtype=R.dtype)
+    # Differences in small blocks, for the cache; the rest in larger ones, as few rows near half turns are in each.
+    small, large = BLOCK_BYTES // R.itemsize, 4 * BLOCK_BYTES // R.itemsize
+    gaps = np.empty((min(small, len(flat_R)), 9), dtype=R.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(flat_R), large):
+            rows = slice(start, start + large)
+            part_R, part_S, part = flat_R[rows], flat_S[rows], found[rows]
+            for first in range(0, len(part), small):
+                rows = slice(first, first + small)
+                gap = np.subtract(part_R[rows], part_S[rows], out=gaps[: len(part) - first])
+                np.dot(np.multiply(gap, gap, out=gap), eighths, out=part[rows])
+            near = (part > 1 - NEARLY_HALF_TURN).nonzero()[0]
+            np.multiply(np.arcsin(np.sqrt(part, out=part), out=part), 2, out=part)
+            if len(near):
+                square = _square_of_axis(*(T.take(near, axis=0).T.copy().reshape(3, 3, -1) for T in (part_R, part_S)))
+                part[near] = np.pi - np.arcsin(np.minimum(np.sqrt(square) / 2, 1))
+    return found.reshape(R.shape[:-2])
+
+
+def _square_of_axis(R: np.ndarray, S: np.ndarray) -> np.ndarray:
+    """Square of 2 sin of the angle for matrices (3, 3, n): the axis times that is in the skew part of R'S."""
+    across, last = R[:2] * S[1:] - R[1:] * S[:2], R[2] * S[0] - R[0] * S[2]
+    across, last = across[:, 0] + across[:, 1] + across[:, 2], last[0] + last[1] + last[2]
+    return across[0] * across[0] + across[1] * across[1] + last * last
+
+
+def _angle_by_axis(R: Any, S: Any) -> Any:
+    """Angle from that axis and the trace, without a matrix product: cross and inner products of columns add up."""
+    xp = namespace(R, S)
+    R, S = xp.broadcast_arrays(R, S)
+    axis = xp.sum(xp.linalg.cross(R, S, axis=-2), axis=-1)
+    return xp.atan2(length(axis), xp.sum(R * S, axis=(-2, -1)) - 1)

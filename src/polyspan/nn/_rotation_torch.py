@@ -6,12 +6,43 @@ Both are written with differentiable operations on what they saved, so that seco
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ._rotation_maps import dot, pair_sums
+from ._rotation_maps import by_blocks, cross3, entries, gram_schmidt, pair_sums, sum3
+
+
+def traced() -> bool:
+    """Say whether torch is capturing a graph, where no value may be looked at."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None
+
+
+def as_numpy(*tensors: Any) -> tuple[Any, ...] | None:
+    """NumPy's views of tensors; None where one is on an accelerator or inside vmap, and refuses it, or in a graph."""
+    if traced():
+        return None
+    try:
+        return tuple(x.detach().numpy() for x in tensors)
+    except (RuntimeError, TypeError):
+        return None
+
+
+def undifferentiated(*tensors: Any) -> tuple[Any, ...] | None:
+    """NumPy's views of tensors of which no derivative can be asked for, neither backward nor forward; or None."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return None
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        return None
+    return as_numpy(*tensors)
+
+
+def joined(parts: list[Any]) -> Any:
+    """Stack tensors along a new last axis, by a transposed copy, which is faster."""
+    return torch.stack(parts).movedim(0, -1).contiguous()
 
 
 class Frame(torch.autograd.Function):
-    """Attach to a rotation R its derivative in the vectors a and b of which it is the Gram-Schmidt frame.
+    """Gram-Schmidt frames (*b, 3, 3) of the halves a and b of x (*b, 6), and where all is well, as ``gram_schmidt``.
 
     A change of a and b turns the frame by w with ``w.z = da.y / |a|``, ``w.y = -da.z / |a|`` and
     ``w.x = (db.z - (x.b / |a|) da.z) / y.b``: three numbers a row, where autograd would keep every intermediate.
@@ -20,22 +51,34 @@ class Frame(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a: Any, b: Any, R: Any) -> Any:  # noqa: ARG004
-        return R.clone()
+    def forward(x: Any) -> tuple[Any, Any]:
+        return gram_schmidt(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1], output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[0])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, Any, None]:
-        a, b, R = ctx.saved_tensors
-        x, y, z = R.unbind(-1)
-        torque = sum(torch.linalg.cross(R, grads[0], dim=-2).unbind(-1))
-        along_x, along_y, along_z = (dot(column, torque)[..., None] for column in (x, y, z))
-        pull = along_x / dot(y, b)[..., None]
-        grad_a = along_z * y - (along_y + pull * dot(x, b)[..., None]) * z
-        return grad_a / torch.linalg.vector_norm(a, dim=-1, keepdim=True), pull * z, None
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, R = ctx.saved_tensors
+        arrays = x, R.flatten(-2), grads[0].flatten(-2)
+        if not torch.is_grad_enabled():
+            return by_blocks(lambda numbers: (_pulled_back(numbers), False), arrays, 6)[0]
+        return joined(_pulled_back([part for array in arrays for part in entries(array)]))
+
+
+def _pulled_back(numbers: list[Any]) -> list[Any]:
+    """Gradient in a and b from a, b, the frame R and the gradient in R, all by entries."""
+    a, b, R, pulls = numbers[:3], numbers[3:6], numbers[6:15], numbers[15:]
+    x, y, z = columns = [R[j::3] for j in range(3)]
+    torques = [cross3(columns[j], pulls[j::3]) for j in range(3)]
+    torque = [first + second + third for first, second, third in zip(*torques, strict=True)]
+    along_x, along_y, along_z = (sum3(column, torque) for column in columns)
+    pull = along_x / sum3(y, b)
+    size = sum3(x, a)
+    turn_y, turn_z = along_z / size, (along_y + pull * sum3(x, b)) / size
+    return [*(turn_y * p - turn_z * q for p, q in zip(y, z, strict=True)), *(pull * part for part in z)]
 
 
 class Nearest(torch.autograd.Function):

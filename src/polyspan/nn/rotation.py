@@ -15,12 +15,24 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from jaxtyping import Float
 
 from polyspan.linalg import orthonormal_basis
 from polyspan.linalg._namespace import detached, identity, is_torch, namespace, swap, widen
 
-from ._rotation_maps import dot, length, nearest, one_hot, two_columns, unit
+from ._rotation_maps import (
+    by_blocks,
+    dot,
+    entries,
+    length,
+    nearest,
+    no_rotations,
+    one_hot,
+    sum3,
+    two_columns,
+    unit,
+)
 
 Order = Literal["wxyz", "xyzw"]
 Convention = Literal["columns", "rows", "interleaved"]
@@ -186,8 +198,7 @@ def rotation6d_to_matrix(x: Any, *, convention: Convention = "columns", check: b
     Source: catalogue entry ``rotation-continuity``.
     """
     wide, narrow, check = _read(x, 6, "x", check)
-    a, b = _halves(wide, convention)
-    R, lost = two_columns(a, b, check)
+    R, lost = two_columns(_in_halves(wide, convention), check)
     _warn(check, lost, "six-vectors hold two parallel vectors, or a zero one, and were completed")
     return narrow(swap(R) if convention == "rows" else R)
 
@@ -235,8 +246,7 @@ def rotation5d_to_matrix(x: Any, *, check: bool = True) -> Float[Any, "*b 3 3"]:
     scaled = xp.stack([wide[..., 2 + i] / m[..., 0] * scale for i, scale in enumerate(SCALES_5D)], axis=-1)
     norm = length(scaled)[..., None]
     third = norm**2 - (1 / m) ** 2
-    a = xp.concat([2 * norm * (wide[..., :2] / m), third], axis=-1)
-    R, lost = two_columns(a, scaled, check)
+    R, lost = two_columns(xp.concat([2 * norm * (wide[..., :2] / m), third, scaled], axis=-1), check)
     _warn(check, lost, "five-vectors lie where the map is not defined and were completed")
     return narrow(R)
 
@@ -264,7 +274,8 @@ def rotation9d_to_matrix(x: Any, *, check: bool = True) -> Float[Any, "*b 3 3"]:
     Parameters
     ----------
     x : array of shape (*b, 9)
-        float32 and narrower are solved in closed form, several times faster than by SVD, where ``check`` allows it.
+        float32 and narrower are solved in closed form, many times faster than by SVD; on accelerators with ``check``
+        only, and not inside ``torch.vmap`` or captured graphs.
     check : bool, default=True
 
     Notes
@@ -337,7 +348,7 @@ def _read(x: Any, size: int, name: str, check: bool) -> tuple[Any, Callable[[Any
     wide, narrow = widen(x)
     check = check and not _traced(wide)
     if check:
-        _refuse(~xp.all(xp.isfinite(wide), axis=-1), f"{name} must be finite, got NaN or infinity")
+        _refuse_unless_finite(wide, -1, name)
     return wide, narrow, check
 
 
@@ -352,25 +363,23 @@ def _read_matrix(R: Any, project: bool, check: bool, size: int | None) -> tuple[
     wide, narrow = widen(R)
     check = check and not _traced(wide)
     if check:
-        _refuse(~xp.all(xp.isfinite(wide), axis=(-2, -1)), "R must be finite, got NaN or infinity")
+        _refuse_unless_finite(wide, (-2, -1), "R")
     if project:
         return nearest(wide, check)[0], narrow, check
     if check:
         still = detached(wide)
-        off = xp.max(xp.abs(swap(still) @ still - identity(still.shape[-1], still)), axis=(-2, -1))
         coarse = xp.finfo(R.dtype).eps if xp.isdtype(R.dtype, "real floating") else 0.0
-        bad = (off > max(NOT_A_ROTATION, 4 * coarse)) | (xp.linalg.det(still) < 0)
+        bad = no_rotations(still, max(NOT_A_ROTATION, 4 * coarse))
         _refuse(bad, "R must hold rotations (project=True takes the nearest), got others")
     return wide, narrow, check
 
 
 def _traced(x: Any) -> bool:
-    """Say whether torch is capturing a graph, where no value may be looked at."""
     if not is_torch(x):
         return False
-    import torch
+    from ._rotation_torch import traced
 
-    return torch.compiler.is_compiling()
+    return traced()
 
 
 def _places(marked: Any) -> tuple[int, list[int]]:
@@ -387,6 +396,15 @@ def _refuse(bad: Any, text: str) -> None:
         raise ValueError(f"{text} in {count} rows: {first}{' ...' if count > len(first) else ''}")
 
 
+def _refuse_unless_finite(x: Any, axis: int | tuple[int, int], name: str) -> None:
+    """Refuse rows with NaN or infinity; a sum of all numbers that is finite says that there are none."""
+    xp = namespace(x)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = xp.sum(detached(x))
+    if not bool(xp.isfinite(total)):
+        _refuse(~xp.all(xp.isfinite(x), axis=axis), f"{name} must be finite, got NaN or infinity")
+
+
 def _warn(check: bool, marked: Any, text: str) -> None:
     xp = namespace(marked)
     if check and bool(xp.any(marked)):
@@ -395,11 +413,13 @@ def _warn(check: bool, marked: Any, text: str) -> None:
         warnings.warn(f"{count} {text}; rows {where}", UserWarning, stacklevel=3)
 
 
-def _halves(x: Any, convention: str) -> tuple[Any, Any]:
+def _in_halves(x: Any, convention: str) -> Any:
+    """Bring six-vectors to the order of the two columns, or rows, one after the other."""
     if convention in ("columns", "rows"):
-        return x[..., :3], x[..., 3:]
+        return x
     if convention == "interleaved":
-        return x[..., ::2], x[..., 1::2]
+        xp = namespace(x)
+        return xp.concat([x[..., ::2], x[..., 1::2]], axis=-1)
     raise ValueError(f"convention must be 'columns', 'rows' or 'interleaved', got {convention!r}")
 
 
@@ -424,21 +444,33 @@ def _quaternion_matrix(q: Any) -> Any:
 
 
 def _matrix_quaternion(R: Any) -> Any:
-    """Unit quaternion wxyz with w >= 0: the row of 4qq' with the largest diagonal entry, which is at least 1."""
-    xp = namespace(R)
-    (a, b, c), (d, e, f), (g, h, i) = ([R[..., p, q] for q in range(3)] for p in range(3))
+    """Unit quaternions wxyz with w >= 0 of rotations (*b, 3, 3)."""
+    flat = namespace(R).reshape(R, (*R.shape[:-2], 9))
+    if is_torch(R):
+        from ._rotation_torch import joined
+
+        return joined(_row_of_quaternion(entries(flat)))
+    return by_blocks(lambda numbers: (_row_of_quaternion(numbers), False), (flat,), 4)[0]
+
+
+def _row_of_quaternion(numbers: list[Any]) -> list[Any]:
+    """The row of 4qq' with the largest diagonal entry, which is at least 1, made a unit quaternion."""
+    a, b, c, d, e, f, g, h, i = numbers
+    xp = namespace(a)
     rows = [
         [1 + a + e + i, h - f, c - g, d - b],
         [h - f, 1 + a - e - i, b + d, c + g],
         [c - g, b + d, 1 - a + e - i, f + h],
         [d - b, c + g, f + h, 1 - a - e + i],
     ]
-    row, best = xp.stack(rows[0], axis=-1), detached(rows[0][0])
+    row, best = rows[0], detached(rows[0][0])
     for k in range(1, 4):
         more = detached(rows[k][k]) > best
-        row = xp.where(more[..., None], xp.stack(rows[k], axis=-1), row)
+        row = [xp.where(more, new, old) for new, old in zip(rows[k], row, strict=True)]
         best = xp.where(more, detached(rows[k][k]), best)
-    return _upper(row / xp.sqrt(dot(row, row))[..., None])
+    size = xp.sqrt(sum3(row, row) + row[3] * row[3])
+    size = xp.where(row[0] < 0, -size, size)
+    return [part / size for part in row]
 
 
 def _upper(q: Any) -> Any:
