@@ -12,9 +12,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from polyspan.errors import CorruptFile, WrongContent
 from polyspan.learn import CategoricalHasher, FeatureSpec, UnifiedEmbedding, UnifiedEmbeddingClassifier
 from polyspan.learn._embedding_gather import gather_rows
-from polyspan.learn._lookup_plan import SCHEMES, lookup_plan, mix, rows_of, rows_of_tensor, salt_of
+from polyspan.learn._lookup_plan import SCHEMES, lookup_plan, rows_of, rows_of_tensor, salt_of
 from polyspan.learn._row_adagrad import RowAdagrad
-from polyspan.learn._value_keys import MISSING, PAD, hash_bytes, one_key, value_keys
+from polyspan.learn._value_keys import BLOCK, MISSING, PAD, WIDE, hash_bytes, mix, one_key, value_keys
 
 VECTORS = [0xE220A8397B1DCDAF, 0x5E025F9ADE9EAF3E, 0x43AEF8B2706779E6, 0x742D84A24465EF7A]
 SALTS = [0x4B89B739ABDA598D, 0xD718BD3227C2F27F]
@@ -50,18 +50,36 @@ def test_another_process_with_another_hash_seed_gives_the_same_rows():
     assert done.stdout.strip() == str(CategoricalHasher(5000, n_lookups=3).fit_transform(X).tolist())
 
 
+def slow_key(text):
+    data = text.encode() if isinstance(text, str) else text
+    decimal = data.decode("ascii", "replace")
+    canonical = decimal.lstrip("-").isdecimal() and decimal.isascii() and str(int(decimal)) == decimal
+    if canonical and abs(int(decimal)) < 2**63:
+        return int(decimal)
+    return int(np.uint64(hash_bytes(data)).astype(np.int64))
+
+
 @example(["10000000000000001111"])  # an integer of more than 64 bits is a text like any other
 @given(st.lists(st.text(max_size=40) | st.binary(max_size=40), min_size=1, max_size=20))
 def test_texts_are_hashed_as_one_by_one(texts):
-    def slow(text):
-        data = text.encode() if isinstance(text, str) else text
-        decimal = data.decode("ascii", "replace")
-        canonical = decimal.lstrip("-").isdecimal() and decimal.isascii() and str(int(decimal)) == decimal
-        if canonical and abs(int(decimal)) < 2**63:
-            return int(decimal)
-        return int(np.uint64(hash_bytes(data)).astype(np.int64))
+    assert value_keys(texts, "t").dense().tolist() == [slow_key(t) for t in texts]
 
-    assert value_keys(texts, "t").dense().tolist() == [slow(t) for t in texts]
+
+def test_texts_of_many_lengths_are_hashed_as_one_by_one_across_blocks_slices_and_nulls():
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(0, 30, size=BLOCK), rng.integers(WIDE - 9, 3 * WIDE, size=2_000), [0] * 9])
+    data = [rng.bytes(int(length)) for length in rng.permutation(lengths)] + [b"12", b"-7", b"-", b"-07"] * 9
+    column = pa.array([None if i % 7 == 0 else text for i, text in enumerate(data)]).slice(5)
+    expected = [MISSING if text is None else slow_key(text) for text in column.to_pylist()]
+    for kind in (pa.binary(), pa.large_binary()):
+        np.testing.assert_array_equal(value_keys(column.cast(kind), "t").dense(), expected)
+
+
+def test_views_of_text_have_the_keys_of_text():
+    column = pa.array(["ann", None, "12", "größe" * 20])
+    np.testing.assert_array_equal(
+        value_keys(column.cast(pa.string_view()), "t").dense(), value_keys(column, "t").dense()
+    )
 
 
 @settings(max_examples=20)

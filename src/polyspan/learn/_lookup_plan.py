@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._value_keys import FIRST, GOLDEN, MASK, SECOND, hash_bytes, mix, mix_int
+from ._value_keys import BLOCK, FIRST, GOLDEN, MASK, SECOND, hash_bytes, mix_in_place, mix_int
 
 SCHEMES = {
     "multiplex": ("shared", "hash"),
@@ -172,11 +172,26 @@ def _split(specs: Mapping[str, FeatureSpec], num_embeddings: int) -> dict[str, t
     return {name: (int(start), int(count)) for name, start, count in zip(specs, starts, rows, strict=True)}
 
 
-def rows_of(keys: np.ndarray, plan: LookupPlan) -> np.ndarray:
-    """Return the rows (n, s) of keys (n, columns) int64: the top 32 bits of the salted hash, scaled to the range."""
-    h = mix(keys[:, plan.column].view(np.uint64) ^ plan.salt.view(np.uint64))
-    scaled = ((h >> np.uint64(32)) * plan.size.astype(np.uint64)) >> np.uint64(32)
-    return scaled.astype(np.int64) + plan.offset
+def rows_of(keys: np.ndarray, plan: LookupPlan, *, out: np.ndarray | None = None) -> np.ndarray:
+    """Return the rows (n, s) of keys (n, columns) int64: the top 32 bits of the salted hash, scaled to the range.
+
+    They are written to ``out`` (n, s) where it is given, which may be the keys of one column with one lookup.
+    """
+    salt, size, offset = plan.salt.view(np.uint64), plan.size.astype(np.uint64), plan.offset.astype(np.uint64)
+    n, s, half = len(keys), len(salt), np.uint64(32)
+    made = np.empty((n, s), np.uint64) if out is None else out.view(np.uint64)
+    step = max(1, BLOCK // s)
+    spare = np.empty((min(step, n), s), np.uint64)
+    for at in range(0, n, step):
+        some, h = keys[at : at + step].view(np.uint64), made[at : at + step]
+        # The keys of one column are as many as its lookups need by broadcasting.
+        np.bitwise_xor(some if some.shape[1] == 1 else some[:, plan.column], salt, out=h)
+        mix_in_place(h, spare[: len(h)])
+        np.right_shift(h, half, out=h)
+        np.multiply(h, size, out=h)
+        np.right_shift(h, half, out=h)
+        np.add(h, offset, out=h)
+    return made.view(np.int64)
 
 
 def rows_of_tensor(keys: Any, salt: Any, size: Any, offset: Any) -> Any:

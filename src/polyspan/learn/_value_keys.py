@@ -19,12 +19,19 @@ FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 PAD = -(2**63)
 MISSING = -0x61C8864680B583EB
 """Two keys that no value has but by a chance of 2⁻⁶⁴; as whole numbers they are given the key of their text."""
+BLOCK = 32_768
+"""Rows that are hashed at a time, so that what they need stays in the processor's cache."""
+WIDE = 64
+"""Bytes up to which texts are hashed side by side, filled up to one length."""
 WHOLE_TEXT, LONGEST_TEXT = r"^(0|-?[1-9][0-9]{0,17})$", r"^-?[1-9][0-9]{18}$"
 """Decimal text of a whole number: one that is in int64 for sure, and one that may be."""
 
 
 class Keys(NamedTuple):
-    """Keys of the distinct values, (v,) int64, and which of them each row has, (n,) or (n, length); None is all."""
+    """Keys of values, (v,) int64 in memory of their own, and which of them each row has, (n,) or (n, length).
+
+    Without codes there is one a row, in order.
+    """
 
     distinct: np.ndarray
     codes: np.ndarray | None
@@ -37,9 +44,17 @@ class Keys(NamedTuple):
 
 def mix(x: np.ndarray) -> np.ndarray:
     """Return the finaliser of splitmix64, a bijection of 64 bits: every bit of ``x`` moves half of the others."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(FIRST)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(SECOND)
-    return x ^ (x >> np.uint64(31))
+    return mix_in_place(x.copy(), np.empty_like(x))
+
+
+def mix_in_place(x: np.ndarray, spare: np.ndarray) -> np.ndarray:
+    """Return :func:`mix` of ``x`` in ``x`` itself; ``spare``, of the same shape, is overwritten."""
+    for shift, factor in ((30, FIRST), (27, SECOND)):
+        np.right_shift(x, np.uint64(shift), out=spare)
+        np.bitwise_xor(x, spare, out=x)
+        np.multiply(x, np.uint64(factor), out=x)
+    np.right_shift(x, np.uint64(31), out=spare)
+    return np.bitwise_xor(x, spare, out=x)
 
 
 def mix_int(x: int) -> int:
@@ -60,18 +75,91 @@ def hash_bytes(data: bytes) -> int:
     return h
 
 
-def hash_texts(texts: Any) -> np.ndarray:
-    """Return :func:`hash_bytes` of every value of an Arrow array of text or bytes without nulls, (v,) uint64."""
+def hash_texts(texts: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return :func:`hash_bytes` of every value of an Arrow array of text or bytes, (v,) uint64, and first bytes.
+
+    Those are (v,) uint8, and 0 for the empty text and for texts of more than :data:`WIDE` bytes. Nulls have any hash.
+    """
+    texts = _bytes(texts)
+    _, lengths, _ = _layout(texts)
+    long = lengths > WIDE
+    if not long.any():
+        return _hash_short(texts, lengths)
     import pyarrow as pa
 
-    texts = texts.cast(pa.large_binary())
-    n = len(texts)
+    hashes, heads = np.empty(len(texts), np.uint64), np.zeros(len(texts), np.uint8)
+    hashes[~long], heads[~long] = _hash_short(texts.filter(pa.array(~long)), lengths[~long])
+    # A long text costs more to hash than to look up.
+    coded = texts.filter(pa.array(long)).dictionary_encode()
+    hashes[long] = _hash_long(coded.dictionary)[coded.indices.to_numpy(zero_copy_only=False)]
+    return hashes, heads
+
+
+def _bytes(texts: Any) -> Any:
+    """Return an Arrow array of text or bytes as one of bytes on the same memory, without its nulls."""
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    kind = texts.type
+    if not (t.is_string(kind) or t.is_binary(kind) or t.is_large_string(kind) or t.is_large_binary(kind)):
+        texts = texts.cast(pa.large_binary())
+    wide = t.is_large_string(texts.type) or t.is_large_binary(texts.type)
+    parts = [None, *texts.buffers()[1:]]
+    return pa.Array.from_buffers(pa.large_binary() if wide else pa.binary(), len(texts), parts, offset=texts.offset)
+
+
+def _layout(texts: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return starts and lengths (v,) of an Arrow array of bytes, and the bytes that they count in, uint8."""
+    import pyarrow.types as t
+
+    kind = np.dtype(np.int64 if t.is_large_binary(texts.type) else np.int32)
     _, offsets, data = texts.buffers()
-    bounds = np.frombuffer(offsets, np.int64, count=n + 1, offset=8 * texts.offset)
-    starts, lengths = bounds[:-1], np.diff(bounds)
-    flat = np.zeros(int(bounds[-1]) + 8, np.uint8)
-    if data is not None:
-        flat[: bounds[-1]] = np.frombuffer(data, np.uint8, count=int(bounds[-1]))
+    if not len(texts):
+        return np.zeros(0, kind), np.zeros(0, kind), np.zeros(0, np.uint8)
+    bounds = np.frombuffer(offsets, kind, count=len(texts) + 1, offset=kind.itemsize * texts.offset)
+    end = int(bounds[-1])
+    flat = np.frombuffer(data, np.uint8, count=end) if end else np.zeros(0, np.uint8)
+    return bounds[:-1], np.diff(bounds), flat
+
+
+def _hash_short(texts: Any, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hash an Arrow array of bytes, none longer than :data:`WIDE`: Arrow fills a block up to rows of equal length."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = pa.large_string() if texts.type == pa.large_binary() else pa.string()
+    # Filling up looks at bytes alone, but Arrow has it for text only.
+    texts = pa.Array.from_buffers(kind, len(texts), texts.buffers(), offset=texts.offset)
+    begun = mix(np.arange(WIDE + 1, dtype=np.uint64) + np.uint64(GOLDEN))
+    hashes, heads = np.empty(len(texts), np.uint64), np.zeros(len(texts), np.uint8)
+    spare = np.empty(min(BLOCK, len(texts)), np.uint64)
+    for at in range(0, len(texts), BLOCK):
+        size, block = lengths[at : at + BLOCK], hashes[at : at + BLOCK]
+        begun.take(size, out=block, mode="clip")
+        n, least, n_words = len(block), int(size.min()), -(-int(size.max()) // 8)
+        if not n_words:
+            continue
+        padded = pc.call_function("ascii_rpad", [texts.slice(at, BLOCK)], pc.PadOptions(8 * n_words, "\0"))
+        rows = np.frombuffer(padded.buffers()[2], np.uint8, count=8 * n * n_words).reshape(n, 8 * n_words)
+        heads[at : at + BLOCK] = rows[:, 0]
+        for j, words in enumerate(rows.view("<u8").T):
+            ended = np.flatnonzero(size <= 8 * j) if least <= 8 * j else size[:0]
+            if 2 * len(ended) > n:
+                going = np.flatnonzero(size > 8 * j)
+                block[going] = mix((block[going] ^ words[going]) + np.uint64(GOLDEN))
+                continue
+            kept = block[ended]
+            np.bitwise_xor(block, words, out=block)
+            np.add(block, np.uint64(GOLDEN), out=block)
+            mix_in_place(block, spare[:n])
+            block[ended] = kept
+    return hashes, heads
+
+
+def _hash_long(texts: Any) -> np.ndarray:
+    """Hash an Arrow array of bytes of any length, eight bytes of all that go on at a time."""
+    starts, lengths, data = _layout(texts)
+    flat = np.append(data, np.zeros(8, np.uint8))
     # Every byte offset as the start of a word: one gather takes the next eight bytes of all texts that go on.
     words = np.ndarray(shape=(len(flat) - 7,), dtype="<u8", buffer=flat, strides=(1,))
     h = mix(lengths.astype(np.uint64) + np.uint64(GOLDEN))
@@ -179,11 +267,14 @@ def _flat_keys(array: Any, name: str, max_len: int | None) -> Keys:
             keys[missing] = MISSING
         return Keys(keys, None)
     if t.is_temporal(kind) or t.is_decimal(kind):
-        array = array.cast(pa.string())
-    elif not (_is_text(kind) or t.is_binary(kind) or t.is_large_binary(kind) or t.is_fixed_size_binary(kind)):
+        coded = array.dictionary_encode()
+        return _by_codes(_text_keys(coded.dictionary.cast(pa.string())), coded.indices)
+    if not (_is_text(kind) or t.is_binary(kind) or t.is_large_binary(kind) or t.is_fixed_size_binary(kind)):
         raise _refuse(name, kind)
-    coded = array.dictionary_encode()
-    return _by_codes(_text_keys(coded.dictionary), coded.indices)
+    keys = _text_keys(array)
+    if array.null_count:
+        keys[array.is_null().to_numpy(zero_copy_only=False)] = MISSING
+    return Keys(keys, None)
 
 
 def _is_text(kind: Any) -> bool:
@@ -193,23 +284,27 @@ def _is_text(kind: Any) -> bool:
 
 
 def _text_keys(texts: Any) -> np.ndarray:
-    """Return keys of distinct texts: those that are a whole number in decimal have that number's key."""
+    """Return keys of texts: those that are a whole number in decimal have that number's key."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    keys = hash_texts(texts).view(np.int64)
-    if not _is_text(texts.type):
-        texts = texts.cast(pa.large_binary())
-    found = pc.call_function("match_substring_regex", [texts], pc.MatchSubstringOptions(WHOLE_TEXT))
-    whole = texts.filter(found)
+    texts = _bytes(texts)
+    hashes, heads = hash_texts(texts)
+    keys = hashes.view(np.int64)
+    at = np.flatnonzero((heads - np.uint8(ord("0")) <= 9) | (heads == ord("-")))
+    if not len(at):
+        return keys
+    some = texts if len(at) == len(texts) else texts.take(pa.array(at))
+    found = pc.call_function("match_substring_regex", [some], pc.MatchSubstringOptions(WHOLE_TEXT))
+    whole = some.filter(found)
     if len(whole):
-        whole = whole if _is_text(whole.type) else whole.cast(pa.large_string())
-        keys[found.to_numpy(zero_copy_only=False)] = whole.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    longest = pc.call_function("match_substring_regex", [texts], pc.MatchSubstringOptions(LONGEST_TEXT))
+        numbers = whole.cast(pa.large_string()).cast(pa.int64())
+        keys[at[found.to_numpy(zero_copy_only=False)]] = numbers.to_numpy(zero_copy_only=False)
+    longest = pc.call_function("match_substring_regex", [some], pc.MatchSubstringOptions(LONGEST_TEXT))
     for i in np.flatnonzero(longest.to_numpy(zero_copy_only=False)):
-        value = int(texts[int(i)].as_py())
+        value = int(some[int(i)].as_py())
         if -(2**63) < value < 2**63 and value != MISSING:
-            keys[i] = value
+            keys[at[i]] = value
     return keys
 
 
