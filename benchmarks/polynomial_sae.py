@@ -7,8 +7,10 @@ limit.
 The system is the catalogue's ``polysae``.
 """
 
+import itertools
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from _runner import growth, race, save
 from polyspan.learn import PolynomialSAEModule
@@ -20,6 +22,10 @@ HIGH = 32
 
 class Dense(nn.Module):
     """The published decoder: all latents enter every product, whether they fire or not."""
+
+    U_shared: Tensor
+    C2: Tensor
+    C3: Tensor
 
     def __init__(self, module):
         super().__init__()
@@ -46,7 +52,9 @@ def arms(d, m, b, k, *, whole):
     ours = PolynomialSAEModule(d, m, k, (d, HIGH, HIGH), generator=generator)
     theirs = Dense(ours)
     x, up = torch.randn(b, d, generator=generator), torch.randn(b, d, generator=generator)
-    moved = 1e-3 * torch.randn(m, d, generator=generator)
+    step = 1e-3 * torch.randn(m, d, generator=generator)
+    # There and back: steps that all went one way would in time be larger than any of a training.
+    own_steps, their_steps = itertools.cycle((step, -step)), itertools.cycle((step, -step))
     given = ours.sparse_encode(x)
     values = given.values.detach().requires_grad_()
     z = given.dense(m).detach().requires_grad_()
@@ -56,7 +64,7 @@ def arms(d, m, b, k, *, whole):
         codes = ours.train_codes(x)[0] if whole else given._replace(values=values)
         ours.sparse_decode(codes)[0].backward(up)
         with torch.no_grad():
-            ours.U_shared.add_(moved)
+            ours.U_shared.add_(next(own_steps))
         ours.retract_()
         values.grad = None
 
@@ -69,7 +77,7 @@ def arms(d, m, b, k, *, whole):
             codes = torch.zeros_like(pre).scatter(-1, best.indices, best.values.relu())
         theirs(codes).backward(up)
         with torch.no_grad():
-            theirs.U_shared.add_(moved)
+            theirs.U_shared.add_(next(their_steps))
         theirs.retract()
         z.grad = None
 

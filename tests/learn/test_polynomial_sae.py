@@ -11,10 +11,10 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from polyspan.errors import NotConverged
 from polyspan.learn import ActivationStore, PolynomialSAEModule, PolySAE
-from polyspan.learn._cholesky_qr import cholesky_qr
+from polyspan.learn._cholesky_qr import cholesky_qr, cholesky_qr_
 from polyspan.learn._sae_codes import SparseCodes, above, batch_top_k, jump, top_k
 from polyspan.learn._sae_interactions import co_firing
-from polyspan.learn._sae_training import mean_norm_scale, set_start, step_loss
+from polyspan.learn._sae_training import WINDOW, Trainer, mean_norm_scale, set_start, step_loss
 from polyspan.learn.polynomial_sae_plots import plot_interactions, plot_training
 from polyspan.linalg import orthonormal_basis
 from polyspan.testing import ModuleCase, check_module
@@ -115,6 +115,19 @@ def test_cholesky_qr_is_orthonormal_for_any_columns(dtype, k):
     torch.testing.assert_close(cholesky_qr(ill), orthonormal_basis(ill), rtol=0, atol=1e4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("k", [1, 5, 120])
+@pytest.mark.parametrize("size", [1e-3, 0.3, 1e6])
+def test_cholesky_qr_in_place_is_cholesky_qr(k, size):
+    generator = torch.Generator().manual_seed(k)
+    X = torch.linalg.qr(torch.randn(300, k, generator=generator))[0].contiguous()
+    X = X + size * torch.randn(300, k, generator=generator)
+    expected, place = cholesky_qr(X), X.data_ptr()
+    assert cholesky_qr_(X).data_ptr() == place
+    torch.testing.assert_close(X, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="X must be finite"):
+        cholesky_qr_(X.fill_(torch.nan))
+
+
 def test_cholesky_qr_refuses_what_has_no_frame():
     with pytest.raises(ValueError, match=r"X must be a matrix \(d, k\) with k <= d, got shape \(2, 3\)"):
         cholesky_qr(torch.zeros(2, 3))
@@ -152,6 +165,20 @@ def test_topk_takes_the_k_largest_and_of_those_the_positive():
     pre = torch.tensor([[3.0, -1.0, 2.0, 1.0], [-3.0, -1.0, -2.0, 5.0]])
     assert top_k(pre, 2).dense(4).tolist() == [[3, 0, 2, 0], [0, 0, 0, 5]]
     assert top_k(pre, 4).dense(4).tolist() == [[3, 0, 2, 1], [0, 0, 0, 5]]
+
+
+def test_topk_takes_k_a_row_where_entries_are_equal_or_not_numbers():
+    pre = torch.randn(300, 1_000, generator=torch.Generator().manual_seed(0))
+    found = top_k(pre, 7)
+    expected = pre.topk(7).indices.sort(dim=1).values
+    assert torch.equal(found.indices.reshape(300, 7).sort(dim=1).values, expected)
+    torch.testing.assert_close(found.values, pre.gather(1, found.indices.reshape(300, 7)).reshape(-1).relu())
+    equal = torch.tensor([[1.0, 2, 2, 2], [4, 3, 2, 1], [0, 0, 0, 0]])
+    assert top_k(equal, 2).dense(4).sum(dim=1).tolist() == [4, 7, 0]
+    # One row has none that is as large as its second, another two too many.
+    odd = torch.tensor([[torch.nan, torch.nan, 0, 1], [2, 2, 2, 2]])
+    assert top_k(odd, 2).dense(4)[1].sort().values.tolist() == [0, 0, 2, 2]
+    assert torch.isnan(top_k(odd, 2).dense(4)[0]).sum() == 2
 
 
 def test_batchtopk_takes_k_a_row_on_average():
@@ -252,6 +279,27 @@ def test_the_decoder_is_its_formula(shared, cross_only, ranks):
     z[1, [0, 8]] = torch.tensor([3.0, -1.0], dtype=torch.float64)
     expected = torch.stack([slow_decode(made, row) for row in z])
     torch.testing.assert_close(made.decode(z), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("ranks", [(8, 4, 2), (10, 5, 5), (8, 3, 0), (5, 0, 0)])
+def test_the_sparse_gradient_of_the_decoder_is_that_of_dense_codes(ranks, shared, dtype):
+    made = module(ranks=ranks, shared=shared, m=40, init="official", dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    x, up = (torch.randn(20, 8, generator=generator, dtype=dtype) for _ in range(2))
+    codes = made.sparse_encode(x)
+    values = codes.values.detach().requires_grad_()
+    factors = [made._factor(i) for i in range(1, 2 + (ranks[1] > 0) + (ranks[2] > 0))]
+    wanted = [values, *(p for name, p in made.named_parameters() if name[:2] != "W_" and name != "b_enc")]
+    sparse = torch.autograd.grad((made.sparse_decode(codes._replace(values=values))[0] * up).sum(), wanted)
+    sums = [codes._replace(values=values).dense(40) @ factor for factor in factors]
+    dense, product = made.b_dec + sums[0] @ made.C1.T, sums[0]
+    for i, (part, rank) in enumerate(zip(sums[1:], ranks[1:], strict=False), start=2):
+        product = product[:, :rank] * part[:, :rank]
+        dense = dense + getattr(made, f"lambda{i}") * product @ getattr(made, f"C{i}").T
+    for mine, theirs in zip(sparse, torch.autograd.grad((dense * up).sum(), wanted), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-4)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -672,6 +720,34 @@ def test_powers_of_large_numbers_are_warned_of_and_a_loss_that_explodes_stops_th
     huge = 1e13 * activations(100).astype(np.float64)
     with pytest.raises(NotConverged, match=r"the loss is .* at step 0: the largest \|zU\| was"):
         PolySAE(**SMALL, normalize=False).fit(huge)
+
+
+def test_losses_are_read_once_a_window_and_the_step_that_was_not_finite_is_named_and_left_out():
+    good = activations(64)
+    model = PolySAE(**SMALL).partial_fit(good)
+    trainer = model._trainer
+    reads = []
+
+    class Counted(Trainer):
+        def _read(self):
+            reads.append(self.n_steps)
+            super()._read()
+
+    trainer.__class__ = Counted
+    for _ in range(2 * WINDOW):
+        trainer.step(good)
+    assert reads == [WINDOW, 2 * WINDOW]
+    for _ in range(3):
+        trainer.step(good)
+    before = copy.deepcopy(trainer.module.state_dict())
+    trainer.step(np.full_like(good, 1e30))
+    for name, value in trainer.module.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
+    trainer.step(good)
+    with pytest.raises(NotConverged, match=rf"the loss is (inf|nan) at step {2 * WINDOW + 4}: the largest"):
+        _ = trainer.losses
+    assert len(trainer.losses) == trainer.n_steps == 2 * WINDOW + 5
+    assert np.isfinite(model.partial_fit(good).loss_curve_).all()
 
 
 # Pictures.

@@ -1,5 +1,7 @@
 """The Q of a QR by Cholesky factors of the Gram matrix: for columns that are nearly orthonormal already."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,10 +9,13 @@ from torch import Tensor
 from polyspan.linalg import orthonormal_basis
 
 NEAR = 0.5
-"""Up to this distance of X'X from the identity one pass is exact to rounding: cond(X)² is at most 3."""
+"""Up to this distance of X'X from the identity one pass is exact to rounding: cond(X)² is at most 3.
+
+The distance is the largest sum of a row's absolute values, which no eigenvalue exceeds.
+"""
 PASSES = 4
-TRIANGULAR = 96
-"""Columns from which the BLAS routines for triangles, at half the operations, are worth the way to them."""
+TRIANGULAR = 32
+"""Columns from which routines of BLAS and LAPACK for triangles, at half the operations, are worth the way to them."""
 
 
 def cholesky_qr(X: Tensor) -> Tensor:
@@ -39,17 +44,15 @@ def cholesky_qr(X: Tensor) -> Tensor:
     """
     if X.ndim != 2 or X.shape[1] > X.shape[0]:
         raise ValueError(f"X must be a matrix (d, k) with k <= d, got shape {tuple(X.shape)}")
-    d, k = X.shape
     Q = X.detach().clone(memory_format=torch.contiguous_format)
-    blas = k >= TRIANGULAR and Q.device.type == "cpu" and Q.dtype in (torch.float32, torch.float64)
-    for _ in range(PASSES if k else 0):
-        gram = _gram(Q, blas)
-        distance = float(torch.linalg.matrix_norm(gram - torch.eye(k, dtype=Q.dtype, device=Q.device)))
-        if not np.isfinite(distance):
+    for _ in range(PASSES if X.shape[1] else 0):
+        gram, distance = _gram(Q)
+        if not math.isfinite(distance):
             break
-        if not _divide(Q, gram, blas):
+        if not _divide(Q, gram):
+            d, k = X.shape
             shift = 11 * (d * k + k * (k + 1)) * torch.finfo(Q.dtype).eps * gram.trace()
-            if not _divide(Q, gram + shift * torch.eye(k, dtype=Q.dtype, device=Q.device), blas):
+            if not _divide(Q, gram + shift * torch.eye(k, dtype=Q.dtype, device=Q.device)):
                 break
         elif distance <= NEAR:
             return Q
@@ -58,32 +61,56 @@ def cholesky_qr(X: Tensor) -> Tensor:
     return orthonormal_basis(X.detach()).contiguous()
 
 
-def _gram(Q: Tensor, blas: bool) -> Tensor:
-    """Return Q'Q; on CPU by the BLAS routine that computes one triangle only."""
-    if not blas:
-        return Q.T @ Q
+def cholesky_qr_(X: Tensor) -> Tensor:
+    """Put :func:`cholesky_qr` of ``X``, which must be contiguous, in its place: without a copy where one pass does."""
+    if X.ndim == 2 and 0 < X.shape[1] <= X.shape[0]:
+        gram, distance = _gram(X)
+        if distance <= NEAR and _divide(X, gram):
+            return X
+    return X.copy_(cholesky_qr(X))
+
+
+def _by_blas(Q: Tensor) -> bool:
+    return Q.shape[1] >= TRIANGULAR and Q.device.type == "cpu" and Q.dtype in (torch.float32, torch.float64)
+
+
+def _gram(Q: Tensor) -> tuple[Tensor, float]:
+    """Return Q'Q, on CPU its lower triangle alone, and its distance from the identity."""
+    k = Q.shape[1]
+    if not _by_blas(Q):
+        gram = Q.T @ Q
+        gap = (gram - torch.eye(k, dtype=Q.dtype, device=Q.device)).abs()
+        return gram, float(gap.sum(dim=1).max())
     from scipy.linalg.blas import get_blas_funcs
 
+    # The transpose of Q, row by row in memory, is a matrix in BLAS's own order; so is that of its upper triangle.
     rows = Q.numpy().T
     (syrk,) = get_blas_funcs(("syrk",), (rows,))
-    upper = torch.from_numpy(np.ascontiguousarray(syrk(1.0, rows)))
-    return upper + upper.T - torch.diag(upper.diagonal())
+    upper = syrk(1.0, rows)
+    gap = np.abs(upper)
+    diagonal = np.abs(upper.diagonal() - 1)
+    np.fill_diagonal(gap, diagonal)
+    sums = gap.sum(axis=0) + gap.sum(axis=1) - diagonal
+    return torch.from_numpy(upper.T), float(sums.max())
 
 
-def _divide(Q: Tensor, gram: Tensor, blas: bool) -> bool:
+def _divide(Q: Tensor, gram: Tensor) -> bool:
     """Replace Q by Q L⁻ᵀ in place; false, and Q as it was, where the Gram matrix is not positive definite."""
-    L, info = torch.linalg.cholesky_ex(gram)
-    if int(info) != 0:
-        return False
-    if not blas:
-        Q.copy_(torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False))
-        return True
+    if not _by_blas(Q):
+        L, info = torch.linalg.cholesky_ex(gram)
+        if int(info) == 0:
+            Q.copy_(torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False))
+        return int(info) == 0
     from scipy.linalg.blas import get_blas_funcs
+    from scipy.linalg.lapack import dpotrf, spotrf
 
-    # The transpose of Q, row by row in memory, is a matrix in BLAS's own order: it is solved where it stands.
     rows = Q.numpy().T
     (trsm,) = get_blas_funcs(("trsm",), (rows,))
-    solved = trsm(1.0, np.asfortranarray(L.numpy()), rows, lower=1, overwrite_b=1)
-    if not np.shares_memory(solved, rows):
-        Q.copy_(torch.from_numpy(solved.T))
-    return True
+    potrf = spotrf if Q.dtype == torch.float32 else dpotrf
+    factor, info = potrf(gram.numpy().T, clean=False)
+    if info == 0:
+        # Where Q stands, its transpose is solved by that of the upper factor.
+        solved = trsm(1.0, factor, rows, trans_a=1, overwrite_b=1)
+        if not np.shares_memory(solved, rows):
+            Q.copy_(torch.from_numpy(solved.T))
+    return info == 0

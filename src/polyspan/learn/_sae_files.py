@@ -24,6 +24,7 @@ def _plain(params: Mapping[str, Any]) -> dict[str, Any]:
 def write_estimator(made: Any, path: Path, training: Mapping[str, Any]) -> Path:
     """Write a fitted estimator; ``training`` says of which data and batches a checkpoint is."""
     trainer = made._trainer
+    losses = np.array(trainer.losses, np.float64)
     params = {
         "init": _plain(made.get_params()),
         "module": made.module_.config(),
@@ -38,7 +39,8 @@ def write_estimator(made: Any, path: Path, training: Mapping[str, Any]) -> Path:
     for i, state in trainer.optimizer.state_dict()["state"].items():
         arrays |= {f"state {i} {name}": value.detach().cpu().numpy() for name, value in state.items()}
     arrays["since fired"] = trainer.since_fired.cpu().numpy()
-    arrays["losses"] = np.array(trainer.losses, np.float64)
+    arrays["dead"] = trainer.dead.cpu().numpy()
+    arrays["losses"] = losses
     arrays = {name: value.reshape(1) if value.ndim == 0 else value for name, value in arrays.items()}
     return save_fitted(path, kind=type(made).__name__, arrays=arrays, params=params)
 
@@ -80,9 +82,8 @@ def _restore(made: Any, found: Any) -> None:
         if part:
             whole["state"][i] = {n: v.reshape(() if n == "step" else shape) for n, v in part.items()}
     trainer.optimizer.load_state_dict(whole)
-    trainer.since_fired.copy_(torch.from_numpy(np.array(arrays["since fired"])))
-    trainer.losses = arrays["losses"].tolist()
-    trainer.n_tokens = params["n_tokens"]
+    since, dead = (torch.from_numpy(np.array(arrays[name])) for name in ("since fired", "dead"))
+    trainer.restore(arrays["losses"].tolist(), params["n_tokens"], since, dead)
     made._adopt(trainer)
 
 

@@ -20,6 +20,8 @@ from .polynomial_sae_module import PolynomialSAEModule
 SAMPLE_ROWS = 8_192
 LARGEST = 50.0
 THRESHOLD_RATE = 0.01
+WINDOW = 50
+"""Steps whose losses are read together, and after which latents are looked at anew: reading waits for the device."""
 
 
 class StepLoss(NamedTuple):
@@ -51,8 +53,10 @@ def step_loss(
     if count is not None and l0_coef:
         variance = (x - x.mean(dim=0)).square().sum(dim=1).mean()
         total = total + l0_coef * variance * (count / module.k - 1) ** 2
-    if aux_coef and bool(dead.any()):
-        total = total + aux_coef * _dead_loss(module, x, residual.detach(), dead.nonzero()[:, 0])
+    if dead.dtype == torch.bool:
+        dead = dead.nonzero()[:, 0]
+    if aux_coef and len(dead):
+        total = total + aux_coef * _dead_loss(module, x, residual.detach(), dead)
     detached = SparseCodes(codes.indices, codes.values.detach(), codes.offsets)
     largest = a.detach().abs().max() if module.order > 1 else a.new_zeros(())
     return StepLoss(total, mse.detach(), detached, largest)
@@ -88,36 +92,43 @@ def set_start(module: PolynomialSAEModule, rows: Tensor) -> None:
 
 
 class Trainer:
-    """The state of a training: the optimiser, when each latent last fired, and the losses so far."""
+    """The state of a training: the optimiser, when each latent last fired, and the losses so far.
+
+    A step leaves on the device what it found. :attr:`losses` reads it, as every window's last step does.
+    """
 
     def __init__(self, made: Any, module: PolynomialSAEModule, scale: float, seed: int):
         self.made, self.module, self.scale, self.seed = made, module, scale, seed
         self.optimizer = torch.optim.Adam(module.parameters(), lr=made.learning_rate, fused=True)
         self.since_fired = torch.zeros(module.num_latents, dtype=torch.int64, device=module.W_enc.device)
-        self.losses: list[float] = []
-        self.n_tokens = 0
+        self.dead = self.since_fired[:0]
+        self.n_steps = self.n_tokens = 0
+        self._losses: list[float] = []
+        self._unread: list[Tensor] = []
         self._warned = False
 
-    def step(self, rows: np.ndarray, share: float = 0.0) -> float:
-        """Take one step on rows (b, d); ``share`` of the training lies behind it. Return the mean squared error.
+    def restore(self, losses: list[float], n_tokens: int, since_fired: Tensor, dead: Tensor) -> None:
+        """Set what a checkpoint holds, beside the module and the optimiser; ``dead`` are numbers of latents."""
+        self._losses, self.n_steps, self.n_tokens = losses, len(losses), n_tokens
+        self.since_fired.copy_(since_fired)
+        self.dead = dead.to(self.since_fired.device)
+
+    def step(self, rows: np.ndarray, share: float = 0.0) -> None:
+        """Take one step on rows (b, d); ``share`` of the training lies behind it.
+
+        A loss that is not finite changes no parameter.
 
         Raises
         ------
         NotConverged
-            The loss is no longer finite.
+            A loss of the window is no longer finite.
         """
         made, module = self.made, self.module
+        if self.n_steps % min(WINDOW, made.dead_after) == 0:
+            self.dead = (self.since_fired >= made.dead_after).nonzero()[:, 0]
         x = torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(module.W_enc.device) * self.scale
         module.train()
-        found = step_loss(
-            module, x, self.since_fired >= made.dead_after, aux_coef=made.aux_coef, l0_coef=made.l0_coef
-        )  # fmt: skip
-        mse = float(found.mse)
-        if not math.isfinite(mse):
-            raise NotConverged(
-                f"the loss is {mse} at step {len(self.losses)}: the largest |zU| was {float(found.largest):.3g}; lower "
-                "learning_rate, or normalize"
-            )
+        found = step_loss(module, x, self.dead, aux_coef=made.aux_coef, l0_coef=made.l0_coef)
         self.optimizer.zero_grad(set_to_none=True)
         found.total.backward()
         if made.clip_norm:
@@ -125,37 +136,75 @@ class Trainer:
         fall = (1 + math.cos(math.pi * share)) / 2 if made.schedule == "cosine" else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = made.learning_rate * fall
+        # As under torch.amp, the optimiser itself leaves out a step that is marked so, without a wait.
+        self.optimizer.found_inf = (~torch.isfinite(found.total.detach())).float()  # ty: ignore[missing-attribute]
         self.optimizer.step()
-        if (len(self.losses) + 1) % made.retract_every == 0:
+        self.n_steps += 1
+        if self.n_steps % made.retract_every == 0:
             module.retract_(made.retraction)
         self._note(found)
-        self.losses.append(mse / self.scale**2)
+        self._unread.append(torch.stack([found.total.detach(), found.mse, found.largest]))
         self.n_tokens += len(rows)
         module.eval()
-        return self.losses[-1]
+        if self.n_steps % WINDOW == 0:
+            self._read()
 
     @torch.no_grad()
     def _note(self, found: StepLoss) -> None:
         """Keep count of what fired, and of the threshold at which as many fire as in training."""
-        firing = found.codes.values > 0
-        self.since_fired += 1
-        self.since_fired[found.codes.indices[firing]] = 0
-        if self.module.activation in ("batchtopk", "matryoshka") and bool(firing.any()):
-            least = found.codes.values[firing].min()
+        values = found.codes.values
+        firing = values > 0
+        fired = torch.zeros_like(self.since_fired).index_add_(0, found.codes.indices, firing.long())
+        self.since_fired.add_(1).masked_fill_(fired > 0, 0)
+        if self.module.activation in ("batchtopk", "matryoshka") and len(values):
+            least = torch.where(firing, values, math.inf).min()
             threshold = self.module.threshold
-            threshold.copy_(torch.where(threshold == 0, least, torch.lerp(threshold, least, THRESHOLD_RATE)))
-        if not self._warned and float(found.largest) > LARGEST:
-            self._warned = True
-            warnings.warn(
-                f"|zU| reaches {float(found.largest):.3g}, more than {LARGEST:g}: its powers may explode; set "
-                "normalize=True or lower learning_rate",
-                stacklevel=2,
-            )
+            moved = torch.where(threshold == 0, least, torch.lerp(threshold, least, THRESHOLD_RATE))
+            threshold.copy_(torch.where(torch.isfinite(least), moved, threshold))
+
+    def _read(self) -> None:
+        """Read what the steps found since the last time, refuse what is not finite, and warn of large numbers."""
+        if not self._unread:
+            return
+        first, found = len(self._losses), torch.stack(self._unread).tolist()
+        self._unread = []
+        self._losses += [mse / self.scale**2 for total, mse, _ in found if math.isfinite(total)]
+        self.n_steps = len(self._losses)
+        for step, (total, _, largest) in enumerate(found, start=first):
+            if not math.isfinite(total):
+                raise NotConverged(
+                    f"the loss is {total} at step {step}: the largest |zU| was {largest:.3g}; lower learning_rate, or "
+                    "normalize"
+                )
+            if not self._warned and largest > LARGEST:
+                self._warned = True
+                warnings.warn(
+                    f"|zU| reaches {largest:.3g}, more than {LARGEST:g}: its powers may explode; set normalize=True or "
+                    "lower learning_rate",
+                    stacklevel=2,
+                )
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean squared error of each step.
+
+        Raises
+        ------
+        NotConverged
+            A loss that was not read yet is not finite.
+        """
+        self._read()
+        return self._losses
+
+    @property
+    def last_loss(self) -> float | str:
+        """The last loss that was read, without a wait."""
+        return self._losses[-1] if self._losses else "not read yet"
 
     @property
     def dead_share(self) -> float:
         """Share of latents that did not fire in the last ``dead_after`` steps, or in the later half of fewer."""
-        window = max(1, min(self.made.dead_after, (len(self.losses) + 1) // 2))
+        window = max(1, min(self.made.dead_after, (self.n_steps + 1) // 2))
         return float((self.since_fired >= window).double().mean())
 
 
@@ -168,14 +217,14 @@ def train_on(
     facts = None if checkpoint is None else store.facts()
     guard = first_interrupt_finishes() if checkpoint is not None else contextlib.nullcontext()
     with guard as asked, Progress(label, n_steps, enabled=bool(made.verbose)) as shown:
-        shown.advance(len(trainer.losses))
-        while len(trainer.losses) < n_steps:
-            epoch, start = divmod(len(trainer.losses), per_pass)
+        shown.advance(trainer.n_steps)
+        while trainer.n_steps < n_steps:
+            epoch, start = divmod(trainer.n_steps, per_pass)
             with contextlib.closing(store.batches(batch, seed=trainer.seed, epoch=epoch, start=start)) as batches:
                 for rows in batches:
-                    loss = trainer.step(rows, len(trainer.losses) / n_steps)
-                    shown.advance(loss=loss)
-                    done = len(trainer.losses)
+                    trainer.step(rows, trainer.n_steps / n_steps)
+                    shown.advance(loss=trainer.last_loss)
+                    done = trainer.n_steps
                     stopped = asked is not None and asked.requested
                     if checkpoint is not None and (done % every == 0 or done == n_steps or stopped):
                         made._write(checkpoint, batch, facts)

@@ -103,7 +103,7 @@ class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     aux_coef : float, default=1.0
         Weight of the loss by which latents that are dead learn what the others leave.
     dead_after : int, default=1000
-        Steps without firing after which a latent is dead.
+        Steps without firing after which a latent is dead; which are is looked at every 50 steps.
     l0_coef : float, default=1.0
         Of "jumprelu": how hard the number that fires is drawn to k.
     clip_norm : float, default=1.0
@@ -217,7 +217,7 @@ class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         ValueError
             A parameter is out of range, a row holds NaN (it is named), or the checkpoint is of another training.
         NotConverged
-            The loss is no longer finite.
+            The loss is no longer finite; that is seen within 50 steps, and changes no parameter.
         """
         self._check_parameters()
         store = self._store(X, reset=True)

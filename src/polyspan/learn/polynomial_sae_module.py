@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from polyspan.linalg import nearest_isometry, random_stiefel
 
-from ._cholesky_qr import cholesky_qr
-from ._sae_codes import SparseCodes, above, batch_top_k, encoded, jump, top_k
+from ._cholesky_qr import cholesky_qr, cholesky_qr_
+from ._sae_codes import SparseCodes, above, batch_top_k, encoded, gradients_by_hand, jump, polynomial, top_k
 
 ACTIVATIONS = ("topk", "batchtopk", "matryoshka", "jumprelu")
 RETRACTIONS = ("qr", "polar")
@@ -291,6 +291,9 @@ class PolynomialSAEModule(nn.Module):
             return codes.weigh(self.W_dec) + self.b_dec, codes.values
         _, second, third = self.ranks
         a = codes.weigh(self._factor(1))
+        if second and self.shared and not self.cross_only and gradients_by_hand(a):
+            higher = [(self.lambda2, self.C2), (self.lambda3, self.C3)] if third else [(self.lambda2, self.C2)]
+            return polynomial(a, self.b_dec, self.C1, higher), a
         y = torch.addmm(self.b_dec, a, self.C1.T)
         if not second:
             return y, a
@@ -383,7 +386,7 @@ class PolynomialSAEModule(nn.Module):
         for table in tables:
             # The first columns are orthonormal already and stay: a QR keeps them, and so the frame that they share.
             if len(tables) == 1 or table.shape[1] > self._joint:
-                table.copy_(_orthonormal(table, method if len(tables) == 1 else "qr"))
+                _make_orthonormal(table, method if len(tables) == 1 else "qr")
 
     def config(self) -> dict[str, Any]:
         """Return what makes this module again, in JSON types."""
@@ -412,6 +415,13 @@ class PolynomialSAEModule(nn.Module):
 def _orthonormal(X: Tensor, method: str) -> Tensor:
     wide = X.to(torch.promote_types(X.dtype, torch.float32))
     return cholesky_qr(wide) if method == "qr" else nearest_isometry(wide)
+
+
+def _make_orthonormal(X: Tensor, method: str) -> None:
+    if method == "qr" and X.dtype in (torch.float32, torch.float64) and X.is_contiguous():
+        cholesky_qr_(X.detach())
+    else:
+        X.copy_(_orthonormal(X, method))
 
 
 def _factored(rows: Tensor, rank: int, spare: Tensor) -> tuple[Tensor, Tensor]:
