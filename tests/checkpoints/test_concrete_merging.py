@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from polyspan.checkpoints import ConcreteMerger, TaskVector, adamerging, load_mask, task_arithmetic, ties
-from polyspan.checkpoints._adaptation import concrete_sample
+from polyspan.checkpoints._adaptation import Adaptation, concrete_sample
 from polyspan.checkpoints._flat_model import Feed, FlatModel, Heads, entropy
 from polyspan.checkpoints.merging_plots import plot_merge
 from polyspan.errors import CorruptFile
@@ -161,6 +161,83 @@ def test_adamerging_is_adam_on_the_entropy_by_weights(world, granularity):
         assert list(found.weights[task].values()) == pytest.approx(w[i].expand(len(names)).tolist(), abs=1e-4)
     final = literal_merge(base, finetuned, w.detach().expand(3, len(names)), ones)
     torch.testing.assert_close(found.state_dict, {n: t.float() for n, t in final.items()}, atol=1e-4, rtol=1e-4)
+
+
+class Named(nn.Module):
+    """A network whose input has a name, and which may give its features in one of several forms."""
+
+    def __init__(self, form="rows"):
+        super().__init__()
+        self.inner, self.form = network(0), form
+
+    def forward(self, x):
+        found = self.inner(x)
+        return found.T if self.form == "columns" else SimpleNamespace(pooler_output=found)
+
+
+def adaptation(base, inputs, given, **options):
+    options = {"batch_size": 8, **options}
+    return Adaptation(ConcreteMerger(**options), base, tuned(base), inputs, given, summed=True)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["tensors", "names", "tensors and names", "several rows", "several classes", "tokens", "no heads", "own heads"],
+)
+def test_one_pass_for_all_tasks_gives_what_a_pass_a_task_gives(case):
+    base, inputs, given = network(0), rows(), heads()
+    if "names" in case:
+        base = Named()
+        inputs = {t: {"x": x} if case == "names" or t == "b" else x for t, x in inputs.items()}
+    if case == "several rows":
+        inputs["b"] = inputs["b"][:5]
+    if case == "several classes":
+        given["b"] = given["b"][:3]
+    if case == "tokens":
+        inputs = {task: x.reshape(20, 2, 6) for task, x in inputs.items()}
+    if case == "no heads":
+        given = None
+    if case == "own heads":
+        given = {task: network(i, nn.Linear(5, 4), nn.Tanh()) for i, task in enumerate(TASKS)}
+    found = []
+    for joint in (True, False):
+        run, counts, calls = adaptation(base, inputs, given, joint=joint), {}, []
+        run.flat.module.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        found.append((run.losses(counts), run.flat.grad, counts))
+        assert len(calls) == (1 if joint else 3)
+    torch.testing.assert_close(found[0][:2], found[1][:2], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["lengths", "kinds", "function", "columns", "batch statistics"])
+def test_tasks_that_cannot_share_a_pass_have_one_each(case):
+    base, inputs, given = network(0), rows(), heads()
+    if case == "lengths":
+        base, given = network(0, nn.Linear(1, 5)), heads()
+        inputs = {task: torch.randn(40, 3 + i, 1) for i, task in enumerate(TASKS)}
+    if case == "kinds":
+        inputs["b"] = inputs["b"] > 0
+        base = network(0, Widened(), nn.Linear(6, 5))
+    if case == "function":
+        given = lambda call, x, task: call(x)  # noqa: E731
+    if case == "columns":
+        base, inputs = Named("columns"), rows(n=8)
+    if case == "batch statistics":
+        base = network(0, nn.Linear(6, 5), nn.BatchNorm1d(5, affine=False, track_running_stats=False))
+    run, calls = adaptation(base, inputs, given), []
+    run.flat.module.register_forward_pre_hook(lambda *_: calls.append(1))
+    if case == "columns":
+        assert run.heads.together(run.flat.call, inputs) is None
+        return
+    assert torch.isfinite(run.losses({})).all()
+    assert len(calls) == 3
+
+
+class Widened(nn.Module):
+    """Takes inputs of any kind of number."""
+
+    def forward(self, x):
+        return x.to(torch.float32)
 
 
 def test_a_sample_has_the_distribution_of_the_binary_concrete():

@@ -13,7 +13,18 @@ from polyspan.io import digest_array
 from polyspan.run import Progress, torch_generator
 
 from ._adaptation_state import Kept, RunFile, adam_tensors, chance, plain, restore_adam, restore_chance
-from ._flat_model import Feed, FlatModel, Heads, entropy, placed, split_labels
+from ._flat_model import (
+    Feed,
+    FlatModel,
+    Heads,
+    class_counts,
+    entropies,
+    entropy,
+    mixes_rows,
+    pieces,
+    placed,
+    split_labels,
+)
 
 WINDOW = 25
 # Steps between two states on the disk: a multiple of the window, after which nothing is under way.
@@ -43,6 +54,8 @@ class Adaptation:
         self.start = torch.full((len(self.flat.tau), columns), float(options.scaling), dtype=theta.dtype).to(theta)
         self.w = self.start.clone()
         self.verbose = options.verbose
+        # A layer that normalises by its batch would see the tasks mixed.
+        self.joint = options.joint and not any(mixes_rows(module) for module in self.flat.module.modules())
         self.history: list[float] = []
         self.stopped = ""
         self.rounds = 0
@@ -74,19 +87,28 @@ class Adaptation:
 
     def losses(self, counts: dict[str, Tensor] | None = None) -> Tensor:
         """Entropy of each task's next batch (T,); the gradient of their sum is left in ``flat.grad``."""
-        flat, made = self.flat, []
+        flat = self.flat
         flat.grad.zero_()
+        drawn = zip(flat.tasks, self._draw(), strict=True)
+        batches = {task: placed(batch, flat.theta.device, flat.theta.dtype) for task, batch in drawn}
         with torch.enable_grad():
-            for task, batch in zip(flat.tasks, self._draw(), strict=True):
-                inputs = placed(batch, flat.theta.device, flat.theta.dtype)
-                logits = self.heads(flat.call, inputs, task)
-                loss = entropy(logits)
-                loss.backward()
-                made.append(loss.detach())
-                if counts is not None:
-                    found = torch.bincount(logits.detach().argmax(-1).flatten(), minlength=logits.shape[-1])
-                    counts[task] = counts[task] + found if task in counts else found
-        return torch.stack(made)
+            logits = self.heads.together(flat.call, flat.alike(batches)) if self.joint else None
+            if logits is not None:
+                losses = entropies(logits)
+                losses.sum().backward()
+            else:
+                logits, made = [], []
+                for task, inputs in batches.items():
+                    given = self.heads(flat.call, inputs, task)
+                    loss = entropy(given)
+                    loss.backward()
+                    made.append(loss)
+                    logits.append(given.detach())
+                losses = torch.stack(made)
+        if counts is not None:
+            for task, found in zip(flat.tasks, class_counts(logits), strict=True):
+                counts[task] = counts[task] + found if task in counts else found
+        return losses.detach()
 
     def learn_mask(self, options: Any, file: RunFile) -> Tensor:
         """Run Adam on the logits of the mask, and return the best ones."""
@@ -293,5 +315,7 @@ def _finite(entropies: Sequence[Tensor], step: int) -> list[float]:
 @torch.no_grad()
 def concrete_sample(x: Tensor, temperature: float, generator: torch.Generator, *, out: Tensor) -> Tensor:
     """Fill ``out`` with a draw of the binary Concrete distribution with logits ``x``, in (0, 1)."""
-    out.uniform_(generator=generator).logit_(eps=torch.finfo(out.dtype).eps)
-    return out.add_(x).div_(temperature).sigmoid_()
+    for piece in pieces(slice(0, len(out)), out):
+        made = out[piece].uniform_(generator=generator).logit_(eps=torch.finfo(out.dtype).eps)
+        made.add_(x[piece]).div_(temperature).sigmoid_()
+    return out

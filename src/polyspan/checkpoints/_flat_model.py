@@ -1,6 +1,7 @@
 """A network whose weights lie in one vector, so that masks, merges and their gradients are a few passes over memory."""
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from ._merge_states import as_states, is_statistic, mergeable
 
 LABELS = ("labels", "label")
+PIECE = 2**16
+"""Entries of a vector that stay in the processor's cache from one operation to the next."""
 
 
 class FlatModel:
@@ -53,7 +56,8 @@ class FlatModel:
         self.base = flat(state)
         self.tau = torch.zeros(1 if summed else len(states), len(self.base), dtype=dtype, device=device)
         for i, source in enumerate(states.values()):
-            self.tau[0 if summed else i] += flat(source) - self.base
+            for name, part in zip(self.names, self.slices, strict=True):
+                self._add_change(0 if summed else i, part, source[name].detach().to(device, dtype).flatten())
         self.fixed = {name: state[name].detach().to(device, copy=True) for name in self.skipped}
         for name in self.skipped:
             if is_statistic(name) and name in merged:
@@ -69,9 +73,25 @@ class FlatModel:
             leaf.grad = self.grad[part].view(shape)
             self._leaves[name] = leaf
 
+    def _add_change(self, row: int, part: slice, value: Tensor) -> None:
+        """Add what a checkpoint changes of one tensor to a task vector."""
+        for piece in pieces(part, self.tau):
+            new = value[piece.start - part.start : piece.stop - part.start]
+            self.tau[row, piece] += new - self.base[piece]
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network at ``theta``; the backward pass adds to ``grad``."""
         return functional_call(self.module, {**self._leaves, **self.fixed}, args, kwargs)
+
+    def alike(self, batches: Mapping[str, Any]) -> dict[str, Any]:
+        """Return batches with tensors under the name of the network's first argument, where others come with names."""
+        if not any(isinstance(batch, Mapping) for batch in batches.values()):
+            return dict(batches)
+        name = next(iter(inspect.signature(self.module.forward).parameters), None)
+        return {
+            task: {name: batch} if isinstance(batch, Tensor) and name is not None else batch
+            for task, batch in batches.items()
+        }
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Return a vector (P,) as new tensors by name, in its own dtype."""
@@ -90,17 +110,20 @@ class FlatModel:
     def merge(self, weights: Tensor, mask: Tensor | None = None) -> None:
         """Set theta = base + Σ w_i tau_i mask / mean(mask); ``weights`` (rows of tau, tensors), the mean a tensor's."""
         for k, part in enumerate(self.slices):
-            theta = self.theta[part]
-            self._sum(k, part, weights, out=theta)
+            change, scale = self._change(k, part, weights)
             if mask is not None:
-                m = mask[part]
-                theta.mul_(m).div_(_mean(m))
-            theta.add_(self.base[part])
+                scale = scale / _mean(mask[part])
+            for piece in pieces(part, self.theta):
+                made, tau = self.theta[piece], change[piece.start - part.start : piece.stop - part.start]
+                if mask is not None:
+                    tau = torch.mul(tau, mask[piece], out=made)
+                torch.addcmul(self.base[piece], tau, scale, out=made)
 
-    def _sum(self, k: int, part: slice, weights: Tensor, out: Tensor) -> Tensor:
+    def _change(self, k: int, part: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a vector and a number whose product is the weighted sum of the task vectors of one tensor."""
         if len(self.tau) == 1:
-            return torch.mul(self.tau[0, part], weights[0, k], out=out)
-        return torch.mv(self.tau[:, part].T, weights[:, k], out=out)
+            return self.tau[0, part], weights[0, k]
+        return torch.mv(self.tau[:, part].T, weights[:, k]), torch.ones_like(weights[0, k])
 
     @torch.no_grad()
     def mask_gradient(self, weights: Tensor, mask: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -110,11 +133,18 @@ class FlatModel:
         ∂L/∂m = (g S - Σ(g S m) / (N μ)) / μ, and m = sigmoid((noise + x) / λ) gives ∂m/∂x = m (1 - m) / λ.
         """
         for k, part in enumerate(self.slices):
-            m, made = mask[part], out[part]
-            mean = _mean(m)
-            self._sum(k, part, weights, out=made).mul_(self.grad[part])
-            made.sub_(torch.dot(made, m) / (len(m) * mean))
-            made.mul_(m).addcmul_(made, m, value=-1).div_(mean * temperature)
+            change, scale = self._change(k, part, weights)
+            mean, shares = _mean(mask[part]), []
+            for piece in pieces(part, out):
+                tau = change[piece.start - part.start : piece.stop - part.start]
+                shares.append(torch.dot(torch.mul(tau, self.grad[piece], out=out[piece]), mask[piece]))
+            if not shares:
+                continue
+            shift = torch.stack(shares).sum() / ((part.stop - part.start) * mean)
+            scale = scale / (mean * temperature)
+            for piece in pieces(part, out):
+                m, made = mask[piece], out[piece]
+                made.sub_(shift).mul_(m).addcmul_(made, m, value=-1).mul_(scale)
         return out
 
     @torch.no_grad()
@@ -129,6 +159,13 @@ class FlatModel:
         return out
 
 
+def pieces(part: slice, x: Tensor) -> Iterator[slice]:
+    """Cut a part of a vector into pieces that fit the processor's cache; other devices take it whole."""
+    step = PIECE if x.device.type == "cpu" else max(part.stop - part.start, 1)
+    for start in range(part.start, part.stop, step):
+        yield slice(start, min(start + step, part.stop))
+
+
 def _mean(mask: Tensor) -> Tensor:
     # A sampled mask of a tiny tensor may be all zeros; its change is then zero, not NaN.
     return mask.mean().clamp_(min=torch.finfo(mask.dtype).tiny)
@@ -141,6 +178,11 @@ def _aliases(module: nn.Module) -> dict[str, str]:
         module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     )
     return {name: first[id(t)] for name, t in everything if first.setdefault(id(t), name) != name}
+
+
+def mixes_rows(module: nn.Module) -> bool:
+    """Whether a layer normalises by the statistics of its batch even in evaluation mode."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
 
 
 class Feed:
@@ -203,16 +245,38 @@ def placed(inputs: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return inputs
 
 
+def joined(batches: Sequence[Any]) -> tuple[Any, list[int]] | None:
+    """Return batches of one shape as one, with the rows of each; None where they do not fit together."""
+    first = batches[0]
+    if isinstance(first, Mapping):
+        if not first or any(not isinstance(batch, Mapping) or batch.keys() != first.keys() for batch in batches):
+            return None
+        found = {key: joined([batch[key] for batch in batches]) for key in first}
+        sizes = [one[1] if one is not None else None for one in found.values()]
+        if sizes[0] is None or any(size != sizes[0] for size in sizes):
+            return None
+        return {key: one[0] for key, one in found.items() if one is not None}, sizes[0]
+    if not all(isinstance(batch, Tensor) and batch.ndim for batch in batches):
+        return None
+    if len({(batch.shape[1:], batch.dtype) for batch in batches}) > 1:
+        return None
+    return torch.cat(list(batches)), [len(batch) for batch in batches]
+
+
 class Heads:
     """Logits of each task from the merged network: by its own head, or by a function of the user's."""
 
     def __init__(self, heads: Any, tasks: Sequence[str], normalize: bool, scale: float, like: Tensor):
         self.given, self.normalize, self.scale = heads, normalize, scale
+        self._stacked: Tensor | None = None
         if isinstance(heads, Mapping):
             lacking = [task for task in tasks if task not in heads]
             if lacking:
                 raise ValueError(f"heads must have one for every task, got none for {', '.join(lacking)}")
             self.given = {task: self._checked(task, heads[task], like) for task in tasks}
+            weights = [head for head in self.given.values() if isinstance(head, Tensor)]
+            if len(weights) == len(tasks) and len({head.shape for head in weights}) == 1:
+                self._stacked = torch.stack(weights)
         elif heads is not None and not callable(heads):
             raise ValueError(f"heads must be a mapping, a function or None, got {type(heads).__name__}")
 
@@ -239,10 +303,39 @@ class Heads:
     def __call__(self, call: Callable[..., Any], inputs: Any, task: str) -> Tensor:
         if self.given is not None and not isinstance(self.given, Mapping):
             return self.given(call, inputs, task)
+        return self._logits(self._features(call, inputs), task)
+
+    def together(self, call: Callable[..., Any], batches: Mapping[str, Any]) -> Sequence[Tensor] | Tensor | None:
+        """Return the logits of all tasks from one pass over their batches, or None where that cannot be.
+
+        Batches must be of one shape, and the network must give rows for rows; a function as the head calls the
+        network itself. Where tasks have as many rows and classes as one another the logits are one tensor (T, ...).
+        """
+        whole = joined(list(batches.values()))
+        if whole is None or not (self.given is None or isinstance(self.given, Mapping)):
+            return None
+        inputs, sizes = whole
+        features = self._features(call, inputs)
+        if not features.ndim or len(features) != sum(sizes):
+            return None
+        if len(set(sizes)) > 1 or not (self.given is None or self._stacked is not None):
+            return [self._logits(part, task) for task, part in zip(batches, features.split(sizes), strict=True)]
+        by_task = features.unflatten(0, (len(sizes), sizes[0]))
+        if self._stacked is None:
+            return by_task
+        # One product for all tasks: a head (C, d) by the features (n, d) of its own.
+        rows = by_task.flatten(1, -2)
+        logits = torch.bmm(F.normalize(rows, dim=-1) if self.normalize else rows, self._stacked.mT)
+        return self.scale * logits if self.normalize else logits
+
+    def _features(self, call: Callable[..., Any], inputs: Any) -> Tensor:
         made = call(**inputs) if isinstance(inputs, Mapping) else call(inputs)
+        return _tensor_of(made, "logits" if self.given is None else "pooler_output")
+
+    def _logits(self, features: Tensor, task: str) -> Tensor:
         if self.given is None:
-            return _tensor_of(made, "logits")
-        features, head = _tensor_of(made, "pooler_output"), self.given[task]
+            return features
+        head = self.given[task]
         if not isinstance(head, Tensor):
             return head(features)
         if self.normalize:
@@ -262,5 +355,25 @@ def _tensor_of(output: Any, attribute: str) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Mean entropy of the predictions over a batch of logits (..., C), in nats."""
+    return _entropies(logits).mean()
+
+
+def entropies(logits: Sequence[Tensor] | Tensor) -> Tensor:
+    """Mean entropy of each task's predictions (T,), from logits of each, in nats."""
+    if isinstance(logits, Tensor):
+        return _entropies(logits).flatten(1).mean(dim=1)
+    return torch.stack([entropy(own) for own in logits])
+
+
+def _entropies(logits: Tensor) -> Tensor:
     logp = torch.log_softmax(logits, dim=-1)
-    return -(logp.exp() * logp).sum(dim=-1).mean()
+    return -(logp.exp() * logp).sum(dim=-1)
+
+
+def class_counts(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    """How often each class (C,) is the prediction, by task."""
+    if isinstance(logits, Tensor):
+        tasks, classes = len(logits), logits.shape[-1]
+        found = logits.argmax(-1).flatten(1) + classes * torch.arange(tasks, device=logits.device)[:, None]
+        return list(torch.bincount(found.flatten(), minlength=tasks * classes).view(tasks, classes))
+    return [torch.bincount(own.argmax(-1).flatten(), minlength=own.shape[-1]) for own in logits]
