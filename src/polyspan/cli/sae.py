@@ -398,7 +398,8 @@ def _language_model(name: str) -> tuple[Any, Any]:
 
     transformers = require("transformers", extra="hf", purpose="reading a language model")
     try:
-        network = transformers.AutoModelForCausalLM.from_pretrained(name)
+        # In the dtype of its files: in float32 many models would take twice the memory.
+        network = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         return network.eval(), transformers.AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"--model must be a folder or an id of a transformers model, got {name!r}: {error}") from None
