@@ -71,3 +71,21 @@ class SymmetricPlan(torch.autograd.Function):
         system = P + (1 + n * torch.finfo(P.dtype).eps) * torch.eye(n, dtype=P.dtype, device=P.device)
         a = torch.linalg.solve(system, pull.sum(-1, keepdim=True))
         return pull - P * (a + a.mT), None
+
+
+class SymmetricMatrix(torch.autograd.Function):
+    """A symmetric matrix itself, whose gradient is that of its mean with its transpose."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Any) -> Any:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # noqa: ARG004
+        return (grads[0] + grads[0].mT) / 2

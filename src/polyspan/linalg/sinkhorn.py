@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 from jaxtyping import Float
 
 from polyspan.errors import NotConverged
@@ -168,8 +169,8 @@ def doubly_stochastic(
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
     given = scores.dtype if xp.isdtype(scores.dtype, "real floating") else wide.dtype
-    _check_symmetric(detached(wide), float(xp.finfo(given).eps))
-    logits = (wide + swap(wide)) / (2 * _temperature(temperature, wide))
+    exact = _check_symmetric(detached(wide), float(xp.finfo(given).eps))
+    logits = _mean_with_transpose(wide, exact) / _temperature(temperature, wide)
     one = xp.ones_like(detached(logits)[..., 0])
     _check_support(detached(logits), one, one)
     if implicit:
@@ -361,6 +362,8 @@ def _one(totals: Any) -> str:
 def _check_support(logits: Any, r: Any, c: Any) -> None:
     """Refuse NaN and +inf, and rows or columns that need mass but may not have any."""
     xp = namespace(logits)
+    if _all_finite(logits) and bool(xp.all(r > 0)) and bool(xp.all(c > 0)):
+        return
     if bool(xp.any(xp.isnan(logits) | (logits == xp.inf))):
         raise ValueError("scores must be finite or -inf")
     allowed = (logits > -xp.inf) & (r > 0)[..., :, None] & (c > 0)[..., None, :]
@@ -369,11 +372,34 @@ def _check_support(logits: Any, r: Any, c: Any) -> None:
             raise ValueError(f"scores forbid every pair of a {name} that needs mass")
 
 
-def _check_symmetric(scores: Any, eps: float) -> None:
+def _mean_with_transpose(x: Any, symmetric: bool) -> Any:
+    """Average a matrix with its transpose, which is slow to read where it is the same to the bit; gradients too."""
+    if not symmetric:
+        return (x + swap(x)) / 2
+    if not is_torch(x):
+        return x
+    from ._sinkhorn_torch import SymmetricMatrix
+
+    return SymmetricMatrix.apply(x)
+
+
+def _all_finite(x: Any) -> bool:
+    """Whether a sum of all numbers is finite, which says that each is; False does not say that one is not."""
+    xp = namespace(x)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(xp.isfinite(xp.sum(x)))
+
+
+def _check_symmetric(scores: Any, eps: float) -> bool:
+    """Refuse scores that are not symmetric up to rounding, and return whether they are to the bit."""
     xp = namespace(scores)
-    both = xp.isfinite(scores) & xp.isfinite(swap(scores))
-    zero = xp.zeros_like(scores)
-    apart = xp.where(both, scores, zero) - xp.where(both, swap(scores), zero)
-    size = xp.max(xp.abs(xp.where(both, scores, zero)))
-    if bool(xp.any(both != xp.isfinite(scores))) or float(xp.max(xp.abs(apart))) > 64 * eps * max(float(size), 1e-300):
+    turned, unequal = swap(scores), False
+    if not _all_finite(scores):
+        both = xp.isfinite(scores) & xp.isfinite(turned)
+        unequal = bool(xp.any(both != xp.isfinite(scores)))
+        zero = xp.zeros_like(scores)
+        scores, turned = xp.where(both, scores, zero), xp.where(both, turned, zero)
+    apart, size = float(xp.max(xp.abs(scores - turned))), float(xp.max(xp.abs(scores)))
+    if unequal or apart > 64 * eps * max(size, 1e-300):
         raise ValueError("scores must be symmetric; use symmetric=False for scores that are not")
+    return apart == 0
