@@ -209,6 +209,24 @@ def test_integers_are_asked_for_by_dtype(tmp_path):
         read_array(tmp_path / "y.npy", ndim=1, dtype=np.int32)
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
+def test_booleans_are_numbers_where_that_is_asked_for(tmp_path, suffix):
+    mask = np.array([[True, False], [False, True]])
+    path = tmp_path / f"m{suffix}"
+    if suffix == ".npy":
+        np.save(path, mask)
+    elif suffix == ".npz":
+        np.savez(path, m=mask)
+    else:
+        safetensors.numpy.save_file({"m": mask}, path)
+    with pytest.raises(WrongContent, match="bool"):
+        read_array(path)
+    found = read_array(path, booleans=True)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, mask)
+    np.testing.assert_array_equal(read_array(path, booleans=True, dtype=np.int64), mask)
+
+
 def test_memory_is_limited_before_it_is_taken(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((1000, 100), np.float16))
     assert read_array(tmp_path / "a.npy").dtype == np.float32

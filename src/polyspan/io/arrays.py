@@ -54,6 +54,7 @@ def read_array(
     dtype: Any = None,
     mmap: bool = True,
     finite: bool = True,
+    booleans: bool = False,
     max_bytes: int | None = None,
 ) -> np.ndarray:
     """Return one array of numbers from a file; the suffix says how it is read.
@@ -76,6 +77,8 @@ def read_array(
         Map the file instead of reading it wherever its bytes are the result. A map is never writable.
     finite : bool
         Refuse NaN and infinity, naming the first row.
+    booleans : bool
+        Take true and false as 1 and 0, as for masks; arrays of them are refused otherwise.
     max_bytes : int, optional
         The most memory the array may take; left out, what is free. A map takes none.
 
@@ -101,7 +104,7 @@ def read_array(
     elif suffix == ".mat":
         raw = _read_mat_member(path, member, max_bytes)
     else:
-        slab = _one_slab(path, suffix, member, max_bytes)
+        slab = _one_slab(path, suffix, member, max_bytes, booleans)
         _check_shape(path, slab.shape, ndim, slab.member)
         raw = _raw(slab, mmap, max_bytes)
         if slab.brain:
@@ -114,7 +117,7 @@ def read_array(
     return made
 
 
-def _one_slab(path: PathLike, suffix: str, member: str | None, max_bytes: int | None) -> Slab:
+def _one_slab(path: PathLike, suffix: str, member: str | None, max_bytes: int | None, booleans: bool) -> Slab:
     if suffix == ".npy":
         slab = npy_slab(path)
     elif suffix == ".npz":
@@ -127,9 +130,9 @@ def _one_slab(path: PathLike, suffix: str, member: str | None, max_bytes: int | 
         if name not in tensors.slabs:
             raise no_member(path, name, list(tensors.slabs))
         slab = tensors.slabs[name]
-        check_numbers(slab)
+        check_numbers(slab, booleans=booleans)
         check_digest(slab, stored_digests(path, tensors.metadata).get(name))
-    check_numbers(slab)
+    check_numbers(slab, booleans=booleans)
     return slab
 
 
