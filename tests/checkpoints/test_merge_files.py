@@ -74,7 +74,7 @@ def test_one_shard_is_a_plain_file_that_safetensors_and_torch_read(tmp_path):
     write_text(tmp_path / "base" / "manifest.json", "{}\n")
     found = merge_checkpoints(*paths(tmp_path, states), tmp_path / "out", shard_bytes=10**9)
     # A manifest of the base says nothing of what is merged.
-    assert {p.name for p in found.path.iterdir()} == {"model.safetensors", "config.json"}
+    assert {p.name for p in found.path.iterdir()} == {"model.safetensors", "config.json", "merge.json"}
     torch.testing.assert_close(load_file(found.shards[0]), task_arithmetic(base, states), atol=0, rtol=0)
 
 
@@ -102,6 +102,25 @@ def test_a_killed_merge_does_only_the_rest_and_ends_in_the_same_bytes(tmp_path, 
     for path in whole.shards:
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     assert sorted(p.name for p in again.path.iterdir()) == sorted(p.name for p in whole.path.iterdir())
+
+
+def test_a_merge_that_has_ended_is_known_again_and_mended_and_another_is_refused(tmp_path):
+    _, states = saved(tmp_path, shapes=((20, 20),) * 3)
+    found = merge_checkpoints(*paths(tmp_path, states), tmp_path / "out")
+    content = {p.name: p.read_bytes() for p in found.path.iterdir()}
+    again = merge_checkpoints(*paths(tmp_path, states), tmp_path / "out")
+    assert again.resumed == len(again.shards) == 4
+    found.shards[1].write_bytes(found.shards[1].read_bytes()[:-1])
+    mended = merge_checkpoints(*paths(tmp_path, states), tmp_path / "out")
+    assert mended.resumed == 3
+    assert {p.name: p.read_bytes() for p in found.path.iterdir()} == content
+    for other in ({"scaling": 0.1}, {"shard_bytes": 10**6}):
+        with pytest.raises(UnreadableFile, match="found another merge; expected a new folder"):
+            merge_checkpoints(*paths(tmp_path, states), tmp_path / "out", **other)
+    assert {p.name: p.read_bytes() for p in found.path.iterdir()} == content
+    # What was merged into the base says nothing of what the base is merged into.
+    further = merge_checkpoints(tmp_path / "out", {"t": tmp_path / "task0"}, tmp_path / "more")
+    assert (further.path / "merge.json").read_bytes() != content["merge.json"]
 
 
 def test_a_folder_of_other_files_is_not_written_to(tmp_path):

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from polyspan.checkpoints import MergeScore, merge_recipe, read_recipe, score_merge
+from polyspan.checkpoints.merge_scores import plan_scoring
+from polyspan.cli.merge import merge
 from polyspan.errors import WrongContent
 from polyspan.io import list_folder, write_json, write_text
 from polyspan.run import torch_generator
@@ -107,6 +109,37 @@ def test_an_adapter_is_measured_as_the_model_that_it_makes(folder):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
     expected = literal(folder / "whole", torch.tensor(tokenizer(TEXTS["cats"])["input_ids"]), 20)
     assert next(row for row in found if row.name == "cats-lora").perplexity["text"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_alone_and_tasks_of_any_name_are_measured_beside_the_files_of_the_base(folder):
+    text = RECIPE.replace("model: cats", "model: cats/model.safetensors\n    name: a/b")
+    write_text(folder / "recipe.yaml", text)
+    recipe = read_recipe(folder / "recipe.yaml")
+    merge_recipe(recipe, folder / "out")
+    found = score_merge(recipe, folder / "out", {"text": folder / "cats.txt"}, context=20)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    expected = literal(folder / "cats", torch.tensor(tokenizer(TEXTS["cats"])["input_ids"]), 20)
+    assert next(row for row in found if row.name == "a/b").perplexity["text"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"context": 0}, "context must be at least 1, got 0"),
+        ({"context": 100}, "context must be at most 32, the longest that the model takes, got 100"),
+        ({"max_tokens": 1}, "max_tokens must be at least 2, got 1"),
+        ({"device": "foo"}, "device must be 'auto' or one that torch knows"),
+        ({"device": "cuda:7"}, "device must be in this machine"),
+    ],
+)
+def test_options_are_looked_at_before_anything_is_merged(folder, options, told):
+    options = {"context": 20, **options}
+    with pytest.raises(ValueError, match=told):
+        plan_scoring(read_recipe(folder / "recipe.yaml"), {"text": folder / "cats.txt"}, **options)
+    command = {"out": folder / "out", "eval": [str(folder / "cats.txt")], **options}
+    with pytest.raises(ValueError, match=told):
+        merge(folder / "recipe.yaml", **command)
+    assert not (folder / "out").exists()
 
 
 def test_what_cannot_be_measured_is_named(folder):

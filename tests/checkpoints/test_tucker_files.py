@@ -129,6 +129,8 @@ def test_a_merge_into_a_folder_keeps_dtypes_and_goes_on_where_it_was(pair):
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     assert (folder / "out" / "config.json").read_text() == "{}"
     assert not list((folder / "out").glob("*.jsonl"))
+    with pytest.raises(UnreadableFile, match="found another merge"):
+        merge_tucker_adapter(source, folder / "a", folder / "out", shard_bytes=300)
 
 
 def test_sums_too_large_for_the_base_are_told(pair):

@@ -489,7 +489,15 @@ def open_model(folder: Path, *, device_map: Any = None) -> Any:
     ValueError
         It is quantised or compressed already.
     """
-    transformers = require("transformers", extra="hf", purpose="compressing a checkpoint")
+    kind = check_model(folder)
+    options = {} if device_map is None else {"device_map": device_map}
+    with quiet_transformers():
+        return kind.from_pretrained(folder, dtype="auto", **options).eval()
+
+
+def check_model(folder: Path) -> Any:
+    """Return the class of transformers that a checkpoint is of, without reading weights; errors as of open_model."""
+    transformers = require("transformers", extra="hf", purpose="reading a checkpoint's model")
     config = read_json(folder / CONFIG)
     kinds = config.get("architectures") if isinstance(config, dict) else None
     if not isinstance(kinds, list) or not kinds or not hasattr(transformers, str(kinds[0])):
@@ -499,9 +507,7 @@ def open_model(folder: Path, *, device_map: Any = None) -> Any:
         raise ValueError(f"model must hold plain weights, got one quantised by {told}: {folder}")
     # transformers would end in the library's own error; ours names file and fault.
     ShardedState(folder)
-    options = {} if device_map is None else {"device_map": device_map}
-    with quiet_transformers():
-        return getattr(transformers, kinds[0]).from_pretrained(folder, dtype="auto", **options).eval()
+    return getattr(transformers, kinds[0])
 
 
 def longest_context(folder: Path, default: int) -> int:

@@ -1,5 +1,7 @@
 """Merge checkpoint files tensor by tensor, into a sharded folder; a killed merge goes on where it was."""
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyspan.errors import UnreadableFile
+from polyspan.errors import UnreadableFile, WrongContent
 from polyspan.io import (
     TENSOR_CODES,
     ShardedState,
     digest_file,
+    dump_json,
     list_folder,
     make_folder,
     read_bytes,
+    read_json,
     read_members,
     sweep_temporaries,
     tensor_bytes,
@@ -47,6 +51,7 @@ from .task_vectors import (
 )
 
 JOURNAL = "merge.journal.jsonl"
+RECORD = "merge.json"
 COPIED = 2**26
 OWN = {"ties": ("density", "reduction", "scope"), "dare": ("density", "rescale", "elect", "seed")}
 STREAMED = ("average", "task_arithmetic", "ties", "dare")
@@ -364,6 +369,8 @@ def plan_parts(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard
 def begin_shards(folder: Path, parts: list[Part], header: dict[str, Any]) -> tuple[Journal, int]:
     """Begin in a new folder or go on in one of the same work; return its journal and how many shards are whole.
 
+    A folder in which the same work has ended is work of which all is done.
+
     Raises
     ------
     UnreadableFile
@@ -371,11 +378,16 @@ def begin_shards(folder: Path, parts: list[Part], header: dict[str, Any]) -> tup
     ValueError
         It belongs to other work.
     """
+    # Which tensors a shard holds is part of the work: shards of one number may be cut elsewhere.
+    plan = dump_json([list(part) for part in parts], indent=None)
+    header = {**header, "plan": hashlib.sha256(plan.encode()).hexdigest()[:16]}
+    check_new(folder, header)
     make_folder(folder)
-    there = [entry.name for entry in list_folder(folder)]
-    if there and JOURNAL not in there:
-        raise UnreadableFile(folder, found=f"a folder with {there[0]}", expected="a new folder, or one of this merge")
+    ended = _record(folder)
     journal = Journal(folder / JOURNAL, header)
+    for file, digest in ended.get("files", {}).items():
+        if file not in journal.done:
+            journal.record(file, digest)
     # One run at a time has the folder: what is half written is of one that was killed.
     sweep_temporaries(folder, older_than_s=0)
     known = [part.file for part in parts if part.file in journal.done]
@@ -383,6 +395,31 @@ def begin_shards(folder: Path, parts: list[Part], header: dict[str, Any]) -> tup
         if not (folder / file).is_file() or digest_file(folder / file) != journal.done[file]:
             del journal.done[file]
     return journal, sum(file in journal.done for file in known)
+
+
+def check_new(folder: Path, header: Mapping[str, Any] | None = None) -> None:
+    """Refuse a folder of other files, or, where a header is given, one in which other work has ended.
+
+    Raises
+    ------
+    UnreadableFile
+    """
+    there = [entry.name for entry in list_folder(folder)] if folder.is_dir() else []
+    wanted = "a new folder, or one of this merge"
+    if there and JOURNAL not in there and RECORD not in there:
+        raise UnreadableFile(folder, found=f"a folder with {there[0]}", expected=wanted)
+    ended = _record(folder)
+    if header is not None and ended and ended.get("work") != json.loads(dump_json(dict(header))):
+        raise UnreadableFile(folder, found="another merge", expected=wanted)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """Return what the work that ended in a folder was, and the digests of its shards; empty where none has."""
+    path = folder / RECORD
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise WrongContent(path, found=type(found).__name__, expected="what was merged")
+    return found
 
 
 def write_part(
@@ -412,6 +449,8 @@ def finish_shards(
             folder / INDEX, {"metadata": {"total_size": sum(map(_nbytes, tensors.values()))}, "weight_map": placed}
         )
     copy_others(beside, folder)
+    files = {part.file: journal.done[part.file] for part in parts}
+    write_json(folder / RECORD, {"work": journal.header, "files": files})
     journal.remove()
 
 
@@ -446,6 +485,6 @@ def copy_others(base: Path, folder: Path) -> None:
     weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx"}
     for entry in list_folder(base):
         small = entry.is_file() and entry.suffix not in weights and entry.stat().st_size <= COPIED
-        kept = not entry.name.endswith(".index.json") and entry.name != MANIFEST
+        kept = not entry.name.endswith(".index.json") and entry.name not in (MANIFEST, RECORD)
         if small and kept and not (folder / entry.name).exists():
             write_bytes(folder / entry.name, read_bytes(entry, max_bytes=COPIED))

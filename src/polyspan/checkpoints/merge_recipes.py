@@ -14,7 +14,7 @@ from polyspan.io import digest_file, read_members, read_text
 from ._hub import local_checkpoint
 from ._merge_states import ADAPTER
 from .concrete_merging import ConcreteMerger, adamerging
-from .merge_files import ALONE, STREAMED, MergedFiles, digests, merge_checkpoints, write_shards
+from .merge_files import ALONE, STREAMED, MergedFiles, check_new, digests, merge_checkpoints, write_shards
 
 LEARNT = ("adamerging", "concrete")
 NAMES = {
@@ -110,7 +110,8 @@ def read_recipe(path: Path | str, *, method: str | None = None) -> MergeRecipe:
     for i, entry in enumerate(found["models"]):
         where = f"models[{i}]"
         _entries(path, entry, {"model", "name", "parameters", "inputs", "head"}, {"model"}, where)
-        task = str(entry.get("name") or Path(str(entry["model"])).stem)
+        # Of a folder all of its name: what follows the last point may be half of a version.
+        task = str(entry.get("name") or Path(str(entry["model"])).name.removesuffix(".safetensors"))
         if task in models:
             raise WrongContent(path, found=f"{task!r} twice", expected="a name of its own for each model", where=where)
         models[task] = _place(path.parent, str(entry["model"]))
@@ -199,6 +200,7 @@ def merge_recipe(
             raise ValueError(f"{name} must be {value!r} for {recipe.method!r}, which learns from the whole network")
     if recipe.weights is not None:
         raise ValueError(f"weights must be left out of a recipe for {recipe.method!r}, which learns them")
+    check_new(Path(out))
     lacking = [task for task in recipe.models if task not in recipe.inputs]
     if lacking:
         raise ValueError(f"models must each have inputs for {recipe.method!r}, got none for {', '.join(lacking)}")

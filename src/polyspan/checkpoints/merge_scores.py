@@ -5,12 +5,15 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from polyspan.errors import WrongContent
 from polyspan.io import remove_folder
-from polyspan.run import Progress
+from polyspan.run import Progress, pick_device
 
 from ._hub import local_checkpoint
 from ._merge_states import ADAPTER
-from .compress_files import longest_context, open_model, perplexity, token_ids
+from .compress_files import check_model, longest_context, open_model, perplexity, token_ids
 from .merge_files import STREAMED, merge_checkpoints
 from .merge_recipes import MergeRecipe
 
@@ -23,6 +26,49 @@ class MergeScore(NamedTuple):
     name: str
     kind: str
     perplexity: dict[str, float]
+
+
+class Scoring(NamedTuple):
+    """What is measured: where base and models lie, tokens (n,) of each text, and how."""
+
+    base: Path
+    models: dict[str, Path]
+    ids: dict[str, Tensor]
+    context: int
+    device: Any
+
+
+def plan_scoring(
+    recipe: MergeRecipe,
+    texts: Mapping[str, Path | str],
+    *,
+    compare: Sequence[str] = (),
+    context: int | None = None,
+    max_tokens: int | None = None,
+    device: Any = None,
+) -> Scoring:
+    """Look at everything that :func:`score_merge` needs before anything is merged or measured."""
+    if not texts:
+        raise ValueError("texts must hold at least one text, got none")
+    strange = [name for name in compare if name not in STREAMED]
+    if strange:
+        raise ValueError(f"compare must hold some of {', '.join(STREAMED)}, got {strange[0]!r}")
+    if context is not None and context < 1:
+        raise ValueError(f"context must be at least 1, got {context}")
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
+    base = local_checkpoint(recipe.base)
+    models = {task: local_checkpoint(path, files=True) for task, path in recipe.models.items()}
+    for folder in (base, *(path for path in models.values() if path.is_dir() and not (path / ADAPTER).is_file())):
+        check_model(folder)
+    ids = {name: token_ids(base, text, limit=max_tokens) for name, text in texts.items()}
+    for name, part in ids.items():
+        if len(part) < 2:
+            raise WrongContent(texts[name], found="one token", expected="two at least, of which one is predicted")
+    longest = longest_context(base, MOST_CONTEXT)
+    if context is not None and context > longest:
+        raise ValueError(f"context must be at most {longest}, the longest that the model takes, got {context}")
+    return Scoring(base, models, ids, context or min(MOST_CONTEXT, longest), pick_device(device or "cpu"))
 
 
 def score_merge(
@@ -65,24 +111,19 @@ def score_merge(
     Raises
     ------
     ValueError
-        There is no text, or a way to compare is unknown.
+        There is no text, a way to compare or a device is unknown, or a number is out of range.
     WrongContent
         A folder holds no language model of transformers, or no tokenizer, or a text no token.
     """
-    if not texts:
-        raise ValueError("texts must hold at least one text, got none")
-    strange = [name for name in compare if name not in STREAMED]
-    if strange:
-        raise ValueError(f"compare must hold some of {', '.join(STREAMED)}, got {strange[0]!r}")
-    base, merged = local_checkpoint(recipe.base), Path(merged)
-    models = {task: local_checkpoint(path, files=True) for task, path in recipe.models.items()}
-    ids = {name: token_ids(base, text, limit=max_tokens) for name, text in texts.items()}
-    length = context or min(MOST_CONTEXT, longest_context(base, MOST_CONTEXT))
+    scoring = plan_scoring(recipe, texts, compare=compare, context=context, max_tokens=max_tokens, device=device)
+    base, models, merged = scoring.base, scoring.models, Path(merged)
 
     def measured(name: str, kind: str, folder: Path) -> MergeScore:
-        network = open_model(folder)
-        network = network if device is None else network.to(device)
-        found = {text: perplexity(network, part, context=length, batch_size=batch_size) for text, part in ids.items()}
+        network = open_model(folder).to(scoring.device)
+        found = {
+            text: perplexity(network, part, context=scoring.context, batch_size=batch_size)
+            for text, part in scoring.ids.items()
+        }
         return MergeScore(name, kind, found)
 
     others = [method for method in compare if method != recipe.method]
@@ -91,14 +132,14 @@ def score_merge(
         for name, kind, folder in [("base", "base", base), (recipe.method, "merged", merged)]:
             scores.append(measured(name, kind, folder))
             shown.advance()
-        for task, path in models.items():
-            if (Path(path) / ADAPTER).is_file():
-                with _beside(merged, task) as folder:
-                    # An average of one is the base with the adapter added.
+        for number, (task, path) in enumerate(models.items()):
+            if (path / ADAPTER).is_file() or not path.is_dir():
+                with _beside(merged, str(number)) as folder:
+                    # An average of one is that one: an adapter added to the base, or bare weights beside its files.
                     merge_checkpoints(base, {task: path}, folder, method="average", ignore_keys=recipe.ignore_keys)
                     scores.append(measured(task, "model", folder))
             else:
-                scores.append(measured(task, "model", Path(path)))
+                scores.append(measured(task, "model", path))
             shown.advance()
         for method in others:
             with _beside(merged, method) as folder:

@@ -1,7 +1,7 @@
 """``polyspan merge``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -73,6 +73,7 @@ def merge(
     """
     from polyspan.checkpoints import merge_geometry, merge_recipe, read_recipe, score_merge
     from polyspan.checkpoints.merge_files import STREAMED
+    from polyspan.checkpoints.merge_scores import plan_scoring
     from polyspan.checkpoints.merging_plots import plot_merge_geometry
     from polyspan.io import picture_path
 
@@ -85,6 +86,10 @@ def merge(
     given = {"scaling": scaling, "density": density}
     parameters = {**recipe.parameters, **{name: value for name, value in given.items() if value is not None}}
     recipe = recipe._replace(parameters=parameters)
+    scoring: dict[str, Any] = {"context": context, "max_tokens": max_tokens, "device": device}
+    scoring["compare"] = STREAMED if compare else ()
+    if texts:
+        plan_scoring(recipe, texts, **scoring)
     found = merge_recipe(
         recipe, out, mask=mask, shard_bytes=shard_bytes, workers=workers, engine=engine, address=address, verbose=True
     )
@@ -96,10 +101,7 @@ def merge(
         )
     scores = []
     if texts:
-        scores = score_merge(
-            recipe, found.path, texts, compare=STREAMED if compare else (), context=context, max_tokens=max_tokens,
-            device=device, verbose=True,
-        )  # fmt: skip
+        scores = score_merge(recipe, found.path, texts, **scoring, verbose=True)
     result = {
         "out": str(found.path),
         "method": recipe.method,
