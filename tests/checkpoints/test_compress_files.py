@@ -289,6 +289,18 @@ def test_text_is_read_by_the_models_own_tokenizer(tmp_path):
     assert len(found.layers) == 7
 
 
+def test_ratios_that_fit_no_layer_and_weights_that_are_not_finite_are_told(tmp_path):
+    model = saved(tmp_path / "base")
+    options = {"calibration": tokens(), **FAST}
+    with pytest.raises(ValueError, match="ratio must name layers that are compressed, got 'zz', which fits none"):
+        compress_checkpoint(tmp_path / "base", tmp_path / "out", ratio={"zz": 0.3, "*": 0.3}, **options)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"; the model's own .*up_proj.weight is not finite"):
+        compress_checkpoint(tmp_path / "broken", tmp_path / "out", ratio=0.3, **options)
+
+
 def test_folders_that_hold_no_plain_model_are_errors(tmp_path, monkeypatch):
     options = {"calibration": tokens(), **FAST}
     with pytest.raises(UnreadableFile, match=r"found nothing; expected the folder of a checkpoint, or a model's name"):

@@ -259,3 +259,26 @@ def test_curves_are_drawn_only_where_there_are_some(tmp_path):
         plot_rank_curves({}, tmp_path / "c.svg")
     with pytest.raises(ValueError, match=r"path must end in \.svg"):
         plot_rank_curves({"a": rank_curve(draw(3, 3, seed=0))}, tmp_path / "c.gif")
+
+
+def test_an_embedding_that_is_the_output_too_is_left_out(tmp_path):
+    table, layer = draw(12, 6, seed=1), draw(6, 6, seed=2)
+    for name, more in (("base", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir()
+        state = {"embed.weight": table + more * draw(12, 1, seed=3), "layer.weight": layer + more * draw(6, 1, seed=4)}
+        save_file(state, tmp_path / name / "model.safetensors")
+        config = '{"architectures": ["LlamaForCausalLM"], "vocab_size": 12}'
+        (tmp_path / name / "config.json").write_text(config)
+    found = extract_tucker_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=2)
+    assert [row.name for row in found.layers] == ["layer"]
+    assert found.left_out == ["embed.weight"]
+    assert [row.name for row in advise_tucker_ranks(tmp_path / "base", tmp_path / "tuned")] == ["layer"]
+    state["head.weight"] = table
+    for name in ("base", "tuned"):
+        held = load_file(tmp_path / name / "model.safetensors")
+        save_file({**held, "head.weight": table}, tmp_path / name / "model.safetensors")
+    found = extract_tucker_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "b", rank=2)
+    assert [row.name for row in found.layers] == ["embed", "layer"]
+    for call, more in ((extract_tucker_adapter, [tmp_path / "c"]), (advise_tucker_ranks, [])):
+        with pytest.raises(ValueError, match="only must be a regular expression, got '\\('"):
+            call(tmp_path / "base", tmp_path / "tuned", *more, only="(")

@@ -160,3 +160,18 @@ def test_what_does_not_fit_is_said(data, sae, tmp_path):
     broken.write_bytes((data / "acts.npy").read_bytes()[:-10])
     with pytest.raises(CorruptFile):
         interactions(sae, broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"out": "x.npz"}, r"--out must end in \.safetensors, got 'x.npz'"),
+        ({"plot": "p.foo"}, r"path must end in \.svg"),
+        ({"saelens": "."}, "--saelens must be a new folder"),
+        ({"checkpoint": "c.npz"}, r"--checkpoint must end in \.safetensors"),
+    ],
+)
+def test_places_are_looked_at_before_training(tmp_path, options, told):
+    given = {"out": "x.safetensors", **options}
+    with pytest.raises(ValueError, match=told):
+        train(tmp_path / "none.npy", **{name: tmp_path / value for name, value in given.items()})

@@ -296,6 +296,12 @@ def gather_grams(
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 real[0] = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
                 call_model(model, batch)
+    except ValueError as error:
+        held = ((name, p) for name, p in model.named_parameters() if not p.is_meta)
+        bad = next((name for name, p in held if not bool(torch.isfinite(p).all())), None)
+        if bad is not None:
+            raise ValueError(f"{error}; the model's own {bad} is not finite") from error
+        raise
     finally:
         model.train(was_training)
     return found

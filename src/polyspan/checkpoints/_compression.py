@@ -74,6 +74,9 @@ def plan_units(
     """
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
+    for pattern in ratio if isinstance(ratio, Mapping) else ():
+        if pattern != "*" and not any(ratio_of(layer.name, {pattern: 0.0}) is not None for layer in layers):
+            raise ValueError(f"ratio must name layers that are compressed, got {pattern!r}, which fits none")
     order = reached(sites, layers)
     units: list[Unit] = []
     roles: dict[tuple, list[TargetLayer]] = {}

@@ -116,10 +116,32 @@ def tensor_pairs(base: ShardedState, tuned: ShardedState) -> dict[str, Pair]:
     return {name: Pair(name, *(os.path.abspath(s.file(name)) for s in (base, tuned))) for name in sorted(base)}
 
 
-def adaptable(state: ShardedState, name: str, only: str | None) -> bool:
+def adaptable(state: ShardedState, name: str, only: re.Pattern[str] | None) -> bool:
     """Tell whether a tensor is the weight of a layer that can be adapted, and that ``only`` names."""
     key = name.removesuffix(".weight")
-    return len(state.shape(name)) > 1 and key != name and (only is None or re.search(only, key) is not None)
+    return len(state.shape(name)) > 1 and key != name and (only is None or only.search(key) is not None)
+
+
+def layer_names(only: str | None) -> re.Pattern[str] | None:
+    """Return the expression by which layers are chosen, None where all are."""
+    try:
+        return None if only is None else re.compile(only)
+    except re.error as error:
+        raise ValueError(f"only must be a regular expression, got {only!r}: {error}") from None
+
+
+def tied_embedding(source: Path, state: ShardedState) -> str | None:
+    """Return the embedding that is the output's weight too, where a language model's checkpoint holds one of the two.
+
+    An adapter of it would act on the embedding alone, where merging changes both.
+    """
+    config = read_json(source / "config.json") if (source / "config.json").is_file() else {}
+    size = config.get("vocab_size") if isinstance(config, dict) else None
+    kinds = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(size, int) or not kinds or not re.search("ForCausalLM|LMHead|ConditionalGeneration", str(kinds)):
+        return None
+    tables = [name for name in state if len(state.shape(name)) == 2 and state.shape(name)[0] == size]
+    return tables[0] if len(tables) == 1 else None
 
 
 def extract_tucker_adapter(
@@ -141,7 +163,8 @@ def extract_tucker_adapter(
 ) -> Extraction:
     """Turn a fine-tuned checkpoint into an adapter of its base, a folder that ``PeftModel.from_pretrained`` loads.
 
-    The update of every weight with two axes or more is decomposed by HOOI. Updates of full rank, such as those of
+    The update of every weight with two axes or more is decomposed by HOOI, but for an embedding that is the output's
+    weight too, which is left out. Updates of full rank, such as those of
     long training, compress badly: look at each layer's ``error``. Names must be those of the model that the adapter is
     for. Half precision is widened to float32.
 
@@ -201,7 +224,9 @@ def extract_tucker_adapter(
     if missing:
         raise ValueError(f"modules_to_save must name modules of the base, got {missing[0]!r}")
     saved = [n for n in pairs if any(n.startswith(f"{module}.") for module in modules_to_save)]
-    wanted = {name: pair for name, pair in pairs.items() if name not in saved and adaptable(first, name, only)}
+    tied, chosen = tied_embedding(base, first), layer_names(only)
+    fit = (n for n in pairs if n not in saved and n != tied and adaptable(first, n, chosen))
+    wanted = {name: pairs[name] for name in fit}
     if not wanted:
         raise ValueError(f"tuned must differ from base in a weight that can be adapted, got none in {tuned}")
     sizes: dict[str, float] = {}
@@ -457,7 +482,9 @@ def advise_tucker_ranks(
             raise ValueError(f"errors must be in [0, 1), got {error}")
     base, tuned = local_checkpoint(base, files=True), local_checkpoint(tuned, files=True)
     first, second = ShardedState(base), ShardedState(tuned)
-    wanted = [pair for name, pair in tensor_pairs(first, second).items() if adaptable(first, name, only)]
+    tied, chosen = tied_embedding(base, first), layer_names(only)
+    pairs = tensor_pairs(first, second)
+    wanted = [pair for name, pair in pairs.items() if name != tied and adaptable(first, name, chosen)]
     fan: dict[str, Any] = {"workers": workers, "engine": engine, "address": address}
     options = {"errors": [float(error) for error in errors], "curves": curves}
     kept = None

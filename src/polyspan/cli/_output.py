@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 USAGE, FILE, EXTRA, STUCK, INTERRUPTED = 2, 3, 4, 5, 130
@@ -47,3 +48,13 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
+
+
+def check_target(path: Path | None, option: str, *suffixes: str) -> None:
+    """Refuse where a result cannot go by its name, before any work."""
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option} must end in {' or '.join(suffixes)}, got {path.name!r}")
+    if path.is_dir():
+        raise ValueError(f"{option} must be a file, got the folder {path}")

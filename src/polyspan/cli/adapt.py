@@ -28,7 +28,8 @@ def extract(
 ) -> None:
     """Turn a fine-tuned checkpoint into a small adapter of its base, which peft loads.
 
-    Run the same command again after an interrupt and it goes on.
+    Run the same command again after an interrupt and it goes on. Before peft reads it, its class must be known: from
+    polyspan.checkpoints import TuckerAdapterConfig.
 
     Parameters
     ----------

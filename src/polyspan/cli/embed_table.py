@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from ._output import say, show_json, show_table
+from ._output import check_target, say, show_json, show_table
 
 SCHEMES = {"multiplex": "one table for all", "hash": "a table a column", "collisionless": "a row a value"}
 
@@ -70,6 +70,8 @@ def train(
     """
     from polyspan.learn import UnifiedEmbeddingClassifier, UnifiedEmbeddingRegressor
 
+    check_target(out, "--out", ".safetensors")
+    check_target(checkpoint, "--checkpoint", ".safetensors")
     if task not in ("classification", "regression"):
         raise ValueError(f"--task must be 'classification' or 'regression', got {task!r}")
     if not budget_mb > 0:

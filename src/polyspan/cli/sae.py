@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from ._output import say, show_json, show_table
+from ._output import check_target, say, show_json, show_table
 
 TEXTS = (".txt", ".jsonl")
 
@@ -100,8 +100,15 @@ def train(
     json : bool
         Print JSON.
     """
+    from polyspan.io import picture_path
     from polyspan.learn import PolySAE
 
+    check_target(out, "--out", ".safetensors")
+    check_target(checkpoint, "--checkpoint", ".safetensors")
+    if plot is not None:
+        picture_path(plot)
+    if saelens is not None and saelens.exists():
+        raise ValueError(f"--saelens must be a new folder, got {saelens}, which is there")
     if (model is None) != (layer is None):
         raise ValueError("--model and --layer must be given together")
     if activations is not None and model is None:
