@@ -18,6 +18,7 @@ import polyspan.nn as pn
 from polyspan.linalg import nearest_rotation, orthonormal_basis
 from polyspan.nn import (
     RotationHead,
+    _rotation_torch,
     chordal_distance,
     chordal_loss,
     continuity_breaks,
@@ -28,6 +29,7 @@ from polyspan.nn import (
     matrix_to_quaternion,
     matrix_to_rotation5d,
     matrix_to_rotation6d,
+    matrix_to_rotation9d,
     matrix_to_rotationnd,
     quaternion_to_euler,
     quaternion_to_matrix,
@@ -724,3 +726,76 @@ def test_bad_options_of_heads_losses_and_generators_are_named():
         continuity_breaks(rotations(3), "6d")
     with pytest.raises(ValueError, match=r"path must be \(n, 3, 3\)"):
         continuity_breaks(EYE, "rotation6d")
+
+
+CONVERSIONS = {
+    "quaternion": lambda R: matrix_to_quaternion(R, order="wxyz"),
+    "axis-angle": matrix_to_axis_angle,
+    "Euler": lambda R: matrix_to_euler(R, sequence="xyz"),
+    "5D": matrix_to_rotation5d,
+    "6D": matrix_to_rotation6d,
+    "9D": matrix_to_rotation9d,
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_conversions_are_the_same_where_numpy_cannot_look(name, dtype, monkeypatch):
+    R = random_rotation(rng=torch.Generator().manual_seed(0), batch=(7,)).to(dtype)
+    expected = CONVERSIONS[name](R)
+    slope = torch.func.grad(lambda R: CONVERSIONS[name](R).square().sum())(R)
+    free = R.clone().requires_grad_()
+    CONVERSIONS[name](free).square().sum().backward()
+    torch.testing.assert_close(slope, free.grad)
+    monkeypatch.setattr(_rotation_torch, "as_numpy", lambda *_: None)
+    torch.testing.assert_close(CONVERSIONS[name](R), expected)
+    with pytest.raises(ValueError, match="R must hold rotations"):
+        CONVERSIONS[name](2 * R)
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+@pytest.mark.parametrize("made", [torch.tensor, np.array])
+def test_results_are_in_memory_of_their_own(name, made):
+    R = made(random_rotation(rng=np.random.default_rng(0), batch=(4,)))
+    kept = R.tolist()
+    found = CONVERSIONS[name](R)
+    found[...] = 0
+    assert R.tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("width", "turned"), [(5, rotation5d_to_matrix), (6, rotation6d_to_matrix), (9, rotation9d_to_matrix)]
+)
+def test_results_with_a_gradient_may_be_written_to(width, turned):
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    R = turned(x)
+    expected = torch.autograd.grad(turned(x)[[0, 1, 3, 4]].square().mul(torch.arange(9.0).view(3, 3)).sum(), x)[0]
+    R[2] = torch.eye(3)
+    R.square().mul(torch.arange(9.0).view(3, 3)).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_the_nearest_rotation_of_torch_has_the_digits_of_numpy_and_any_scale():
+    M = torch.randn(2000, 9, generator=torch.Generator().manual_seed(0))
+    exact = rotation9d_to_matrix(M.double())
+    for scale in (1e-12, 1.0, 1e12):
+        found = rotation9d_to_matrix(M * scale)
+        torch.testing.assert_close(found, torch.from_numpy(rotation9d_to_matrix(M.numpy() * np.float32(scale))))
+    error = (rotation9d_to_matrix(M).double() - exact).abs()
+    assert error.median() < 3e-8
+
+
+@pytest.mark.parametrize(("width", "turned"), [(5, rotation5d_to_matrix), (6, rotation6d_to_matrix)])
+def test_second_derivatives_go_through_vmap(width, turned):
+    x = torch.randn(width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss(x):
+        return (turned(x[None], check=False) * torch.arange(9.0, dtype=torch.float64).view(3, 3)).sum()
+
+    fast, slow = (torch.autograd.functional.hessian(loss, x, vectorize=v) for v in (True, False))
+    torch.testing.assert_close(fast, slow)
+
+
+def test_distances_of_any_byte_order():
+    R, S = (random_rotation(rng=np.random.default_rng(seed), batch=(5,)) for seed in (0, 1))
+    np.testing.assert_array_equal(geodesic_distance(R.astype(">f8"), S.astype(">f8")), geodesic_distance(R, S))

@@ -101,8 +101,14 @@ def _frames(x: Any) -> tuple[Any, Any]:
     if is_torch(x):
         from ._rotation_torch import Frame
 
-        return Frame.apply(x)
+        R, fine = Frame.apply(x)
+        return _apart(R), fine
     return gram_schmidt(x)
+
+
+def _apart(R: Any) -> Any:
+    """Copy what a gradient keeps, so that the caller may write into the result."""
+    return R.clone() if R.requires_grad else R
 
 
 def gram_schmidt(x: Any) -> tuple[Any, Any]:
@@ -166,7 +172,8 @@ def by_blocks(
         seen = as_numpy(*arrays)
         if seen is None:
             parts, marks = kernel([part for x in arrays for part in entries(x.double() if double else x)])
-            return joined(parts).to(arrays[0].dtype), marks
+            made = joined(parts) if parts else arrays[0].new_empty((*arrays[0].shape[:-1], 0))
+            return made.to(arrays[0].dtype), marks
         found, marks = by_blocks(kernel, seen, width, double)
         return torch.from_numpy(found), torch.from_numpy(marks)
     narrow, batch = arrays[0].dtype, arrays[0].shape[:-1]
@@ -208,6 +215,7 @@ def nearest(M: Any, look: bool) -> tuple[Any, Any]:
     closed = n == 3 and M.dtype == xp.float32 and (look or _at_hand(M))
     if closed and not is_torch(M):
         return _mostly_closed_form(M)
+    whole = detached(M)
     M = _scaled(M)
     still = detached(M)
     if n != 3:
@@ -219,14 +227,15 @@ def nearest(M: Any, look: bool) -> tuple[Any, Any]:
             R = nearest_rotation(xp.where(lost[..., None, None], R, M))
         return R, lost
     if closed:
-        R, lost = _mostly_closed_form(still)
+        # The closed form needs no scaling, which in float32 would cost digits.
+        R, lost = _mostly_closed_form(whole)
     else:
         R = nearest_rotation(still)
         lost = pair_sums(R, still)[2]
     if is_torch(M):
         from ._rotation_torch import Nearest
 
-        R = Nearest.apply(M, R)
+        R = _apart(Nearest.apply(M, R))
     return R, lost
 
 

@@ -62,7 +62,7 @@ class Frame(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, R = ctx.saved_tensors
-        arrays = x, R.flatten(-2), grads[0].flatten(-2)
+        arrays = x, R.reshape(*R.shape[:-2], 9), grads[0].reshape(*R.shape[:-2], 9)
         if not torch.is_grad_enabled():
             return by_blocks(lambda numbers: (_pulled_back(numbers), False), arrays, 6)[0]
         return joined(_pulled_back([part for array in arrays for part in entries(array)]))

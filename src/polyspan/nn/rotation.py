@@ -291,7 +291,9 @@ def matrix_to_rotation9d(R: Any, *, project: bool = False, check: bool = True) -
     Parameters and errors as in :func:`matrix_to_quaternion`.
     """
     wide, narrow, _ = _read_matrix(R, project, check, size=3)
-    return narrow(namespace(wide).reshape(wide, (*wide.shape[:-2], 9)))
+    flat = namespace(wide).reshape(wide, (*wide.shape[:-2], 9))
+    # A result of its own, which the caller may write to.
+    return narrow(flat.clone() if is_torch(flat) else flat.copy())
 
 
 def rotationnd_to_matrix(x: Any, *, check: bool = True) -> Float[Any, "*b n n"]:

@@ -212,6 +212,8 @@ def _pair(R: Any, S: Any) -> tuple[Any, Any, Any]:
         raise ValueError(
             f"expected two batches (*b, n, n) of square matrices, got shapes {tuple(R.shape)} and {tuple(S.shape)}"
         )
+    if not is_torch(R):
+        R, S = (x.astype(x.dtype.newbyteorder("="), copy=False) for x in (R, S))
     if R.dtype == S.dtype and xp.isdtype(R.dtype, (xp.float32, xp.float64)):
         return R, S, lambda y: y
     (a, narrow), (b, other) = widen(R), widen(S)
