@@ -587,3 +587,47 @@ def test_small_batches_single_channels_and_what_broadcasts_do_not_go_in_blocks()
         GauntTensorProduct(full(2, 1), full(2, 1), dtype=D)(draw(9000, 9), draw(9000, 9))
         GauntTensorProduct(full(2, 2), full(2, 2), paths="all", dtype=D)(draw(9000, 18), draw(9000, 18))
         assert not calls
+
+
+IRREPS = "16x0e+16x1o+16x2e"
+
+
+def drawn(n, width=144, seed=0):
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_default_device_of_the_moment_changes_no_memory_that_is_kept():
+    x, y = drawn(37), drawn(37, seed=1)
+    expected = GauntTensorProduct(IRREPS, IRREPS, IRREPS, dtype=torch.float64)(x, y).clone()
+    for first in (11, 37):
+        made = GauntTensorProduct(IRREPS, IRREPS, IRREPS, dtype=torch.float64)
+        packing._places.cache_clear()
+        packing._kept.tools.clear()
+        packing._kept.memory.clear()
+        with torch.device("meta"):
+            torch.testing.assert_close(made(x[:first], y[:first]), expected[:first], rtol=0, atol=1e-12)
+        for n in (37, 11):
+            torch.testing.assert_close(made(x[:n], y[:n]), expected[:n], rtol=0, atol=1e-12)
+
+
+def test_tables_made_in_a_mode_serve_outside_of_it():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        gaunt_tensor_product(torch.randn(5, 36), torch.randn(5, 36), 5, 5)
+    with torch.inference_mode():
+        gaunt_tensor_product(drawn(5, 36), drawn(5, 36, 1), 5, 5)
+    x = drawn(5, 36).requires_grad_()
+    gaunt_tensor_product(x, drawn(5, 36, 1), 5, 5).square().sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
+
+
+def test_transforms_of_functions_go_through():
+    made = GauntTensorProduct(IRREPS, IRREPS, IRREPS, dtype=torch.float64)
+    x, y = drawn(9), drawn(9, seed=1)
+    expected = made(x, y).clone()
+    free = x.clone().requires_grad_()
+    made(free, y).square().sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: made(x, y).square().sum())(x), free.grad)
+    torch.testing.assert_close(torch.vmap(lambda x, y: made(x[None], y[None])[0])(x, y), expected)

@@ -85,7 +85,7 @@ def _places(degrees: tuple[int, ...], mul: int, nodes: int, apart: bool, layout:
     write = np.empty(places.size, dtype=np.int64)
     write[places] = np.arange(size)[:, None] * stride + np.arange(nodes * mul)
     with torch.inference_mode(False):
-        return torch.as_tensor(read), torch.as_tensor(write)
+        return torch.from_numpy(read), torch.from_numpy(write)
 
 
 def _stride(rows: int) -> int:
@@ -191,9 +191,9 @@ class _Kept(threading.local):
         # Memory that is made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             if total > KEPT_FLOATS:
-                return torch.empty(total, dtype=dtype).split(sizes)
+                return torch.empty(total, dtype=dtype, device="cpu").split(sizes)
             if dtype not in self.memory:
-                self.memory[dtype] = torch.empty(KEPT_FLOATS, dtype=dtype)
+                self.memory[dtype] = torch.empty(KEPT_FLOATS, dtype=dtype, device="cpu")
             return self.memory[dtype][:total].split(sizes)
 
     def tools_of(

@@ -63,7 +63,7 @@ class TableModule(nn.Module):
 
     def _cast(self, exact: NDArray) -> Tensor:
         kind = self.compute_dtype if exact.dtype.kind == "f" else torch.int64
-        return torch.as_tensor(exact).to(device=self._dtype_mark.device, dtype=kind)
+        return torch.from_numpy(exact).to(device=self._dtype_mark.device, dtype=kind)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -120,11 +120,17 @@ def _forward(x: Tensor, y: Tensor, shape: Shape, lead: tuple[int, ...], tables: 
 class _Product(torch.autograd.Function):
     """z = sum over the grid of f g h, linear in each: its derivatives are the same sum with the roles exchanged."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, shape: Shape, lead: tuple[int, ...], *tables: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y, *tables)
-        ctx.shape, ctx.lead = shape, lead
+    def forward(x: Tensor, y: Tensor, shape: Shape, lead: tuple[int, ...], *tables: Tensor) -> Tensor:
         return _forward(x, y, shape, lead, tables)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG004
+        x, y, shape, _, *tables = inputs
+        ctx.save_for_backward(x, y, *tables)
+        ctx.shape = shape
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from polyspan.errors import require
 
@@ -32,6 +33,7 @@ from ._gaunt_paths import (
 )
 from ._irreps import Irrep, check_channels, read_irreps, width, write_irreps
 from ._packed_product import HALF_BELOW, LEAST_VALUES, HalfSphere, Packed, packed_product
+from ._rotation_torch import as_numpy
 from ._sphere import coupling
 from ._sphere_product import METHODS, SphereProduct, choose_method
 from ._sphere_routes import n_nodes
@@ -222,6 +224,9 @@ class GauntTensorProduct(nn.Module):
             or not x.device.type == y.device.type == "cpu"
             # Fake tensors and other wrappers have no memory to work in.
             or not {type(x), type(y)} <= {Tensor, nn.Parameter}
+            # Transforms of functions and captured graphs must not see memory that is kept.
+            or as_numpy(x, y) is None
+            or any(forward_ad.unpack_dual(t).tangent is not None for t in (x, y))
             or batch != y.shape[: len(batch)]
             or x.dim() != y.dim()
             or (weight is not None and weight.shape[:-1] not in ((), batch))
@@ -438,8 +443,21 @@ def equivalent_e3nn_product(product: GauntTensorProduct) -> Any:
     return twin.to(product.compute_dtype)
 
 
+def _cached(*key: Any) -> SphereProduct:
+    """Return the product for degrees, kind, method, normalisation, dtype and device, made once."""
+    # Tables that a mode makes, such as that of fake tensors, are of no use outside of it.
+    if type(torch.empty(0, device="cpu")) is not Tensor:
+        return _made(*key)
+    with torch.inference_mode(False):
+        return _kept(*key)
+
+
 @lru_cache(maxsize=32)
-def _cached(
+def _kept(*key: Any) -> SphereProduct:
+    return _made(*key)
+
+
+def _made(
     degrees: tuple[int, int, int], kind: str, method: str, normalization: str, dtype: Any, device: str
 ) -> SphereProduct:
     parts = [tuple(Irrep(1, l, (-1) ** l) for l in range(lmax + 1)) for lmax in degrees]
