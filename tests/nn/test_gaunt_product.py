@@ -621,13 +621,3 @@ def test_tables_made_in_a_mode_serve_outside_of_it():
     gaunt_tensor_product(x, drawn(5, 36, 1), 5, 5).square().sum().backward()
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
-
-
-def test_transforms_of_functions_go_through():
-    made = GauntTensorProduct(IRREPS, IRREPS, IRREPS, dtype=torch.float64)
-    x, y = drawn(9), drawn(9, seed=1)
-    expected = made(x, y).clone()
-    free = x.clone().requires_grad_()
-    made(free, y).square().sum().backward()
-    torch.testing.assert_close(torch.func.grad(lambda x: made(x, y).square().sum())(x), free.grad)
-    torch.testing.assert_close(torch.vmap(lambda x, y: made(x[None], y[None])[0])(x, y), expected)

@@ -120,17 +120,11 @@ def _forward(x: Tensor, y: Tensor, shape: Shape, lead: tuple[int, ...], tables: 
 class _Product(torch.autograd.Function):
     """z = sum over the grid of f g h, linear in each: its derivatives are the same sum with the roles exchanged."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, y: Tensor, shape: Shape, lead: tuple[int, ...], *tables: Tensor) -> Tensor:
-        return _forward(x, y, shape, lead, tables)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG004
-        x, y, shape, _, *tables = inputs
+    def forward(ctx: Any, x: Tensor, y: Tensor, shape: Shape, lead: tuple[int, ...], *tables: Tensor) -> Tensor:
         ctx.save_for_backward(x, y, *tables)
-        ctx.shape = shape
+        ctx.shape, ctx.lead = shape, lead
+        return _forward(x, y, shape, lead, tables)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
