@@ -370,9 +370,84 @@ def test_whatever_holds_the_old_vectors_is_never_written_to(tmp_path):
     upgrade.check()
     assert path.read_bytes() == before
     upgrade.cut_over()
-    kept = tmp_path / "x.before.parquet"
+    kept = tmp_path / "x.parquet.upgrade" / "before.parquet"
     assert kept.read_bytes() == before
     assert kept.stat().st_mtime_ns == changed
     upgrade.forget()
     assert not kept.exists()
     assert read_array(path).shape == (N, D)
+
+
+def test_the_recommended_row_is_the_one_that_is_applied_and_a_share_takes_the_nearest(tmp_path):
+    upgrade = upgrade_of(tmp_path)
+    place = tmp_path / "state" / "plan.json"
+    plan = json.loads(place.read_text())
+    rows = [i for i, row in enumerate(plan["table"]) if row["strategy"] == "backfill"]
+    last = plan["table"][rows[-1]]
+    assert len(rows) > 1
+    place.write_text(json.dumps(plan | {"recommended": rows[-1]}))
+    assert upgrade.begin() == "backfill"
+    told = json.loads((tmp_path / "state" / "upgrade.json").read_text())
+    assert (told["share"], told["predicted"]) == (last["share"], last)
+    upgrade.forget()
+    first = plan["table"][rows[0]]
+    upgrade.begin("backfill", share=first["share"] + 0.01)
+    told = json.loads((tmp_path / "state" / "upgrade.json").read_text())
+    assert told["predicted"] == first
+
+
+def test_a_backfill_after_a_roll_back_embeds_again(tmp_path):
+    upgrade = upgrade_of(tmp_path)
+    made = []
+    for _ in range(2):
+        upgrade.begin("backfill", share=0.4)
+        assert list(upgrade.steps) == ["stamped"]
+        made.append(upgrade.fill(verbose=False))
+        assert upgrade.check().ok
+        upgrade.cut_over()
+        upgrade.roll_back()
+        upgrade.roll_back()
+    assert made[0] == made[1] > N
+
+
+@pytest.mark.parametrize("verb", ["cut_over", "roll_back", "forget"])
+def test_an_upgrade_that_is_cut_off_ends_when_the_same_is_said_again(tmp_path, monkeypatch, verb):
+    cut, whole = 0, False
+    while not whole:
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        upgrade = upgrade_of(folder)
+        old = (folder / "x.parquet").read_bytes()
+        upgrade.begin("gallery")
+        upgrade.fill(verbose=False)
+        assert upgrade.check().ok
+        if verb != "cut_over":
+            upgrade.cut_over()
+        done = []
+
+        def counted(real, done=done, cut=cut):
+            def call(*arguments, **options):
+                if len(done) >= cut:
+                    raise KeyboardInterrupt
+                done.append(real.__name__)
+                return real(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename", "link", "unlink"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                getattr(upgrade, verb)()
+                whole = True
+            except KeyboardInterrupt:
+                pass
+        again = Upgrade(folder / "state", FileTable(folder / "x.parquet", text_column="text"), encoder=new_encoder())
+        getattr(again, verb)()
+        facts = again.table.facts()
+        assert (facts.next_dim, facts.has_before) == (None, verb == "cut_over")
+        assert ((folder / "x.parquet").read_bytes() == old) == (verb == "roll_back")
+        left = {entry.name for entry in (folder / "x.parquet.upgrade").iterdir()}
+        assert left == {"spaces.json"} | ({"before.parquet"} if verb == "cut_over" else set())
+        cut += 1
+    assert cut > 3

@@ -28,7 +28,7 @@ from polyspan.integrations import (
     open_vector_table,
     wrap_queries,
 )
-from polyspan.io import read_array, write_array
+from polyspan.io import read_array, write_array, write_members
 
 N, D, NEW = 300, 8, 5
 RNG = np.random.default_rng(0)
@@ -378,6 +378,168 @@ def test_a_whole_file_stands_at_the_path_whenever_the_swap_is_cut_off(tmp_path, 
             table = FileTable(path)
             table.switch(verb)
             assert read_array(path).shape == ((N, NEW) if verb == "cut over" else (N, D))
+
+
+def file_calls(monkeypatch, cut_at):
+    """Let the calls that change a folder raise from call number ``cut_at`` on, as a kill would; return their count."""
+    done = []
+
+    def counted(real):
+        def call(*arguments, **options):
+            if len(done) >= cut_at:
+                raise KeyboardInterrupt
+            done.append(real.__name__)
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("replace", "link", "unlink"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    return done
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+@pytest.mark.parametrize("verb", ["cut over", "roll back", "forget"])
+def test_every_verb_of_a_file_ends_when_said_again_wherever_it_was_cut_off(tmp_path, monkeypatch, suffix, verb):
+    cut, whole = 0, False
+    while not whole:
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        path = folder / f"v{suffix}"
+        make_file(path)
+        before = all_rows(FileTable(path))
+        table = FileTable(path)
+        table.prepare(NEW, SPACE, WORK)
+        fill_all(table)
+        table.seal()
+        if verb != "cut over":
+            table.switch("cut over")
+        with monkeypatch.context() as patch:
+            done = file_calls(patch, cut)
+            try:
+                FileTable(path).switch(verb)
+                whole = True
+            except KeyboardInterrupt:
+                assert len(done) == cut
+        again = FileTable(path)
+        if verb == "roll back" and not again.facts().has_before:
+            with pytest.raises(ValueError, match="must have been cut over"):
+                again.switch(verb)
+        else:
+            again.switch(verb)
+        again = FileTable(path)
+        facts = again.facts()
+        assert (facts.dim == NEW) == (verb != "roll back")
+        assert facts.next_dim is None
+        assert facts.has_before == (verb == "cut over")
+        if verb == "roll back":
+            assert all(np.array_equal(row, before[key]) for key, row in all_rows(again).items())
+        if verb == "cut over":
+            again.switch("forget")
+        again.prepare(3, SPACE | {"dim": 3}, {"round": 2})
+        again.switch("forget")
+        assert {entry.name for entry in folder.iterdir()} == {path.name, again.work.name}
+        cut += 1
+    assert cut > 3
+
+
+def test_files_of_the_users_beside_a_store_are_neither_in_the_way_nor_touched(tmp_path):
+    path = make_file(tmp_path / "v.npy")
+    old = path.read_bytes()
+    own = {tmp_path / f"v.{word}.npy": np.full((3, 3), i) for i, word in enumerate(("before", "after", "next"))}
+    for place, rows in own.items():
+        np.save(place, rows)
+    assert not FileTable(path).facts().has_before
+    with pytest.raises(ValueError, match="must have been cut over"):
+        FileTable(path).switch("roll back")
+    FileTable(path).switch("forget")
+    assert path.read_bytes() == old
+    for ending in ("roll back", "forget"):
+        table = FileTable(path)
+        table.prepare(NEW, SPACE, WORK)
+        fill_all(table)
+        table.seal()
+        table.switch("cut over")
+        FileTable(path).switch(ending)
+        assert (path.read_bytes() == old) == (ending == "roll back")
+    for place, rows in own.items():
+        np.testing.assert_array_equal(np.load(place), rows)
+
+
+def test_a_roll_back_that_was_cut_off_is_not_in_the_way_of_a_later_upgrade(tmp_path, monkeypatch):
+    path = make_file(tmp_path / "v.npy")
+    table = FileTable(path)
+    for number in range(2):
+        table.prepare(NEW, SPACE, WORK | {"round": number})
+        fill_all(table)
+        table.seal()
+        table.switch("cut over")
+        with monkeypatch.context() as patch:
+            real = os.replace
+
+            def killed(*arguments, real=real):
+                real(*arguments)
+                raise KeyboardInterrupt
+
+            patch.setattr(os, "replace", killed)
+            with pytest.raises(KeyboardInterrupt):
+                table.switch("roll back")
+        table = FileTable(path)
+        np.testing.assert_array_equal(read_array(path), OLD)
+    table.switch("roll back")
+    assert not table.facts().has_before
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_file_of_several_arrays_is_refused_when_it_is_opened(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    write_members(path, {"a": OLD, "b": OLD})
+    with pytest.raises(WrongContent, match="other arrays beside a; expected one array: the others would be lost"):
+        FileTable(path, member="a")
+    write_members(path, {"a": OLD})
+    assert FileTable(path, member="a").facts().n_rows == N
+
+
+def test_the_file_that_a_link_names_is_upgraded_and_the_link_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    real, link = make_file(tmp_path / "real" / "v.npy"), tmp_path / "link.npy"
+    link.symlink_to(real)
+    table = FileTable(link)
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table)
+    table.seal()
+    table.switch("cut over")
+    assert link.is_symlink()
+    assert read_array(real).shape == (N, NEW)
+    FileTable(link).switch("roll back")
+    assert link.is_symlink()
+    np.testing.assert_array_equal(read_array(real), OLD)
+
+
+@pytest.mark.parametrize("kind", ["IVF", "IndexIDMap", "IndexIDMap2"])
+def test_ids_and_kind_of_an_index_are_kept(tmp_path, kind):
+    faiss = pytest.importorskip("faiss")
+    path, ids = tmp_path / "own.faiss", np.random.default_rng(3).permutation(N) * 7 + 5
+    if kind == "IVF":
+        index = faiss.IndexIVFFlat(faiss.IndexFlatL2(D), D, 4, faiss.METRIC_L2)
+        index.train(OLD)
+        index.nprobe = 4
+    else:
+        index = getattr(faiss, kind)(faiss.IndexFlatL2(D))
+    index.add_with_ids(OLD, ids)
+    faiss.write_index(index, str(path))
+    table = FaissTable(path)
+    order = np.argsort(ids) if kind == "IVF" else np.arange(N)
+    np.testing.assert_array_equal(np.concatenate([batch.rows for batch in table.rows(64)]), OLD[order])
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table)
+    table.seal()
+    for batch, rows in table.pairs(50):
+        np.testing.assert_allclose(rows, batch.rows @ MAP, atol=1e-5)
+    table.switch("cut over")
+    found = faiss.read_index(str(path))
+    assert type(faiss.downcast_index(found)) is type(index)
+    np.testing.assert_array_equal(found.search(OLD[:40] @ MAP, 1)[1][:, 0], ids[:40])
 
 
 def test_a_file_that_changes_while_it_is_filled_is_refused(tmp_path):

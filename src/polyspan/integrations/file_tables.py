@@ -33,17 +33,20 @@ STORED = ("float16", "float32", "float64")
 class _SwappedFile:
     """What a store of one file has in common: places, stamps, partial rows, and the swap.
 
-    All that an upgrade writes stands in ``NAME.upgrade`` beside the file until it is cut over; then the old file is
-    ``NAME.before.SUFFIX``. Stamps are kept by the content of a file, so that they stay true wherever it is moved.
+    All that an upgrade writes stands in ``NAME.upgrade`` beside the file; there the old file stands as
+    ``before.SUFFIX`` once it is cut over, and no other file of the folder is touched. Of a symbolic link the file that
+    it names is upgraded. Stamps are kept by the content of a file, so that they stay true wherever it is moved.
     """
 
     def __init__(self, path: Path | str):
-        self.path = Path(path)
+        # A rename onto a link would leave the file that it names as it was.
+        self.path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
         if not self.path.is_file():
             raise UnreadableFile(path, found="no such file", expected="a store of vectors")
         self.work = self.path.with_name(self.path.name + ".upgrade")
-        self.before = self.path.with_name(f"{self.path.stem}.before{self.path.suffix}")
-        self.next = self.work / f"next{self.path.suffix}"
+        self.before, self.next, self._after = (
+            self.work / f"{name}{self.path.suffix}" for name in ("before", "next", "after")
+        )
         self._rows: PartialRows | None = None
 
     def _content(self, path: Path) -> str:
@@ -75,7 +78,12 @@ class _SwappedFile:
 
     def _plan(self) -> dict[str, Any] | None:
         place = self.work / "next.json"
-        return read_json(place) if place.exists() else None
+        # A cut-over that was killed after the swap leaves the plan behind; it is done with.
+        return read_json(place) if place.exists() and not self._is_cut_over() else None
+
+    def _is_cut_over(self) -> bool:
+        """Whether the swap was done and not undone: before it the next file is there, or the kept one is in use."""
+        return self.before.exists() and not self.next.exists() and not self.before.samefile(self.path)
 
     def _common(self, *, metric: str | None, exact: bool, unit: bool) -> TableFacts:
         n, dim, _ = self._size()
@@ -91,7 +99,7 @@ class _SwappedFile:
             next_dim=None if plan is None else plan["dim"],
             n_pending=pending,
             next_space=None if plan is None else plan["space"],
-            has_before=self.before.exists() and not self.before.samefile(self.path),
+            has_before=self._is_cut_over() or self._after.exists(),
             state=self._state(),
         )
 
@@ -130,11 +138,12 @@ class _SwappedFile:
         plan = self._plan()
         wanted = {"dim": dim, "space": dict(space), "work": dict(work)}
         if plan is None:
-            if self.before.exists():
+            if self._is_cut_over():
                 raise ValueError(
                     f"{self.path} must have no upgrade that is cut over and not forgotten, got {self.before.name}"
                 )
             make_folder(self.work)
+            self._drop_unused()
             wanted["source"] = self._state()
             write_json(self.work / "next.json", wanted)
         elif any(plan[name] != wanted[name] for name in wanted):
@@ -166,7 +175,7 @@ class _SwappedFile:
         partial = self._open(self._planned())
         keys = np.asarray(batch.keys)
         if len(keys) and keys.max() < partial.written:
-            remove_file(self.next)
+            self._drop_unused()
             partial.rewrite(keys, rows)
         else:
             partial.append(int(keys[0]), rows)
@@ -188,26 +197,42 @@ class _SwappedFile:
         """Cut over, roll back or forget: renames in one folder, so that a whole file stands at the path always."""
         check_verb(verb)
         if verb == "cut over":
-            if not self.next.exists() and not self.before.exists():
+            self._cut_over()
+        elif verb == "roll back":
+            self._roll_back()
+        else:
+            self._drop_unused()
+            self._clear()
+
+    def _cut_over(self) -> None:
+        if not self._is_cut_over():
+            if not self.next.exists():
                 raise ValueError(f"{self.path} must have next vectors that are sealed, got none")
             swap_in(self.path, self.next, self.before)
+        self._clear()
+
+    def _roll_back(self) -> None:
+        if self._is_cut_over():
+            # What a run that was killed left there would stand in the way.
+            remove_file(self._after)
+            # The plan must not come to life when the old vectors are in use.
             self._clear()
-        elif verb == "roll back":
-            if not self.before.exists():
-                raise ValueError(f"{self.path} must have been cut over and not forgotten, got no {self.before.name}")
-            away = self.path.with_name(f"{self.path.stem}.after{self.path.suffix}")
-            swap_in(self.path, self.before, away)
-            remove_file(away)
-        elif self.before.exists():
-            remove_file(self.before)
-        else:
-            remove_file(self.next)
-            self._clear()
+            swap_in(self.path, self.before, self._after)
+        elif not self._after.exists():
+            raise ValueError(f"{self.path} must have been cut over and not forgotten, got no old vectors of its own")
+        remove_file(self._after)
+
+    def _drop_unused(self) -> None:
+        """Remove whole files that are not in use; the kept one first, which the next one tells from one cut over."""
+        if self.work.exists():
+            for place in (self.before, self.next, self._after):
+                remove_file(place)
 
     def _clear(self) -> None:
         self.sync()
-        for name in ("next.json", "rows.npy.journal", "rows.npy"):
-            remove_file(self.work / name)
+        if self.work.exists():
+            for name in ("next.json", "rows.npy.journal", "rows.npy"):
+                remove_file(self.work / name)
 
 
 class FileTable(_SwappedFile):
@@ -240,7 +265,14 @@ class FileTable(_SwappedFile):
             raise WrongContent(path, found="whole numbers", expected="a store whose vectors may become floats")
         self._given: dict[str, Any] = {"column": column, "member": member, "id_column": id_column}
         self.text_column = text_column
-        self.reader = EmbeddingReader(path, **self._given)
+        self.reader = EmbeddingReader(self.path, **self._given)
+        if member is not None:
+            try:
+                EmbeddingReader(self.path)
+            except WrongContent as error:
+                raise WrongContent(
+                    path, found=f"other arrays beside {member}", expected="one array: the others would be lost"
+                ) from error
 
     def _content(self, path: Path) -> str:
         facts = EmbeddingReader(path, **self._given).fingerprint()
@@ -290,7 +322,7 @@ class FaissTable(_SwappedFile):
     def __init__(self, path: Path | str):
         super().__init__(path)
         self.index = read_index(self.path)
-        self._inner, self.ids = _inner(self.index)
+        self._whole, self._inner, self.ids = _faiss().downcast_index(self.index), *_inner(self.index)
 
     def _content(self, path: Path) -> str:
         inner, _ = _inner(self.index if path == self.path else read_index(path))
@@ -304,7 +336,7 @@ class FaissTable(_SwappedFile):
     def facts(self) -> TableFacts:
         """Look at the index, as it is on the disk now."""
         self.index = read_index(self.path)
-        self._inner, self.ids = _inner(self.index)
+        self._whole, self._inner, self.ids = _faiss().downcast_index(self.index), *_inner(self.index)
         faiss = _faiss()
         metric = {faiss.METRIC_INNER_PRODUCT: "dot", faiss.METRIC_L2: "l2"}.get(self._inner.metric_type)
         return self._common(metric=metric, exact=True, unit=False)
@@ -320,8 +352,8 @@ class FaissTable(_SwappedFile):
         if not made.is_trained:
             picked = np.sort(np.random.default_rng(0).permutation(len(vectors))[: 256 * made.nlist])
             made.train(np.ascontiguousarray(vectors[picked]))
-        if self.ids is not None:
-            made = _faiss().IndexIDMap(made)
+        if isinstance(self._whole, _faiss().IndexIDMap):
+            made = type(self._whole)(made)
         for first in range(0, len(vectors), BATCH_ROWS):
             batch = np.ascontiguousarray(vectors[first : first + BATCH_ROWS])
             if self.ids is None:
@@ -344,7 +376,7 @@ class FaissTable(_SwappedFile):
         """Cut over, roll back or forget; see :class:`VectorTable`."""
         super().switch(verb)
         self.index = read_index(self.path)
-        self._inner, self.ids = _inner(self.index)
+        self._whole, self._inner, self.ids = _faiss().downcast_index(self.index), *_inner(self.index)
 
 
 def _faiss() -> Any:
@@ -376,6 +408,8 @@ def _inner(index: Any) -> tuple[Any, np.ndarray | None]:
         ids = faiss.vector_to_array(index.id_map).copy()
         index = faiss.downcast_index(index.index)
     if isinstance(index, faiss.IndexIVFFlat):
+        own = _number_rows(index)
+        ids = own if ids is None else ids
         index.make_direct_map()
     elif not isinstance(index, faiss.IndexFlat | faiss.IndexHNSWFlat):
         raise ValueError(
@@ -384,6 +418,24 @@ def _inner(index: Any) -> tuple[Any, np.ndarray | None]:
         )
     index.referenced_objects = [whole]  # what owns the memory must outlive this view of it
     return index, ids
+
+
+def _number_rows(index: Any) -> np.ndarray | None:
+    """Give the rows of an IVF index in memory the numbers 0 to n - 1 in the order of their ids; return these (n,).
+
+    FAISS gives vectors back by such numbers alone. None where the ids are these numbers already.
+    """
+    faiss, lists = _faiss(), index.invlists
+    held = [faiss.rev_swig_ptr(lists.get_ids(i), n) for i in range(index.nlist) if (n := lists.list_size(i))]
+    ids = np.concatenate(held) if held else np.empty(0, np.int64)
+    order = np.argsort(ids, kind="stable")
+    if np.array_equal(ids[order], np.arange(len(ids))):
+        return None
+    numbers = np.empty(len(ids), np.int64)
+    numbers[order] = np.arange(len(ids))
+    for view, part in zip(held, np.split(numbers, np.cumsum([len(view) for view in held])[:-1]), strict=True):
+        view[:] = part
+    return ids[order]
 
 
 def _vectors(index: Any, first: int, n: int) -> np.ndarray:

@@ -269,7 +269,10 @@ class Upgrade:
         self._old_space(facts, plan["old_space"]["model"])
         if dict(facts.state) != plan["state"] and not facts.next_dim:
             raise ValueError("the store must be the one that was planned for, got other contents; plan again")
-        row = next(r for r in table if r.strategy == strategy)
+        rows = [r for r in table if r.strategy == strategy]
+        row = best if strategy == best.strategy else rows[0]
+        if share is not None and strategy == "backfill":
+            row = min(rows, key=lambda r: abs(r.share - share))
         if strategy == "backfill" and share is None:
             share = row.share
         if share is not None and not (strategy == "backfill" and 0 < share < 1):
@@ -278,6 +281,9 @@ class Upgrade:
             )
         if self.table.facts().space is None:
             self.table.stamp(plan["old_space"])
+        if facts.next_dim is None and not facts.has_before:
+            # Steps of an upgrade before this one say nothing of this one.
+            self._remember(steps={}, rolling=False)
         unit = plan["new_space"]["normalized"] if renormalize is None else renormalize
         facts_of_it = {
             "strategy": strategy,
@@ -290,6 +296,9 @@ class Upgrade:
             work = {"strategy": strategy, "renormalize": unit, "share": share, "seed": seed}
             if strategy != "re-embed":
                 work["map_sha256"] = digest_file(self._map_path("gallery"))
+            if facts.next_dim is None:
+                # What an upgrade before this one embedded is none of this one's.
+                remove_file(self.folder / "backfill.jsonl")
             space = plan["new_space"] | {"normalized": unit, "by": strategy}
             self.table.prepare(plan["new_space"]["dim"], space, work)
         self._remember(**facts_of_it, checked=None)
@@ -498,8 +507,13 @@ class Upgrade:
         self._done("cut over")
 
     def roll_back(self) -> None:
-        """Put the old vectors in use again."""
-        self.table.switch("roll back")
+        """Put the old vectors in use again; done once, it does nothing."""
+        begun = self._read("upgrade.json").get("rolling", False)
+        if not begun or self.table.facts().has_before:
+            if self.table.facts().has_before:
+                # Killed after the switch, a repeat finds nothing to undo and must know why.
+                self._remember(rolling=True)
+            self.table.switch("roll back")
         self._remember(checked=None)
         self._done("rolled back")
 
