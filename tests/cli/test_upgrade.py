@@ -67,9 +67,9 @@ def test_a_backfill_loads_the_encoder_by_itself_and_forgetting_is_asked_for(file
     apply(state, strategy="backfill", share=0.5, apply=True, batch_rows=64)
     assert check(state) == 0
     cutover(state)
-    assert (files / "x.before.parquet").exists()
+    assert (state / "before.parquet").exists()
     cutover(state, forget=True)
-    assert not (files / "x.before.parquet").exists()
+    assert not (state / "before.parquet").exists()
     exact = np.linalg.norm(read_array(files / "x.parquet", column="vector") - NEW, axis=1) < 1e-4
     assert 0.35 < exact.mean() < 0.65
     assert "verdict\tgood" in capsys.readouterr().out
@@ -131,3 +131,23 @@ def test_what_cannot_be_done_is_named(files, capsys):
         check(planned(files))
     assert run(["upgrade", "rollback", str(planned(files))]) == 2
     assert "must have been cut over" in capsys.readouterr().err
+
+
+def test_the_query_strategy_says_that_it_has_no_next_vectors(files, capsys):
+    state = planned(files)
+    apply(state, strategy="query")
+    assert "the store gets a stamp if it has none" in capsys.readouterr().out
+    apply(state, strategy="query", apply=True)
+    for step in (check, cutover, rollback):
+        with pytest.raises(ValueError, match=r"it has no next vectors; carry .*query_map\.safetensors"):
+            step(state)
+
+
+def test_forgetting_says_whether_there_was_anything_to_remove(files, capsys):
+    state = planned(files)
+    apply(state, strategy="gallery", apply=True)
+    capsys.readouterr()
+    cutover(state, forget=True)
+    assert "the vectors that are not in use" in capsys.readouterr().out
+    cutover(state, forget=True)
+    assert "nothing: the store holds only vectors in use" in capsys.readouterr().out

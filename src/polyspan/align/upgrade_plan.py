@@ -1,12 +1,16 @@
 """What it will cost and give to move a vector store from an old embedding model to a new one, predicted on a sample."""
 
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.base import clone
 from sklearn.model_selection import KFold
 
+from polyspan.io import read_array, write_array
 from polyspan.linalg import label_hits, top_k
 
 from ._aligner import Aligner
@@ -15,6 +19,8 @@ from .choosing import default_candidates, pairing_p_value
 STRATEGIES = ("stay", "query", "gallery", "backfill", "re-embed")
 RESAMPLES = 1000
 UNPAIRED = 0.05
+TIMED_ROWS = 8192
+"""So many rows, the sample repeated, are read, mapped and written to estimate how long that takes for the store."""
 
 
 class StrategyRow(NamedTuple):
@@ -22,7 +28,9 @@ class StrategyRow(NamedTuple):
 
     ``strategy``: one of ``STRATEGIES``; ``aligner``: family, or ``""`` where no map is used; ``recall`` in [0, 1] with
     its 95 % ``interval``; ``share``: of the items that are embedded again; ``n_written``: vectors that are written;
-    ``seconds`` and ``cost`` (in the unit of ``price_per_item``) for the whole store, or None where not known.
+    ``seconds`` and ``cost`` (in the unit of ``price_per_item``) for the whole store, or None where not known: the time
+    of the encoder, and for carried vectors that of reading, mapping and writing, measured on the sample with the best
+    map and files of vectors (a database may be slower); the cost is that of embedding alone.
     """
 
     strategy: str
@@ -64,6 +72,7 @@ def plan_upgrade(
     loss: float = 0.05,
     seconds_per_item: float | None = None,
     price_per_item: float | None = None,
+    renormalize: bool = False,
     n_splits: int = 3,
     random_state: int | None = 0,
 ) -> UpgradePlan:
@@ -99,6 +108,8 @@ def plan_upgrade(
         Recall that may be given up against the best row for a cheaper one.
     seconds_per_item, price_per_item : float, optional
         Of the new encoder.
+    renormalize : bool
+        Carried vectors will be brought to length 1 where new ones have it: that theirs differ is no reason to warn.
 
     Raises
     ------
@@ -139,7 +150,7 @@ def plan_upgrade(
                 interval=_interval(found, rng),
                 share=share,
                 n_written=0 if strategy in ("stay", "query") else n_rows,
-                seconds=None if seconds_per_item is None else n_embedded * seconds_per_item,
+                seconds=_encoder_seconds(n_embedded, seconds_per_item),
                 cost=None if price_per_item is None else n_embedded * price_per_item,
             )
         )
@@ -151,7 +162,34 @@ def plan_upgrade(
         if name is not None:
             source, target = (A, B) if direction == "gallery" else (B, A)
             aligners[direction] = clone(tried[name]).fit(source, target)
-    return UpgradePlan(rows, chosen, reason, aligners, k, len(A), n_rows, _suspicions(A, B, aligners, rows))
+    if "gallery" in aligners:
+        carrying = n_rows * _carrying_seconds(aligners["gallery"], A)
+        rows = [
+            row._replace(seconds=row.seconds + carrying)
+            if row.strategy in ("gallery", "backfill") and row.seconds is not None
+            else row
+            for row in rows
+        ]
+    return UpgradePlan(
+        rows, chosen, reason, aligners, k, len(A), n_rows, _suspicions(A, B, aligners, rows, renormalize)
+    )
+
+
+def _encoder_seconds(n_embedded: int, seconds_per_item: float | None) -> float | None:
+    """Return how long the encoder takes, or None where it is needed and its speed is not known."""
+    if not n_embedded:
+        return 0.0
+    return None if seconds_per_item is None else n_embedded * seconds_per_item
+
+
+def _carrying_seconds(aligner: Aligner, A: np.ndarray) -> float:
+    """Measure how long a row takes to be read, mapped and written, in seconds."""
+    rows = np.resize(A, (TIMED_ROWS, A.shape[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_array(Path(folder) / "source.npy", rows)
+        start = time.perf_counter()
+        write_array(Path(folder) / "carried.npy", aligner.transform(read_array(source, mmap=False)))
+        return (time.perf_counter() - start) / TIMED_ROWS
 
 
 def _held_out_hits(A, B, labels, tried, shares, k, n_splits, random_state) -> dict[tuple[str, str, float], np.ndarray]:
@@ -214,7 +252,9 @@ def _recommend(rows: list[StrategyRow], loss: float) -> tuple[int, str]:
     return chosen, told
 
 
-def _suspicions(A: np.ndarray, B: np.ndarray, aligners: dict[str, Aligner], rows: list[StrategyRow]) -> list[str]:
+def _suspicions(
+    A: np.ndarray, B: np.ndarray, aligners: dict[str, Aligner], rows: list[StrategyRow], renormalize: bool
+) -> list[str]:
     """Say what of the sample makes one doubt: rows unpaired, too few anchors, lengths that are lost."""
     said = []
     p = pairing_p_value(A, B)
@@ -226,7 +266,8 @@ def _suspicions(A: np.ndarray, B: np.ndarray, aligners: dict[str, Aligner], rows
     spread = [float(np.std(np.linalg.norm(X, axis=1)) / (np.mean(np.linalg.norm(X, axis=1)) or 1)) for X in (A, B)]
     if "gallery" in aligners:
         norms = np.linalg.norm(aligners["gallery"].transform(A), axis=1)
-        if spread[1] < 1e-3 and np.std(norms) > 0.01 * np.mean(norms):
+        mended = renormalize and abs(float(np.mean(np.linalg.norm(B, axis=1))) - 1) < 1e-3
+        if spread[1] < 1e-3 and not mended and np.std(norms) > 0.01 * np.mean(norms):
             said.append("new vectors are of one length, carried ones are not: search by cosine, or normalise them")
     if spread[0] < 1e-3 < spread[1]:
         said.append("old vectors are of one length, new ones are not: if search is by inner product, lengths are lost")

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
 
-PLAN_COLUMNS = ("strategy", "map", "recall", "95 % interval", "embedded again", "written", "time", "cost")
+PLAN_COLUMNS = ("strategy", "map", "recall", "95 % interval", "embedded again", "written", "time", "cost of embedding")
 
 
 def plan(
@@ -98,6 +98,7 @@ def plan(
             seed=seed,
             loss=loss,
             price_per_item=price,
+            renormalize=True,
         )
     for warning in made.warnings:
         say(f"warning: {warning}")
@@ -115,6 +116,7 @@ def plan(
     share = f" of {best.share:.0%}" if best.strategy == "backfill" else ""
     by = f" with the {best.aligner} map" if best.aligner else ""
     print(f"recommended: {best.strategy}{share}{by}: {made.reason}")
+    say("time is an estimate: of the encoder, and of reading, mapping and writing a file of vectors, on the sample")
     say(f"nothing was written to the store; next: polyspan upgrade apply {upgrade.folder} --apply")
 
 
@@ -165,7 +167,8 @@ def apply(
         _show(told, json, [("would be done", told["would"]), ("to do it", f"polyspan upgrade apply {state} --apply")])
         return
     with _remembered(state, device, needs_encoder=chosen in ("backfill", "re-embed")) as upgrade:
-        if "stamped" not in upgrade.steps or strategy is not None or share is not None:
+        ended = "rolled back" in upgrade.steps and upgrade.table.facts().next_dim is None
+        if "stamped" not in upgrade.steps or ended or strategy is not None or share is not None:
             upgrade.begin(chosen, share=share, seed=seed)
         if chosen == "query":
             told["map"] = str(_carry_queries(upgrade, source["store"], state))
@@ -186,7 +189,7 @@ def check(
 ) -> int:
     """Look at every next vector: none missing, all as the map or the model makes them, recall as predicted.
 
-    Exit code 1 where something is wrong.
+    Exit code 1 where something is wrong. Strategy query has no next vectors, and is refused.
 
     Parameters
     ----------
@@ -207,6 +210,7 @@ def check(
     from polyspan.io import read_json
 
     _plan_of(state)
+    _refuse_query(state)
     if not (state / "upgrade.json").exists():
         raise UnreadableFile(state, found="a plan alone", expected="an upgrade that polyspan upgrade apply has begun")
     embeds = read_json(state / "upgrade.json")["strategy"] in ("backfill", "re-embed")
@@ -234,10 +238,15 @@ def cutover(state: Path, *, forget: Annotated[bool, Parameter(negative="")] = Fa
     json : bool
         Print what was done as JSON.
     """
+    if not forget:
+        _refuse_query(state)
     with _remembered(state) as upgrade:
         if forget:
+            found = upgrade.table.facts()
+            there = found.has_before or found.next_dim is not None
             upgrade.forget()
-            _show({"forgotten": True}, json, [("removed", "the vectors that are not in use")])
+            told = "the vectors that are not in use" if there else "nothing: the store holds only vectors in use"
+            _show({"forgotten": there}, json, [("removed", told)])
             return
         upgrade.cut_over()
         facts = upgrade.table.facts()
@@ -256,6 +265,7 @@ def rollback(state: Path, *, json: bool = False) -> None:
     json : bool
         Print what was done as JSON.
     """
+    _refuse_query(state)
     with _remembered(state) as upgrade:
         upgrade.roll_back()
         facts = upgrade.table.facts()
@@ -308,6 +318,18 @@ def _plan_of(state: Path) -> dict[str, Any]:
     if not (state / "plan.json").exists():
         raise UnreadableFile(state, found="no plan", expected="the folder that polyspan upgrade plan named")
     return read_json(state / "plan.json")
+
+
+def _refuse_query(state: Path) -> None:
+    """Say of strategy query what stands in the place of next vectors."""
+    from polyspan.io import read_json
+
+    begun = state / "upgrade.json"
+    if begun.exists() and read_json(begun).get("strategy") == "query":
+        raise ValueError(
+            "strategy must be gallery, backfill or re-embed to check, cut over or roll back, got query: it has no next "
+            f"vectors; carry vectors of new queries through {state / 'query_map.safetensors'} by polyspan align apply"
+        )
 
 
 @contextmanager
@@ -381,7 +403,7 @@ def _carry_queries(upgrade: Any, store: str, state: Path) -> Path:
 def _would(strategy: str, plan: dict[str, Any]) -> str:
     n, dim = plan["n_rows"], plan["new_space"]["dim"]
     if strategy == "query":
-        return "queries of the new model are carried to the store as it is; nothing is written to it"
+        return "queries of the new model are carried to the vectors as they are; the store gets a stamp if it has none"
     how = {
         "gallery": "carried by the map",
         "backfill": "carried by the map, a share of them embedded again",
@@ -394,6 +416,8 @@ def _plan_row(row: Any) -> tuple[str, ...]:
     def seconds(value: float | None) -> str:
         if value is None:
             return ""
+        if value < 10:
+            return f"{value:.2g} s"
         return f"{value:.0f} s" if value < 600 else f"{value / 3600:.1f} h"
 
     return (

@@ -1,5 +1,6 @@
 """A LanceDB table as a store that can be upgraded: next vectors are a column beside the old one."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -138,8 +139,23 @@ class LanceTable:
             n_pending=n_pending,
             next_space=None if plan is None else plan["space"],
             has_before=self._has(self._before),
-            state={"n_rows": n, "cut_over": self._has(self._before)},
+            state={"n_rows": n, "cut_over": self._has(self._before), "files": self._files()},
         )
+
+    def _files(self) -> str:
+        """Return a digest of which files hold ids, texts, vectors in use and next ones, and which rows are deleted.
+
+        Files of Lance are never written again, so that it changes with whatever is written into these columns; renaming
+        a column, its notes and other columns leave it as it is. Compacting the table changes it too.
+        """
+        dataset = self.table.to_lance()
+        names = [self.id_column, self.column, self._next, *([self.text_column] if self.text_column else [])]
+        wanted = {dataset.lance_schema.field(name).id() for name in names if self._has(name)}
+        found = []
+        for fragment in dataset.get_fragments():
+            held = [file.path for file in fragment.metadata.files if wanted & set(file.fields)]
+            found.append([fragment.fragment_id, sorted(held), str(fragment.metadata.deletion_file)])
+        return hashlib.sha256(json.dumps([sorted(wanted), found]).encode()).hexdigest()
 
     def _plan(self) -> dict[str, Any] | None:
         """Return width, stamp and work of the next vectors; the column tells of them once it is there."""
@@ -249,7 +265,15 @@ class LanceTable:
     def _read(self, batch: Any) -> TableBatch:
         texts = None
         if self.text_column is not None:
-            texts = [str(t) for t in batch.column(self.text_column).to_pylist()]
+            texts = batch.column(self.text_column).to_pylist()
+            bad = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+            if bad is not None:
+                raise WrongContent(
+                    self.place,
+                    found=f"{texts[bad]!r}" if texts[bad] is not None else "a null text",
+                    expected="a text in every row",
+                    where=f"{self.text_column} of id {batch.column(self.id_column)[bad].as_py()!r}",
+                )
         vectors = batch.column(self.column)
         if vectors.null_count:
             raise WrongContent(self.place, found="a null vector", expected="a vector in every row", where=self.column)

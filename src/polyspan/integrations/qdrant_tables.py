@@ -1,5 +1,7 @@
 """A Qdrant collection as a store that can be upgraded: next vectors are a collection beside the old one."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,10 +18,17 @@ PAGE = 512
 class QdrantTable:
     """A collection of Qdrant behind an alias; keys are point ids, payloads are carried along.
 
-    Next vectors stand in the collection ``NAME__next``, with the payload of their points. The switch of the alias is
-    the cut-over, so that readers must ask for the alias; a collection that is addressed by its own name can be filled
-    and checked, but not cut over. Payloads that change between filling and cutting over are not carried. Collections of
-    cosine distance keep directions only: the lengths of the vectors are gone.
+    Next vectors stand in the collection ``NAME__next``, with the payload and the other vectors (named or sparse) of
+    their points. The switch of the alias is the cut-over, so that readers must ask for the alias; a collection that
+    is addressed by its own name can be filled and checked, but not cut over. Collections of cosine distance keep
+    directions only: the lengths of the vectors are gone.
+
+    Points whose payload changed since they were filled are found to be pending. While an upgrade is under way,
+    :meth:`facts` reads the whole collection once, for a digest of ids, vectors and payloads: whatever changes in it
+    between check and cut-over is seen. Not seen are other vectors of a point (not the one that is upgraded) that change
+    between fill and check, writes of others to the next collection after the check, and writes during the cut-over
+    itself. Indexes of payload fields, aliases of other names and the
+    number of shards and replicas are not carried: set them on the new collection before the cut-over.
 
     Parameters
     ----------
@@ -119,8 +128,18 @@ class QdrantTable:
             n_pending=None if there is None else max(n - there, 0),
             next_space=None if coming is None else self._note(coming).get("space"),
             has_before=before is not None,
-            state={"n_rows": n, "collection": own},
+            state={"n_rows": n, "collection": own, "points": None if coming is None else self._digest(own)},
         )
+
+    def _digest(self, collection: str) -> str:
+        """Return a digest of ids, vectors and payloads of a whole collection, in the order of its ids."""
+        made = hashlib.sha256()
+        for points in self._scroll(collection, PAGE, vectors=True):
+            for point in points:
+                vectors = point.vector if isinstance(point.vector, Mapping) else {"": point.vector}
+                named = {name: _plain(vector) for name, vector in vectors.items()}
+                made.update(json.dumps([point.id, named, point.payload], sort_keys=True, default=str).encode())
+        return made.hexdigest()
 
     def _before(self) -> str | None:
         name = self._note(self.collection).get(BEFORE)
@@ -137,18 +156,34 @@ class QdrantTable:
             raise ValueError(f"{self.place} must have no upgrade that is cut over and not forgotten, got one")
         coming = self._next()
         if coming is None:
-            m, old = self._models, self._settings(self.collection)
-            params = m.VectorParams(size=dim, distance=old.distance)
+            old = self._settings(self.collection)
+            if old.multivector_config is not None:
+                raise WrongContent(
+                    self.place,
+                    found=f"several vectors a point in {self.vector or 'the collection'}",
+                    expected="one vector a point where it is to be upgraded",
+                )
+            params = old.model_copy(update={"size": dim})
+            config = self.client.get_collection(self.collection).config
             coming = next(c for c in self._places() if not self.client.collection_exists(c))
-            config = params if self.vector is None else {self.vector: params}
-            self.client.create_collection(coming, vectors_config=config, metadata={STAMP: wanted})
+            self.client.create_collection(
+                coming,
+                vectors_config=params if self.vector is None else {**config.params.vectors, self.vector: params},
+                sparse_vectors_config=config.params.sparse_vectors,
+                hnsw_config=self._models.HnswConfigDiff(**config.hnsw_config.model_dump()),
+                quantization_config=config.quantization_config,
+                on_disk_payload=config.params.on_disk_payload,
+                metadata={STAMP: wanted},
+            )
         elif self._note(coming) != wanted:
             raise ValueError(f"{self.place} is being upgraded in another way; forget that upgrade first")
 
-    def _scroll(self, collection: str, batch_rows: int) -> Iterator[list[Any]]:
+    def _scroll(self, collection: str, batch_rows: int, vectors: bool | list[str] | None = None) -> Iterator[list[Any]]:
+        """Yield points with their payload and the vector that is upgraded, or the vectors that are asked for."""
         offset, held = None, []
-        while True:
+        if vectors is None:
             vectors = True if self.vector is None else [self.vector]
+        while True:
             points, offset = self.client.scroll(
                 collection, limit=min(batch_rows, PAGE), offset=offset, with_vectors=vectors, with_payload=True
             )
@@ -160,7 +195,8 @@ class QdrantTable:
                 return
 
     def _vector_of(self, point: Any) -> Any:
-        found = point.vector if self.vector is None else (point.vector or {}).get(self.vector)
+        # Where sparse vectors stand beside it, the vector without a name comes under the name "".
+        found = point.vector.get(self.vector or "") if isinstance(point.vector, Mapping) else point.vector
         if found is None:
             raise WrongContent(self.place, found="a point without a vector", expected="one", where=f"id {point.id}")
         return found
@@ -194,13 +230,18 @@ class QdrantTable:
         """Every write is on the disk already."""
 
     def pending(self, batch_rows: int = BATCH_ROWS) -> Iterator[TableBatch]:
-        """Yield points that the next collection lacks."""
+        """Yield points that the next collection lacks or has with another payload."""
         coming = self._coming()
         for points in self._scroll(self.collection, batch_rows):
-            there = {p.id for p in self.client.retrieve(coming, [p.id for p in points], with_payload=False)}
-            left = [point for point in points if point.id not in there]
+            there = self._payloads(coming, points)
+            left = [point for point in points if not _is_carried(point, there)]
             if left:
                 yield self._read(left)
+
+    def _payloads(self, collection: str, points: list[Any]) -> dict[Any, Any]:
+        """Return the payloads of those of the points that a collection holds, by id."""
+        found = self.client.retrieve(collection, [p.id for p in points], with_payload=True, with_vectors=False)
+        return {point.id: point.payload or {} for point in found}
 
     def _coming(self) -> str:
         coming = self._next()
@@ -209,16 +250,20 @@ class QdrantTable:
         return coming
 
     def fill(self, batch: TableBatch, rows: np.ndarray) -> None:
-        """Write points with their next vectors and the payload that they have now."""
+        """Write points with their next vectors, and the payload and other vectors that they have now."""
         m, coming = self._models, self._coming()
-        payloads = {
-            point.id: point.payload
-            for point in self.client.retrieve(self.collection, list(batch.keys), with_payload=True)
+        found = {
+            point.id: point
+            for point in self.client.retrieve(self.collection, list(batch.keys), with_payload=True, with_vectors=True)
         }
         points = []
         for key, row in zip(batch.keys, rows, strict=True):
-            vector = row.tolist() if self.vector is None else {self.vector: row.tolist()}
-            points.append(m.PointStruct(id=key, vector=vector, payload=payloads.get(key)))
+            if key not in found:
+                # Removed since it was read: what is not in use needs no next vector.
+                continue
+            others = found[key].vector
+            vector = {**others, self.vector or "": row.tolist()} if isinstance(others, Mapping) else row.tolist()
+            points.append(m.PointStruct(id=key, vector=vector, payload=found[key].payload))
         for at in range(0, len(points), PAGE):
             self.client.upsert(coming, points[at : at + PAGE], wait=True)
 
@@ -229,11 +274,12 @@ class QdrantTable:
             raise ValueError(f"every row must have a next vector, got {left} rows without one")
 
     def pairs(self, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[TableBatch, np.ndarray]]:
-        """Yield every point with its next vector, or NaN."""
+        """Yield every point with its next vector, or NaN where there is none or its payload has changed."""
         coming = self._coming()
         d = self._settings(coming).size
         for points in self._scroll(self.collection, batch_rows):
-            there = self._there(coming, [point.id for point in points])
+            payloads = self._payloads(coming, points)
+            there = self._there(coming, [point.id for point in points if _is_carried(point, payloads)])
             made = [there.get(point.id, [np.nan] * d) for point in points]
             yield self._read(points), np.array(made, dtype=np.float32)
 
@@ -271,3 +317,13 @@ class QdrantTable:
                 m.CreateAliasOperation(create_alias=m.CreateAlias(collection_name=collection, alias_name=self.name)),
             ]
         )
+
+
+def _is_carried(point: Any, payloads: Mapping[Any, Any]) -> bool:
+    """Tell whether a point stands in the next collection with the payload that it has now."""
+    return point.id in payloads and payloads[point.id] == (point.payload or {})
+
+
+def _plain(vector: Any) -> Any:
+    """Return a dense, sparse or multiple vector in JSON types."""
+    return vector.model_dump() if hasattr(vector, "model_dump") else vector
