@@ -96,7 +96,8 @@ def test_warnings_go_to_stderr_and_into_the_report(files, capsys):
     debias(files / "gallery.npy", out=files / "out.npy", **same, rate_gallery=9.0, mean="none", json=True)
     shown = capsys.readouterr()
     told = json.loads(shown.out)
-    assert len(told["warnings"]) == 2
+    assert len(told["warnings"]) == 3
+    assert told["warnings"][2].startswith("hubs are worse than before by")
     assert "above twice its limit" in shown.err
     assert "same file as the gallery's bank" in shown.err
 
@@ -124,4 +125,17 @@ def test_wrong_use_is_said_and_nothing_is_written(files, options, message):
     paths = {key: files / value if isinstance(value, str) and "." in value else value for key, value in options.items()}
     with pytest.raises(ValueError, match=message):
         debias(files / "gallery.npy", out=files / "out.npy", **(banks(files) | paths))
+    assert {path.name for path in files.iterdir()} == before
+
+
+def test_what_cannot_be_measured_is_said_before_anything_is_written(files):
+    write_array(files / "one.npy", np.ones((1, 4), dtype=np.float32))
+    write_array(files / "wide.npy", np.ones((5, 3), dtype=np.float32))
+    before = {path.name for path in files.iterdir()}
+    with pytest.raises(ValueError, match="gallery must hold at least 2 rows to be measured by its own rows, got 1"):
+        debias(files / "one.npy", out=files / "out.npy")
+    with pytest.raises(
+        ValueError, match=r"--queries must have \d+ components like .*gallery\.npy, got 3 in .*wide\.npy"
+    ):
+        debias(files / "gallery.npy", out=files / "out.npy", queries=files / "wide.npy")
     assert {path.name for path in files.iterdir()} == before

@@ -211,7 +211,7 @@ def alignment_report(aligner: Aligner, X: Any, Y: Any, *, k: int = 10, random_st
     Returns
     -------
     dict
-        ``n``; ``cosine`` before (NaN where widths differ) and after; ``recall`` at 1 and at k of each row's own twin
+        ``n``; ``cosine`` before (None where widths differ) and after; ``recall`` at 1 and at k of each row's own twin
         and of the new model's neighbours; ``unexplained``: residual share; ``pairing_p``: see :func:`pairing_p_value`;
         ``warnings``: list of sentences: rows that seem unpaired, a direction that seems swapped, too few anchors.
     """
@@ -230,7 +230,7 @@ def alignment_report(aligner: Aligner, X: Any, Y: Any, *, k: int = 10, random_st
             said.append(f"the map fits the other direction better (cosine {other:.2f} against {after:.2f}): swapped?")
     if aligner.n_anchors_ < min(X.shape[1], Y.shape[1]):
         said.append(f"{aligner.n_anchors_} anchors leave part of {min(X.shape[1], Y.shape[1])} dimensions open")
-    same = IdentityMap().fit(X, Y).score(X, Y) if X.shape[1] == Y.shape[1] else float("nan")
+    same = IdentityMap().fit(X, Y).score(X, Y) if X.shape[1] == Y.shape[1] else None
     found = top_k(Y, mapped, k, exclude=None).indices
     neighbours = top_k(Y, mapped, k, exclude=twins).indices
     return {

@@ -17,7 +17,7 @@ app = App(
     help="Systems about subspaces and structured representations, each with a claim that you can measure again.",
     version=lambda: version("polyspan"),
     help_epilogue=(
-        "Results go to stdout, talk to stderr. Exit codes: 0 done, 1 a claim does not hold (claim --check), "
+        "Results go to stdout, talk to stderr. Exit codes: 0 done, 1 a claim or a check does not hold, "
         "2 wrong use, 3 a file, 4 a missing extra, 5 not converged, 130 interrupted."
     ),
 )

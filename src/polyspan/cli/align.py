@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
 
-Method = Literal["auto", "orthogonal", "ridge", "mean-shift", "residual-mlp", "no-map"]
+Method = Literal["auto", "orthogonal", "relaxed-orthogonal", "ridge", "mean-shift", "residual-mlp", "no-map"]
 
 
 def fit(
@@ -42,12 +42,12 @@ def fit(
         Vectors of the same items, row by row, by the model you go to.
     out : Path
         The fitted map, one .safetensors file.
-    method : {"auto", "orthogonal", "ridge", "mean-shift", "residual-mlp", "no-map"}
-        auto tries every family by cross-validated retrieval.
+    method : {"auto", "orthogonal", "relaxed-orthogonal", "ridge", "mean-shift", "residual-mlp", "no-map"}
+        auto tries every family by cross-validated retrieval, but for relaxed-orthogonal, which is trained by steps.
     metric : {"cosine", "dot"}
         How your store compares vectors; cosine scales rows to length 1 first.
     shift : bool
-        Fit the means as well (orthogonal and ridge).
+        Fit the means as well (orthogonal, relaxed-orthogonal and ridge).
     rank : int
         Keep only so many leading directions (orthogonal).
     held_out : float
@@ -86,13 +86,21 @@ def fit(
     if not 0 <= held_out < 1:
         raise ValueError(f"--held-out must be at least 0 and below 1, got {held_out}")
     normalize = metric == "cosine"
+    if normalize:
+        for path, rows in ((source, X), (target, Y)):
+            zero = np.flatnonzero(~np.any(rows, axis=1))
+            if len(zero):
+                raise ValueError(f"{path} must have no all-zero row with --metric cosine, got one at row {zero[0]}")
     families = _families(shift=shift, rank=rank, normalize=normalize, seed=seed)
     order = np.random.default_rng(seed).permutation(len(X))
     n_held = int(len(X) * held_out)
     held, kept = np.sort(order[:n_held]), np.sort(order[n_held:])
     table, chosen = [], str(method)
     if method == "auto":
-        usable = {k: v for k, v in families.items() if X.shape[1] == Y.shape[1] or k not in ("mean-shift", "no-map")}
+        left_out = (
+            {"relaxed-orthogonal"} if X.shape[1] == Y.shape[1] else {"relaxed-orthogonal", "mean-shift", "no-map"}
+        )
+        usable = {k: v for k, v in families.items() if k not in left_out}
         choice = choose_aligner(X[kept], Y[kept], candidates=usable, directions=("gallery",), random_state=seed)
         chosen = choice.table[0].aligner
         table = [row._asdict() for row in choice.table]
@@ -129,10 +137,18 @@ def fit(
 
 
 def _families(*, shift: bool, rank: int | None, normalize: bool, seed: int):
-    from polyspan.align import IdentityMap, MeanShift, OrthogonalMap, ResidualMLPMap, RidgeMap
+    from polyspan.align import (
+        IdentityMap,
+        MeanShift,
+        OrthogonalMap,
+        RelaxedOrthogonalAdapter,
+        ResidualMLPMap,
+        RidgeMap,
+    )
 
     return {
         "orthogonal": OrthogonalMap(shift=shift, rank=rank, normalize=normalize),
+        "relaxed-orthogonal": RelaxedOrthogonalAdapter(shift=shift, normalize=normalize, random_state=seed),
         "ridge": RidgeMap(shift=shift, normalize=normalize),
         "mean-shift": MeanShift(normalize=normalize),
         "residual-mlp": ResidualMLPMap(normalize=normalize, random_state=seed),
@@ -144,9 +160,10 @@ def _report_rows(report: dict) -> list[tuple[str, str]]:
     if not report:
         return []
     cosine = report["cosine"]
+    before = "-" if cosine["before"] is None else f"{cosine['before']:.3f}"
     rows = [
         ("held out", f"{report['n']} items"),
-        ("cosine", f"{cosine['before']:.3f} before, {cosine['after']:.3f} after"),
+        ("cosine", f"{before} before, {cosine['after']:.3f} after"),
     ]
     rows += [(name, f"{value:.3f}") for name, value in report["recall"].items()]
     return [*rows, ("unexplained", f"{report['unexplained']:.3f}"), ("unpaired?", f"p = {report['pairing_p']:.3f}")]

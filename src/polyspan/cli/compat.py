@@ -1,7 +1,7 @@
 """``polyspan compat train``, ``embed`` and ``evaluate``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -69,15 +69,13 @@ def train(
     json : bool
         Print JSON.
     """
-    import numpy as np
-
     from polyspan.align import CompatibleClassifier
     from polyspan.io import digest_file, read_array
 
     if old is not None and old_vectors is not None:
         raise ValueError(f"--old and --old-vectors exclude one another, got {old} and {old_vectors}")
     X = read_array(features, member=member, column=column)
-    y = read_array(labels, ndim=1, dtype=np.int64)
+    y = _read_labels(labels)
     if len(X) != len(y):
         raise ValueError(f"labels must have one entry a row of {features} ({len(X)}), got {len(y)}")
     older = None if old is None else CompatibleClassifier.load(old)
@@ -115,6 +113,28 @@ def train(
         show_json(facts)
     else:
         show_table("", ("what", "value"), [(name, str(value)) for name, value in facts.items()])
+
+
+def _read_labels(path: Path) -> Any:
+    """Return classes (n,), whole numbers of any width, from a file of shape (n,) or (n, 1)."""
+    import numpy as np
+
+    from polyspan.errors import WrongContent
+    from polyspan.io import read_array
+
+    found = read_array(path, ndim=None)
+    if found.ndim == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.ndim != 1:
+        raise WrongContent(path, found=f"shape {found.shape}", expected="one class a row: (n,) or (n, 1)")
+    if found.dtype.kind == "f":
+        # The bound below is beyond float16.
+        found = found.astype(np.float64)
+        if (found != np.round(found)).any() or (np.abs(found) > 2**53).any():
+            raise WrongContent(path, found="numbers that are not whole", expected="classes as whole numbers")
+    if found.dtype.kind == "u" and found.size and found.max() > np.iinfo(np.int64).max:
+        raise WrongContent(path, found=f"a class {found.max()}", expected="classes that fit in 64 bits with a sign")
+    return found.astype(np.int64)
 
 
 def embed(
@@ -205,12 +225,10 @@ def evaluate(
     """
     import math
 
-    import numpy as np
-
     from polyspan.align import compatibility_matrix
     from polyspan.io import read_array
 
-    y = read_array(labels, ndim=1, dtype=np.int64)
+    y = _read_labels(labels)
     made = compatibility_matrix([read_array(path) for path in models], y, metric=metric)
     if plot is not None:
         from polyspan.align.compatibility_plots import plot_compatibility

@@ -25,13 +25,22 @@ def doctor(file: Path | None = None, *, json: bool = False) -> int:
     Parameters
     ----------
     file : Path
-        A file of vectors, a graph, a fitted map: says what it holds, or the first thing that is wrong with it.
+        A file of vectors, a graph, a fitted map: says what it holds, or the first thing that is wrong with it. Of a
+        FAISS index or a folder of LanceDB or Qdrant it says what takes it, without opening it.
     json : bool
         Print JSON.
     """
     if file is not None:
         from polyspan.io import inspect_file
 
+        store = _store(file)
+        if store is not None:
+            told = {"path": str(file), "holds": store, "usable": True, "taken_by": "polyspan upgrade plan"}
+            if json:
+                show_json(told)
+            else:
+                show_table(str(file), ("what", "found"), [(k, str(v)) for k, v in told.items()])
+            return 0
         found = inspect_file(file)
         if json:
             show_json(found)
@@ -56,6 +65,17 @@ def doctor(file: Path | None = None, *, json: bool = False) -> int:
         rows.append((f"extra: {name}", state + (f"; used by {users}" if users else "")))
     show_table("", ("what", "found"), rows)
     return 0
+
+
+def _store(path: Path) -> str | None:
+    """Return what kind of vector store stands there, by its name and folder; it is not opened."""
+    if path.is_file() and path.suffix in (".faiss", ".index"):
+        return "a FAISS index"
+    if path.is_dir() and (path / "meta.json").is_file():
+        return "a local Qdrant"
+    if path.is_dir() and any(path.glob("*.lance")):
+        return "a LanceDB database"
+    return None
 
 
 def _installed(package: str) -> bool:

@@ -94,7 +94,7 @@ def debias(
     import warnings
 
     from polyspan.align import InverseGraphConvolution
-    from polyspan.io import digest_file, picture_path, read_array, transform_file, write_json
+    from polyspan.io import EmbeddingReader, digest_file, picture_path, read_array, transform_file, write_json
 
     started = time.perf_counter()
     if adjacency == "local" and bank_gallery is None:
@@ -127,7 +127,23 @@ def debias(
             pool_share=pool_share,
             mean=None if mean == "none" else mean,
         )
-        estimator.fit(bank(bank_gallery), queries=None if bank_queries is None else bank(bank_queries))
+        own, asked = bank(bank_gallery), None if bank_queries is None else bank(bank_queries)
+        if asked is not None and asked.shape[1] != own.shape[1]:
+            raise ValueError(
+                f"--bank-queries must have {own.shape[1]} components like {bank_gallery or gallery}, got "
+                f"{asked.shape[1]} in {bank_queries}"
+            )
+        measuring = None if queries is None else read_array(queries)
+        if measuring is not None and measuring.shape[1] != own.shape[1]:
+            raise ValueError(
+                f"--queries must have {own.shape[1]} components like {bank_gallery or gallery}, got "
+                f"{measuring.shape[1]} in {queries}"
+            )
+        measuring = asked if measuring is None else measuring
+        n_rows = EmbeddingReader(gallery, member=member, column=column, id_column=id_column).n_rows
+        if measuring is None and n_rows < 2:
+            raise ValueError(f"gallery must hold at least 2 rows to be measured by its own rows, got {n_rows}")
+        estimator.fit(own, queries=asked)
         tuned = None
         if tune_gallery is not None and tune_queries is not None:
             tuned = estimator.tune(read_array(tune_gallery), read_array(tune_queries))
@@ -156,12 +172,20 @@ def debias(
     measured = _measure(
         read_array(gallery, member=member, column=column),
         read_array(out),
-        read_array(queries) if queries is not None else None if bank_queries is None else bank(bank_queries),
+        measuring,
         k=k,
         sample=sample,
         seed=seed,
         plot=plot,
     )
+    worse = [
+        name.replace("_", " ")
+        for name in ("skewness", "top_share")
+        if measured["hubness"]["after"][name] > measured["hubness"]["before"][name]
+    ]
+    if worse:
+        told.append(f"hubs are worse than before by {' and '.join(worse)}: try smaller rates, or --tune-gallery")
+        say(f"warning: {told[-1]}")
     result = {
         "out": str(out),
         "sha256": digest_file(out),
