@@ -143,6 +143,42 @@ def test_matlab_keeps_classes_in_a_column_and_a_matrix_is_none(world, tmp_path, 
         points(tmp_path / "w.mat", member="fea", label_member="pair")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_ids_and_classes_of_a_text_table_are_no_features(world, tmp_path, suffix, capsys):
+    mark, source = "," if suffix == ".csv" else "\t", tmp_path / f"t{suffix}"
+    names = ["id", *(f"f{j}" for j in range(world.points.shape[1])), "kind"]
+    rows = zip(world.points, world.labels, strict=True)
+    lines = [mark.join([f"p{i}", *map(repr, row.tolist()), f"k{c}"]) for i, (row, c) in enumerate(rows)]
+    source.write_text("\n".join([mark.join(names), *lines]) + "\n")
+    points(source, label_column="kind", out=tmp_path / "found.csv", json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["n_features"], told["n_clusters"], told["scores"]["accuracy"]) == (world.points.shape[1], 3, 1.0)
+    assert [row["id"] for row in csv.DictReader((tmp_path / "found.csv").read_text().splitlines())][:2] == ["p0", "p1"]
+    for text, message in (
+        (source.read_text(), "found 'k"),
+        (source.read_text().replace("kind", "label", 1), "the column label of .* must be named by --label-column"),
+        (source.read_text().replace("p1" + mark, "p1" + mark + "x", 1), r"at row 1, column f0: found 'x"),
+    ):
+        source.write_text(text)
+        with pytest.raises((ValueError, WrongContent), match=message):
+            points(source, n_clusters=3, label_column="kind" if "column f0" in message else None)
+        source.write_text("\n".join([mark.join(names), *lines]) + "\n")
+    with pytest.raises(ValueError, match=r"--label-column must be one of id, f0, .*, got 'none'"):
+        points(source, label_column="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("both.npz", {"member": "rows", "label_column": "y"}), ("x.parquet", {"member": "m"}),
+        ("x.parquet", {"label_member": "m"}), ("x.npy", {"column": "c"}),
+    ],
+)  # fmt: skip
+def test_options_of_another_kind_of_file_are_refused(files, name, option):
+    with pytest.raises(ValueError, match="must go with another kind of file"):
+        points(files / name, n_clusters=3, **option)
+
+
 def test_warnings_are_told_once_and_kept(files, world, capsys):
     write_array(files / "copies.npy", np.vstack([world.points, np.zeros((2, 15))]))
     points(files / "copies.npy", n_clusters=3, method="tsc", json=True)

@@ -87,7 +87,8 @@ def points(
     Parameters
     ----------
     source : Path
-        Rows of numbers: .npy, .npz, .safetensors, .parquet, .arrow, .csv, .tsv, .fvecs or .mat.
+        Rows of numbers: .npy, .npz, .safetensors, .parquet, .arrow, .csv, .tsv, .fvecs or .mat. In a .csv or .tsv file
+        a column id names the rows.
     n_clusters : int
         How many groups; the number of classes where there are true ones.
     method : str
@@ -268,6 +269,7 @@ def run_method(
         show_table("", ("method", *NUMBERS), comparison_rows(told["compared"], NUMBERS))
 
 
+TEXT_BYTES = 2**30
 NUMBERS = ("accuracy", "nmi", "ari", "silhouette", "residual share", "seconds")
 
 
@@ -278,7 +280,19 @@ def _read(source: Path, labels: Path | None, member, label_member, column, label
     from polyspan.io import EmbeddingReader, read_array, read_members
 
     ids = truth = None
-    if source.suffix in (".parquet", ".arrow", ".feather"):
+    tables, texts = (".parquet", ".arrow", ".feather"), (".csv", ".tsv")
+    kinds = {
+        "--member": (member, source.suffix not in (*tables, *texts)),
+        "--label-member": (label_member, source.suffix not in (*tables, *texts)),
+        "--column": (column, source.suffix in tables),
+        "--label-column": (label_column, source.suffix in (*tables, *texts)),
+    }
+    for option, (given, fits) in kinds.items():
+        if given is not None and not fits:
+            raise ValueError(f"{option} must go with another kind of file, got {given!r} for {source.name}")
+    if source.suffix in texts:
+        X, ids, truth = _read_text_table(source, label_column)
+    elif source.suffix in tables:
         reader = EmbeddingReader(source, column=column)
         batches = list(reader.batches())
         X = np.concatenate([batch.rows for batch in batches])
@@ -296,6 +310,51 @@ def _read(source: Path, labels: Path | None, member, label_member, column, label
         turned = "; is the file of rows transposed?" if len(truth) == X.shape[1] else ""
         raise ValueError(f"there must be one label a row, got {len(X)} rows and {len(truth)} labels{turned}")
     return X, ids, truth
+
+
+def _read_text_table(source: Path, label_column: str | None) -> tuple[Any, Any, Any]:
+    """Return the rows of a .csv or .tsv file, its column ``id`` and its classes; a class is never a feature."""
+    import numpy as np
+
+    from polyspan.io import read_array, read_csv, read_text
+
+    header = read_text(source, max_bytes=TEXT_BYTES).split("\n", 1)[0].rstrip("\r")
+    names = [cell.strip().strip('"') for cell in header.split("\t" if source.suffix == ".tsv" else ",")]
+    if label_column is not None and label_column not in names:
+        raise ValueError(f"--label-column must be one of {', '.join(names[:20])}, got {label_column!r}")
+    if label_column is None and "label" in names:
+        raise ValueError(
+            f"the column label of {source.name} must be named by --label-column, or taken out, got neither"
+        )
+    if label_column is None and "id" not in names:
+        return read_array(source), None, None
+    table = read_csv(source, max_bytes=TEXT_BYTES)
+    truth = None if label_column is None else np.array(table.pop(label_column))
+    ids = np.array(table.pop("id")) if "id" in table else None
+    if not table:
+        raise ValueError(f"{source.name} must have columns of numbers beside ids and labels, got none")
+    return np.stack([_numbers(source, name, cells) for name, cells in table.items()], axis=1), ids, truth
+
+
+def _numbers(source: Path, name: str, cells: list[str]) -> Any:
+    import numpy as np
+
+    from polyspan.errors import WrongContent
+
+    try:
+        values = np.array(cells, dtype=np.float64)
+    except ValueError:
+        values = np.full(len(cells), np.nan)
+        for i, cell in enumerate(cells):
+            try:
+                values[i] = float(cell)
+            except ValueError:
+                where = f"row {i}, column {name}"
+                raise WrongContent(source, found=repr(cell[:40]), expected="a number", where=where) from None
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise WrongContent(source, found=cells[row], expected="finite numbers", where=f"row {row}, column {name}")
+    return values
 
 
 def _vector(values: Any, name: str) -> Any:
