@@ -352,3 +352,22 @@ def test_routes_are_drawn_with_equal_bytes(tmp_path):
         plot_scan_routes(2, 2, tmp_path / "a.txt")
     with pytest.raises(ValueError, match="at most 4096, got 4225"):
         plot_scan_routes(65, 65, tmp_path / "a.svg")
+
+
+@pytest.mark.parametrize("kind", [MultiHeadScan2d, MHSBlock])
+def test_an_empty_batch_has_an_empty_result_and_no_gradient(kind):
+    module = kind(8, generator=seeded())
+    x = torch.randn(0, 5, 7, 8, requires_grad=True)
+    y = module(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+
+
+def test_routes_are_found_on_the_processor_whatever_device_is_the_default():
+    module, x = MultiHeadScan2d(8, generator=seeded()), torch.randn(1, 3, 4, 8, generator=seeded(1))
+    expected = module(x)
+    fresh = MultiHeadScan2d(8, generator=seeded())
+    with torch.device("meta"):
+        torch.testing.assert_close(fresh(x), expected, rtol=0, atol=0)

@@ -285,3 +285,13 @@ def test_softplus_and_the_gate_are_those_of_the_formula():
     step = F.softplus(p["delta"] + p["delta_bias"][:, None])
     plain = selective_scan(p["u"], step, p["A"], p["B"], p["C"]) + p["D"][:, None] * p["u"]
     torch.testing.assert_close(selective_scan(**p, delta_softplus=True), plain * F.silu(p["z"]))
+
+
+def test_an_empty_batch_has_an_empty_result():
+    u = torch.randn(0, 4, 9, requires_grad=True)
+    y, last = selective_scan(
+        u, torch.rand(0, 4, 9), -torch.rand(4, 3), torch.randn(0, 3, 9), torch.randn(0, 3, 9), return_last_state=True
+    )
+    assert (y.shape, last.shape) == ((0, 4, 9), (0, 4, 3))
+    y.sum().backward()
+    assert u.grad.shape == u.shape

@@ -43,21 +43,21 @@ def route_indices(routes: Sequence[ScanRoute], device: Any) -> tuple[Tensor, Ten
     there = torch.stack([order, order.flip(-1)], dim=2).flatten(1, 2)
     back = torch.stack([inverse, L - 1 - inverse], dim=2).flatten(1, 2)
     K = there.shape[1]
-    group = torch.arange(heads * K).view(heads, K, 1)
-    there = (there + L * torch.arange(heads).view(-1, 1, 1)).flatten(0, 1)
+    group = torch.arange(heads * K, device="cpu").view(heads, K, 1)
+    there = (there + L * torch.arange(heads, device="cpu").view(-1, 1, 1)).flatten(0, 1)
     back = (back * (heads * K) + group).transpose(0, 1).contiguous()
     return there.to(device), back.to(device)
 
 
 def to_routes(x: Float[Tensor, "heads L b d"], there: Int[Tensor, "groups L"]) -> Float[Tensor, "groups L b d"]:
     """Read every head's image along each of its routes."""
-    rows = x.reshape(-1, x.shape[2] * x.shape[3]).index_select(0, there.flatten())
+    rows = x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]).index_select(0, there.flatten())
     return rows.view(*there.shape, *x.shape[2:])
 
 
 def from_routes(y: Float[Tensor, "L groups b d"], back: Int[Tensor, "K heads L"]) -> Float[Tensor, "K heads L b d"]:
     """Put every sequence back in image order."""
-    rows = y.reshape(-1, y.shape[2] * y.shape[3]).index_select(0, back.flatten())
+    rows = y.reshape(y.shape[0] * y.shape[1], y.shape[2] * y.shape[3]).index_select(0, back.flatten())
     return rows.view(*back.shape, *y.shape[2:])
 
 
@@ -174,7 +174,8 @@ class RouteScan(nn.Module):
             low, B, C = read.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
             raw = torch.baddbmm(self.step_bias.to(wide).unsqueeze(1), low, self.step_weight.to(wide).transpose(1, 2))
             u, delta, B, C = (
-                part.view(groups, L, b, -1).transpose(0, 1).contiguous() for part in (flat, F.softplus(raw), B, C)
+                part.view(groups, L, b, part.shape[-1]).transpose(0, 1).contiguous()
+                for part in (flat, F.softplus(raw), B, C)
             )
             A = -self.log_rates.to(wide).exp()
             y, _ = scan_time_major(u, delta, A, B, C, backend=self.backend)

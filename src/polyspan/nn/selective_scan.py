@@ -95,10 +95,13 @@ def selective_scan(
     how = pick_backend(backend, u.device)
     if how == "blocks":
         G = B.shape[1]
-        major = [x.reshape(b, G, -1, L).permute(3, 1, 0, 2).contiguous() for x in (u, delta)]
+        major = [x.reshape(b, G, channels // G, L).permute(3, 1, 0, 2).contiguous() for x in (u, delta)]
         groups = [x.permute(3, 1, 0, 2).contiguous() for x in (B, C)]
         y, last = scan_time_major(*major, A.reshape(G, -1, A.shape[-1]), *groups, backend=how)
-        y, last = y.permute(2, 1, 3, 0).reshape(b, channels, L), last.permute(1, 0, 3, 2).reshape(b, channels, -1)
+        y, last = (
+            y.permute(2, 1, 3, 0).reshape(b, channels, L),
+            last.permute(1, 0, 3, 2).reshape(b, channels, A.shape[-1]),
+        )
     else:
         y, last = _scan_channel_major(u, delta, A, B, C, how)
     if D is not None:
