@@ -227,6 +227,15 @@ def test_booleans_are_numbers_where_that_is_asked_for(tmp_path, suffix):
     np.testing.assert_array_equal(read_array(path, booleans=True, dtype=np.int64), mask)
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 0.5])
+def test_half_precision_that_is_no_whole_number_is_refused_as_integers(tmp_path, value):
+    np.save(tmp_path / "h.npy", np.array([1, 2, value], np.float16))
+    with pytest.raises(WrongContent, match="row 2"):
+        read_array(tmp_path / "h.npy", ndim=1, dtype=np.int64)
+    np.save(tmp_path / "h.npy", np.array([1, 2, -3], np.float16))
+    assert read_array(tmp_path / "h.npy", ndim=1, dtype=np.int64).tolist() == [1, 2, -3]
+
+
 def test_memory_is_limited_before_it_is_taken(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((1000, 100), np.float16))
     assert read_array(tmp_path / "a.npy").dtype == np.float32

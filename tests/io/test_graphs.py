@@ -357,3 +357,13 @@ def test_arguments_are_left_alone_and_counts_are_compared():
         as_graph(A, attributes=FEATURES[:2])
     with pytest.raises(ValueError, match="one a node, 4"):
         as_graph(A, labels=np.zeros(3, int))
+
+
+def test_rows_without_ids_do_not_go_with_nodes_that_have_names(tmp_path):
+    (tmp_path / "e.csv").write_text("source,target\n" + "\n".join(f"item{i},item{i + 1}" for i in range(11)) + "\n")
+    np.save(tmp_path / "x.npy", np.eye(12))
+    with pytest.raises(WrongContent, match="nodes with names such as item0; expected a column id beside their rows"):
+        read_graph(tmp_path / "e.csv", attributes=tmp_path / "x.npy")
+    np.save(tmp_path / "y.npy", np.arange(12))
+    with pytest.raises(WrongContent, match="nodes with names"):
+        read_graph(tmp_path / "e.csv", labels=tmp_path / "y.npy")

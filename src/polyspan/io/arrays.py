@@ -186,6 +186,9 @@ def _convert(path: PathLike, raw: np.ndarray, dtype: Any, finite: bool, max_byte
 def _whole(path: PathLike, raw: np.ndarray, target: np.dtype) -> np.ndarray:
     """Return the numbers as integers; a fraction, or one that does not fit, is ``WrongContent``."""
     limits = np.iinfo(target)
+    if raw.dtype == np.float16:
+        # Its infinity would compare as equal to the limits, which it cannot hold.
+        raw = raw.astype(np.float64)
     if raw.dtype.kind == "f":
         with np.errstate(invalid="ignore"):
             bad = ~((raw == np.floor(raw)) & (raw >= limits.min) & (raw <= limits.max))

@@ -513,13 +513,17 @@ def _join_edges(path, edges: _Edges, attributes, labels, names, rules) -> Graph:
 
 
 def _numbered(path: PathLike, seen: np.ndarray, n_rows: int) -> np.ndarray:
-    """Return the ids of n_rows rows that carry none: 0..n-1 or 1..n where all ids lie there, else the sorted ids."""
-    if seen.dtype.kind == "i":
-        low, high = int(seen[0]), int(seen[-1])
-        if low >= 0 and high < n_rows:
-            return np.arange(n_rows)
-        if low >= 1 and high <= n_rows:
-            return np.arange(1, n_rows + 1)
+    """Return the ids of n_rows rows that carry none: 0..n-1 or 1..n where all ids lie there, else the sorted ids.
+
+    Names have no order that rows could be in: item10 comes before item2 in one and after it in another.
+    """
+    if seen.dtype.kind != "i":
+        raise WrongContent(path, found=f"nodes with names such as {seen[0]}", expected="a column id beside their rows")
+    low, high = int(seen[0]), int(seen[-1])
+    if low >= 0 and high < n_rows:
+        return np.arange(n_rows)
+    if low >= 1 and high <= n_rows:
+        return np.arange(1, n_rows + 1)
     if len(seen) != n_rows:
         raise WrongContent(
             path,
