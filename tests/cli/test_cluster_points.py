@@ -1,5 +1,6 @@
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -197,6 +198,16 @@ def test_warnings_are_told_once_and_kept(files, world, capsys):
         ({"n_clusters": 3, "pca": 16}, r"--pca must be between 1 and min\(n, d\) = 15, got 16"),
         ({"n_clusters": 3, "option": ["tua=1"]}, "--option must be name=value with one of gamma, .* got 'tua=1'"),
         ({"n_clusters": 3, "option": ["tau=2"]}, r"tau must lie in \(0, 1\], got 2"),
+        ({"n_clusters": 3, "option": ["tau=abc"]}, r"tau must lie in \(0, 1\], got 'abc'"),
+        ({"n_clusters": 3, "option": ["gamma=abc"]}, "gamma must be above 1 and finite, got 'abc'"),
+        ({"n_clusters": 3, "method": "omp", "option": ["tol=abc"]}, r"tol must lie in \[0, 1\), got 'abc'"),
+        ({"n_clusters": 3, "method": "lsr", "option": ["alpha=abc"]}, "alpha must be positive and finite, got 'abc'"),
+        ({"n_clusters": 3, "option": ["n_clusters=4"]}, "--option must leave n_clusters to the command's own options"),
+        ({"n_clusters": 3, "option": ["random_state=7"]}, "--option must leave random_state to the command's own"),
+        ({"n_clusters": 3, "memberships": Path("u.txt")}, r"--memberships must end in one of \.npy, .* got 'u.txt'"),
+        ({"n_clusters": 3, "bases": Path("b.npy")}, r"--bases must end in one of \.safetensors, got 'b.npy'"),
+        ({"n_clusters": 3, "plot": Path("p.foo")}, r"path must end in \.svg"),
+        ({"n_clusters": 3, "out": Path("/none/l.csv")}, "--out must be a file in a folder that is there"),
     ],
 )
 def test_bad_options_are_refused_by_name(files, options, message):

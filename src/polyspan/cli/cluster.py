@@ -8,6 +8,24 @@ from cyclopts import Parameter
 from ._output import say, show_json, show_table
 
 LABEL_FILES = (".parquet", ".csv", ".npy")
+ARRAY_FILES = (".npy", ".npz", ".parquet", ".safetensors")
+PLACES = {"memberships": ARRAY_FILES, "embedding": ARRAY_FILES, "bases": (".safetensors",), "save": (".safetensors",)}
+
+
+def check_places(plot: Path | None = None, **places: Path | None) -> None:
+    """Refuse before any work what could not be written after it."""
+    from polyspan.io import picture_path
+
+    if plot is not None:
+        picture_path(plot)
+    for name, path in {"plot": plot, **places}.items():
+        if path is None:
+            continue
+        known = PLACES.get(name)
+        if known is not None and path.suffix.lower() not in known:
+            raise ValueError(f"--{name} must end in one of {', '.join(known)}, got {path.name!r}")
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"--{name} must be a file in a folder that is there, got {path}")
 
 
 def graph(
@@ -99,6 +117,7 @@ def graph(
         raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
     if seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {seeds}")
+    check_places(out=out, embedding=embedding, report=report, plot=plot)
     started = time.perf_counter()
     found = read_graph(edges, attributes=attributes, labels=labels, symmetrize=symmetrize)
     if found.attributes is None:

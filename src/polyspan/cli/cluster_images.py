@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
-from .cluster import comparison_rows, write_labels
+from .cluster import check_places, comparison_rows, write_labels
 from .points import (
     METHODS,
     NUMBERS,
@@ -142,6 +142,7 @@ def images(
         "--jobs": jobs != 1 and not compare,
     }
     check_names(method, METHODS, out, seeds)
+    check_places(out=out, memberships=memberships, bases=bases, save=save, report=report, plot=plot)
     strange = [name for name, given in (others if method == "mlc" else own).items() if given]
     if strange:
         whose = "the other methods" if method == "mlc" else "--method mlc"

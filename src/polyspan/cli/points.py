@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
-from .cluster import LABEL_FILES, comparison_rows, write_labels
+from .cluster import LABEL_FILES, check_places, comparison_rows, write_labels
 
 
 class Method(NamedTuple):
@@ -134,6 +134,7 @@ def points(
         Print the report as JSON.
     """
     check_names(method, METHODS, out, seeds)
+    check_places(out=out, memberships=memberships, bases=bases, report=report, plot=plot)
     X, ids, truth = _read(source, labels, member, label_member, column, label_column)
     run_method(
         X,
@@ -421,10 +422,13 @@ def _make(name: str, k: int, given: dict[str, Any], options: list[str]) -> Any:
     estimator = getattr(import_module(module), kind)()
     known = estimator.get_params()
     takes = {parameter: given[option] for option, parameter in METHODS[name].takes.items() if option in given}
+    own = set(takes)
     for text in options:
         parameter, mark, value = text.partition("=")
         if not mark or parameter not in known:
             raise ValueError(f"--option must be name=value with one of {', '.join(sorted(known))}, got {text!r}")
+        if parameter == METHODS[name].clusters or parameter in own:
+            raise ValueError(f"--option must leave {parameter} to the command's own options, got {text!r}")
         takes[parameter] = _value(value)
     return estimator.set_params(**{METHODS[name].clusters: k} | METHODS[name].always | takes)
 

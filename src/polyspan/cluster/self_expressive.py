@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -248,9 +248,9 @@ class ElasticNetSubspaceClustering(SelfExpressiveClustering):
     def _check(self, n: int) -> None:
         _check_whole(self, ("n_active", 1), ("max_rounds", 1))
         _check_jobs(self)
-        if not 0 < self.tau <= 1:
+        if not (isinstance(self.tau, Real) and 0 < self.tau <= 1):
             raise ValueError(f"tau must lie in (0, 1], got {self.tau!r}")
-        if not 1 < self.gamma < math.inf:
+        if not (isinstance(self.gamma, Real) and 1 < self.gamma < math.inf):
             raise ValueError(f"gamma must be above 1 and finite, got {self.gamma!r}")
 
     def _express(self, rows: np.ndarray) -> sp.csr_array:
@@ -313,7 +313,7 @@ class OMPSubspaceClustering(SelfExpressiveClustering):
     def _check(self, n: int) -> None:
         _check_whole(self, ("n_nonzero", 1))
         _check_jobs(self)
-        if not 0 <= self.tol < 1:
+        if not (isinstance(self.tol, Real) and 0 <= self.tol < 1):
             raise ValueError(f"tol must lie in [0, 1), got {self.tol!r}")
 
     def _express(self, rows: np.ndarray) -> sp.csr_array:
@@ -436,7 +436,7 @@ class LeastSquaresSubspaceClustering(SelfExpressiveClustering):
         self.random_state = random_state
 
     def _check(self, n: int) -> None:
-        if not 0 < self.alpha < math.inf:
+        if not (isinstance(self.alpha, Real) and 0 < self.alpha < math.inf):
             raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}")
         if self.power not in (1, 2):
             raise ValueError(f"power must be 1 or 2, got {self.power!r}")
