@@ -8,8 +8,8 @@ nothing to learn: this is about cost, and what the methods are worth is in their
 from _runner import save
 from subspace_clusterers import METHODS, OURS, climb
 
-SIZES = (500, 1_000, 2_000, 10_000)
-LIMIT_S = 90
+SIZES = (500, 1_000, 2_000, 10_000, 100_000)
+LIMIT_S = 300
 LEARNED = {
     "low-rank mixture, EM": OURS + "LowRankGaussianMixture(10, 5, init='random', center=False, random_state=0)",
     "deep self-expression": OURS + "DeepSelfExpressiveClustering(10, subspace_dim=5, device='cpu', random_state=0)",
