@@ -447,3 +447,11 @@ def test_no_matrix_of_n_by_n_is_made(made):
     peak = measure_peak(partial(made.fit, rows)).peak_bytes
     assert peak < n * n * 4
     assert clustering_accuracy(world.labels, made.labels_) > 0.9
+
+
+@pytest.mark.parametrize("kind", [ElasticNetSubspaceClustering, OMPSubspaceClustering, ThresholdingSubspaceClustering])
+def test_rows_that_are_all_alike_are_one_cluster_with_their_line(kind):
+    made = kind(1).fit(np.ones((20, 4)))
+    assert made.labels_.tolist() == [0] * 20
+    np.testing.assert_allclose(np.abs(made.bases_[0]), np.full((4, 1), 0.5))
+    assert made.predict(np.full((2, 4), 3.0)).tolist() == [0, 0]

@@ -138,6 +138,9 @@ class SelfExpressiveClustering(ClusterMixin, BaseEstimator):
         seed, k = int(check_random_state(random_state).randint(2**31 - 1)), int(self.n_clusters)
         found = spectral_clusters(self.affinity_, k, rounding=self.rounding, n_init=int(self.n_init), seed=seed)
         placed = found.rows.any(axis=1)
+        if not placed.any():
+            # Rows that are all one direction have no others to be expressed by: they are one cluster.
+            found.labels[:], placed[:] = 0, True
         bases = [leading_directions(rows[placed & (found.labels == c)], self.subspace_dim) for c in range(k)]
         found.labels[~placed] = _nearest(rows[~placed], bases)
         return _Clustered(*found, bases)

@@ -143,6 +143,7 @@ class Upgrade:
                 raise ValueError(f"labels must have one entry a row, ({facts.n_rows},), got shape {labels.shape}")
             options["labels"] = labels[sampled]
         options.setdefault("seconds_per_item", encoder.seconds_per_item)
+        options.setdefault("renormalize", True)
         made = plan_upgrade(old, new, n_rows=facts.n_rows, k=k, random_state=seed, **options)
         said = list(made.warnings)
         if facts.unit:
