@@ -58,6 +58,7 @@ def optimiser_arms(n_classes, d, k):
         "batched SVD, as published": official(),
         "QR of the flat step": plain_qr(),
         "geoopt, Euclidean Stiefel": geoopt(peer.EuclideanStiefel()),
+        "geoopt, its default": geoopt(peer.Stiefel()),
     }
 
 
