@@ -140,7 +140,8 @@ class SelfExpressiveClustering(ClusterMixin, BaseEstimator):
         placed = found.rows.any(axis=1)
         if not placed.any():
             # Rows that are all one direction have no others to be expressed by: they are one cluster.
-            found.labels[:], placed[:] = 0, True
+            found.labels[:] = 0
+            placed = np.ones(len(rows), dtype=bool)
         bases = [leading_directions(rows[placed & (found.labels == c)], self.subspace_dim) for c in range(k)]
         found.labels[~placed] = _nearest(rows[~placed], bases)
         return _Clustered(*found, bases)
