@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import ortho_group
 
-from polyspan.align import RidgeMap, load_aligner
-from polyspan.integrations import Encoder, FileTable, LanceTable, Upgrade, load_encoder
+from polyspan.align import OrthogonalMap, ResidualMLPMap, RidgeMap, backfill_order, load_aligner
+from polyspan.integrations import Encoder, FaissTable, FileTable, LanceTable, Upgrade, load_encoder, wrap_queries
 from polyspan.io import read_array, write_array
 from polyspan.linalg import recall_at_k, top_k
 
@@ -408,6 +408,156 @@ def test_a_backfill_after_a_roll_back_embeds_again(tmp_path):
         upgrade.roll_back()
         upgrade.roll_back()
     assert made[0] == made[1] > N
+
+
+def test_a_share_between_two_planned_ones_is_held_to_the_lower_of_both(tmp_path):
+    upgrade = upgrade_of(tmp_path)
+    plan = json.loads((tmp_path / "state" / "plan.json").read_text())
+    low = {row["share"]: row["interval"][0] for row in plan["table"] if row["strategy"] == "backfill"}
+    low[0.0] = next(row["interval"][0] for row in plan["table"] if row["strategy"] == "gallery")
+    assert sorted(low) == [0.0, 0.1, 0.3]
+    for share, bound in [(0.05, min(low[0.0], low[0.1])), (0.29, min(low[0.1], low[0.3])), (0.3, low[0.3])]:
+        upgrade.begin("backfill", share=share)
+        upgrade.fill(verbose=False)
+        seen = upgrade.check()
+        assert seen.ok, seen.problems
+        assert seen.bound == pytest.approx(bound - 0.02)
+        upgrade.forget()
+
+
+def test_a_backfill_is_predicted_for_the_map_that_carries_it(tmp_path):
+    upgrade_of(tmp_path)
+    table = json.loads((tmp_path / "state" / "plan.json").read_text())["table"]
+    carried = next(row["aligner"] for row in table if row["strategy"] == "gallery")
+    assert {row["aligner"] for row in table if row["strategy"] == "backfill"} == {carried}
+    assert {row["aligner"] for row in table if row["strategy"] == "gallery"} > {carried}
+
+
+@pytest.mark.parametrize("kind", [parquet, lance])
+def test_with_labels_the_items_farthest_from_their_class_are_embedded_again(tmp_path, kind):
+    labels = np.random.default_rng(2).integers(0, 5, N).astype(str)
+    upgrade = upgrade_of(tmp_path, kind, labels=labels)
+    upgrade.begin("backfill", share=0.2)
+    aligner = load_aligner(tmp_path / "state" / "gallery_map.safetensors")[0]
+    farthest = np.sort(backfill_order(aligner.transform(OLD), labels)[: round(0.2 * N)])
+    calls = []
+
+    def once(texts):
+        if len(calls) == 1:
+            raise ConnectionError("the model's server is away")
+        calls.extend(int(t.split()[1]) for t in texts)
+        return NEW[[int(t.split()[1]) for t in texts]]
+
+    upgrade.encoder = Encoder("new-model", once)
+    assert upgrade.fill(verbose=False) == N + len(farthest)
+    np.testing.assert_array_equal(np.sort(calls), farthest)
+    upgrade.encoder = new_encoder()
+    seen = upgrade.check()
+    assert seen.ok, seen.problems
+    upgrade.cut_over()
+    exact = np.linalg.norm(in_use(upgrade.table) - NEW, axis=1) < 1e-4
+    np.testing.assert_array_equal(np.flatnonzero(exact), farthest)
+
+
+def test_a_backfill_of_other_labels_is_other_work(tmp_path):
+    upgrade = upgrade_of(tmp_path, labels=np.arange(N) % 4)
+    upgrade.begin("backfill", share=0.2)
+    kept = (tmp_path / "state" / "backfill_keys.npy").read_bytes()
+    upgrade.begin("backfill", share=0.2)
+    upgrade.plan(n_anchors=200, k=5, labels=np.arange(N) % 3)
+    with pytest.raises(ValueError, match="upgraded in another way"):
+        upgrade.begin("backfill", share=0.2)
+    assert (tmp_path / "state" / "backfill_keys.npy").read_bytes() == kept
+    upgrade.forget()
+    assert not (tmp_path / "state" / "backfill_keys.npy").exists()
+    write_array(tmp_path / "state" / "plan_labels.npy", np.arange(N) % 5)
+    with pytest.raises(ValueError, match="must hold the labels of the plan, got others or none; plan again"):
+        upgrade.begin("backfill", share=0.2)
+
+
+def test_an_index_of_codes_takes_queries_and_nothing_else(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    index = faiss.IndexScalarQuantizer(D, faiss.ScalarQuantizer.QT_8bit)
+    index.train(OLD)
+    index.add(OLD)
+    faiss.write_index(index, str(tmp_path / "sq.faiss"))
+    upgrade = Upgrade(
+        tmp_path / "state", FaissTable(tmp_path / "sq.faiss"), encoder=new_encoder(), texts=dict(enumerate(TEXTS))
+    )
+    made = upgrade.plan(n_anchors=200, k=5)
+    assert {row.strategy for row in made.table} == {"stay", "query"}
+    assert made.table[made.recommended].strategy == "query"
+    assert made.reason.startswith("the cheapest within")
+    assert any("holds codes" in said for said in made.warnings)
+    with pytest.raises(ValueError, match="strategy must be query for an index of codes"):
+        upgrade.begin("gallery")
+    assert upgrade.begin() == "query"
+    wrap_queries(tmp_path / "sq.faiss", upgrade.carry_queries(), tmp_path / "asks.faiss")
+    assert faiss.read_index(str(tmp_path / "asks.faiss")).search(NEW, 1)[1].shape == (N, 1)
+
+
+def test_only_affine_maps_are_offered_for_the_queries_of_an_index(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    index = faiss.IndexFlatL2(D)
+    index.add(OLD)
+    faiss.write_index(index, str(tmp_path / "x.faiss"))
+    upgrade = Upgrade(
+        tmp_path / "state", FaissTable(tmp_path / "x.faiss"), encoder=new_encoder(), texts=dict(enumerate(TEXTS))
+    )
+    tried = {"mlp": ResidualMLPMap(random_state=0), "far": OrthogonalMap(shift=False)}
+    made = upgrade.plan(n_anchors=200, k=5, candidates=tried)
+    assert {row.aligner for row in made.table if row.strategy == "query"} == {"far"}
+    assert {row.aligner for row in made.table if row.strategy == "gallery"} == {"mlp", "far"}
+    with pytest.raises(ValueError, match="candidates must hold an affine map, for queries of an index, got mlp"):
+        upgrade.plan(n_anchors=200, k=5, candidates={"mlp": tried["mlp"]})
+    assert upgrade.begin("query") == "query"
+    wrap_queries(tmp_path / "x.faiss", upgrade.carry_queries(), tmp_path / "asks.faiss")
+
+
+def test_a_backfill_that_is_killed_loses_nothing_that_was_embedded(tmp_path, monkeypatch):
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole, killed = (upgrade_of(tmp_path / name) for name in ("whole", "killed"))
+    for upgrade in (whole, killed):
+        upgrade.begin("backfill", share=0.5)
+    whole.fill(verbose=False)
+    calls = []
+
+    def away(texts):
+        calls.append(len(texts))
+        if len(calls) == 3:
+            raise ConnectionError("the model's server is away")
+        return NEW[[int(t.split()[1]) for t in texts]]
+
+    def gone():
+        # What a kill does: the file is let go of, and nothing more is noted.
+        killed.table._rows.close()
+        killed.table._rows = None
+
+    killed.encoder = Encoder("new-model", away)
+    with monkeypatch.context() as patch:
+        patch.setattr(killed.table, "sync", gone)
+        with pytest.raises(ConnectionError):
+            killed.fill(batch_rows=100, verbose=False)
+    killed.encoder = new_encoder()
+    killed.fill(verbose=False)
+    np.testing.assert_allclose(in_next(killed.table), in_next(whole.table), atol=1e-6)
+    assert killed.check().ok
+
+
+def test_a_next_file_that_was_killed_before_its_stamp_is_stamped(tmp_path, monkeypatch):
+    upgrade = upgrade_of(tmp_path)
+    upgrade.begin("gallery")
+    with monkeypatch.context() as patch:
+        patch.setattr(FileTable, "_put_stamp", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            upgrade.fill(verbose=False)
+    upgrade.fill(verbose=False)
+    assert upgrade.check().ok
+    upgrade.cut_over()
+    assert upgrade.table.facts().space["model"] == "new-model"
+    upgrade.roll_back()
+    assert upgrade.table.facts().space["model"] == "old-model"
 
 
 @pytest.mark.parametrize("verb", ["cut_over", "roll_back", "forget"])

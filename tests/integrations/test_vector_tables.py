@@ -581,8 +581,10 @@ def test_codes_are_refused_for_rewriting_and_wrapped_instead(tmp_path):
     index.train(OLD)
     index.add(OLD)
     faiss.write_index(index, str(tmp_path / "pq.faiss"))
+    table = FaissTable(tmp_path / "pq.faiss")
+    assert (table.rewritable, table.facts().exact) == (False, False)
     with pytest.raises(ValueError, match="carry the queries"):
-        FaissTable(tmp_path / "pq.faiss")
+        table.prepare(NEW, SPACE, WORK)
     new = OLD @ np.linalg.qr(RNG.normal(size=(D, D)))[0].astype(np.float32) + 0.1
     for aligner in (RidgeMap(), OrthogonalMap(), OrthogonalMap(normalize=True)):
         back = aligner.fit(new, OLD)
@@ -593,6 +595,54 @@ def test_codes_are_refused_for_rewriting_and_wrapped_instead(tmp_path):
         assert agreed > 0.97, "rounding may swap a tie of codes"
     with pytest.raises(ValueError, match="8 dimensions"):
         wrap_queries(tmp_path / "pq.faiss", RidgeMap().fit(new, OLD[:, :5]), tmp_path / "asks.faiss")
+
+
+@pytest.mark.parametrize(
+    "address", ["PQ4x4", "SQ8", "IVF4,PQ4x4", "IVF4,SQ8", "IDMap,SQ8", "OPQ4,IVF4,PQ4x4", "HNSW8_SQ8"]
+)
+def test_codes_are_read_as_the_vectors_that_they_stand_for(tmp_path, address):
+    faiss = pytest.importorskip("faiss")
+    index, ids = faiss.index_factory(D, address), np.random.default_rng(4).permutation(N) * 3
+    index.train(OLD)
+    if "I" in address:
+        index.add_with_ids(OLD, ids)
+    else:
+        index.add(OLD)
+    faiss.write_index(index, str(tmp_path / "c.faiss"))
+    table = FaissTable(tmp_path / "c.faiss")
+    assert not table.rewritable
+    got = np.concatenate([batch.rows for batch in table.rows(64)])
+    expected = OLD[np.argsort(ids)] if "IVF" in address else OLD
+    assert np.linalg.norm(got - expected) < 0.6 * np.linalg.norm(OLD)
+    table.stamp({"model": "old", "dim": D, "normalized": True})
+    assert FaissTable(tmp_path / "c.faiss").facts().space["model"] == "old"
+
+
+@pytest.mark.parametrize("address", ["IVF4,PQ4x4fs", "OPQ4,IVF4,PQ4x4fs"])
+def test_an_index_that_gives_no_vectors_back_is_refused_by_name(tmp_path, address):
+    faiss = pytest.importorskip("faiss")
+    index = faiss.index_factory(D, address)
+    index.train(OLD)
+    index.add(OLD)
+    faiss.write_index(index, str(tmp_path / "x.faiss"))
+    with pytest.raises(WrongContent, match=r"Index\w+, which gives no vectors back.*wrap_queries"):
+        FaissTable(tmp_path / "x.faiss")
+
+
+def test_a_roll_back_removes_nothing_that_came_after_the_cut_over(tmp_path):
+    path = make_file(tmp_path / "v.npy")
+    old = path.read_bytes()
+    made = FileTable(path)
+    made.prepare(NEW, SPACE, WORK)
+    fill_all(made)
+    made.seal()
+    made.switch("cut over")
+    own = np.random.default_rng(9).normal(size=(7, 3))
+    np.save(path, own)
+    with pytest.raises(ValueError, match=r"must hold what the cut-over put there, got other contents.*before\.npy"):
+        FileTable(path).switch("roll back")
+    np.testing.assert_array_equal(np.load(path), own)
+    assert made.before.read_bytes() == old
 
 
 def test_ids_of_an_index_stay_with_their_vectors(tmp_path):

@@ -10,10 +10,12 @@ from polyspan.io import (
     PartialRows,
     filled_rows,
     read_array,
+    read_members,
     replace_vectors,
     swap_in,
     text_batches,
     write_array,
+    write_members,
 )
 
 X = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
@@ -57,6 +59,42 @@ def test_rows_are_written_anew_wherever_they_stand(tmp_path):
     expected = X.astype(np.float16)
     expected[7], expected[2] = [1, 2, 3, 4], [5, 6, 7, 8]
     np.testing.assert_array_equal(read_array(tmp_path / "x.npy", dtype=np.float32), expected.astype(np.float32))
+
+
+def test_rows_written_anew_count_after_a_kill(tmp_path):
+    rows = opened(tmp_path / "x.npy")
+    rows.append(0, X)
+    rows.rewrite([3], np.zeros((1, 4), np.float32))
+    rows.close()
+    assert filled_rows(tmp_path / "x.npy") == 20
+    np.testing.assert_array_equal(read_array(tmp_path / "x.npy")[3], np.zeros(4))
+
+
+def test_a_file_cut_off_before_its_first_row_is_begun_again(tmp_path):
+    rows = opened(tmp_path / "x.npy")
+    rows.close()
+    head = (tmp_path / "x.npy").read_bytes()[:128]
+    for size in (0, 40, 128):
+        (tmp_path / "x.npy").write_bytes(head[:size])
+        rows = opened(tmp_path / "x.npy")
+        rows.append(0, X)
+        rows.sync()
+        rows.close()
+        np.testing.assert_array_equal(read_array(tmp_path / "x.npy"), X)
+        (tmp_path / "x.npy").unlink()
+        (tmp_path / "x.npy.journal").unlink()
+        opened(tmp_path / "x.npy").close()
+    (tmp_path / "x.npy").write_bytes(b"other" + head[5:])
+    with pytest.raises(CorruptFile, match="both, or neither"):
+        opened(tmp_path / "x.npy")
+    (tmp_path / "x.npy").write_bytes(b"")
+    rows = opened(tmp_path / "x.npy")
+    rows.append(0, X)
+    rows.sync()
+    rows.close()
+    (tmp_path / "x.npy").write_bytes(head)
+    with pytest.raises(CorruptFile, match="both, or neither"):
+        opened(tmp_path / "x.npy")
 
 
 def test_other_work_other_writers_and_holes_are_refused(tmp_path):
@@ -113,6 +151,16 @@ def test_vectors_of_another_width_take_the_place_of_a_files(tmp_path, suffix):
         replace_vectors(source, target, vectors)
     with pytest.raises(ValueError, match="like source"):
         replace_vectors(source, tmp_path / "y.other", vectors)
+
+
+@pytest.mark.parametrize("member", [None, "words"])
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_the_only_array_of_a_file_keeps_its_name(tmp_path, suffix, member):
+    source, target = tmp_path / f"x{suffix}", tmp_path / f"y{suffix}"
+    write_members(source, {"words": X})
+    write_array(tmp_path / "v.npy", X[:, :3])
+    replace_vectors(source, target, tmp_path / "v.npy", member=member)
+    np.testing.assert_array_equal(read_members(target, ["words"])["words"], X[:, :3])
 
 
 def test_no_array_is_lost_from_a_file_of_several(tmp_path):

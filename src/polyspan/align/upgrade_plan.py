@@ -155,7 +155,7 @@ def plan_upgrade(
             )
         )
     rows.sort(key=lambda row: (-row.recall, row.share, STRATEGIES.index(row.strategy)))
-    chosen, reason = _recommend(rows, loss)
+    chosen, reason = recommend(rows, loss)
     best = {s: next((r.aligner for r in rows if r.strategy == s), None) for s in ("gallery", "query")}
     aligners = {}
     for direction, name in best.items():
@@ -238,10 +238,11 @@ def _interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, floa
     return float(low), float(high)
 
 
-def _recommend(rows: list[StrategyRow], loss: float) -> tuple[int, str]:
-    """Take the cheapest row within ``loss`` of the best; cost is items embedded, then vectors written."""
-    best = max(row.recall for row in rows)
-    near = [i for i, row in enumerate(rows) if row.recall >= best - loss and row.strategy != "stay"]
+def recommend(rows: list[StrategyRow], loss: float) -> tuple[int, str]:
+    """Take the cheapest row within ``loss`` of the best that moves; cost is items embedded, then vectors written."""
+    moves = [i for i, row in enumerate(rows) if row.strategy != "stay"]
+    best = max(rows[i].recall for i in moves)
+    near = [i for i in moves if rows[i].recall >= best - loss]
     chosen = min(near, key=lambda i: (rows[i].share, rows[i].n_written > 0, -rows[i].recall))
     row, stay = rows[chosen], next(r for r in rows if r.strategy == "stay")
     told = f"the cheapest within {loss:.2f} of the best, {best:.3f}"

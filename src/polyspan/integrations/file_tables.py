@@ -191,7 +191,8 @@ class _SwappedFile:
             raise ValueError(f"every row must have a next vector, got {filled} of {n}")
         if not self.next.exists():
             self._build(self.work / "rows.npy")
-            self._put_stamp(self._content(self.next), plan["space"])
+        # Also of a file that was whole when a run was killed before its stamp.
+        self._put_stamp(self._content(self.next), plan["space"])
 
     def switch(self, verb: str) -> None:
         """Cut over, roll back or forget: renames in one folder, so that a whole file stands at the path always."""
@@ -213,6 +214,11 @@ class _SwappedFile:
 
     def _roll_back(self) -> None:
         if self._is_cut_over():
+            if self._content(self.path) not in self._stamps():
+                raise ValueError(
+                    f"{self.path} must hold what the cut-over put there, got other contents, which a roll back would "
+                    f"remove; the old vectors are in {self.before}"
+                )
             # What a run that was killed left there would stand in the way.
             remove_file(self._after)
             # The plan must not come to life when the old vectors are in use.
@@ -313,19 +319,43 @@ class FileTable(_SwappedFile):
 
 
 class FaissTable(_SwappedFile):
-    """A FAISS index of flat, IVF-flat or HNSW-flat kind as a store; keys are positions.
+    """A FAISS index as a store; keys are positions.
 
-    The new index is of the same kind with the same parameters, trained on the new vectors; ids of an IndexIDMap are
-    kept. Codes (PQ, SQ, ...) do not give vectors back: there, carry the queries, see :func:`wrap_queries`.
+    Of flat, IVF-flat or HNSW-flat kind: the new index is of the same kind with the same parameters, trained on the new
+    vectors; ids are kept. An index of codes (PQ, SQ, ...) gives its vectors back approximately; it can be looked at,
+    planned for and stamped, but not written anew: there, carry the queries, see :func:`wrap_queries`.
+
+    Attributes
+    ----------
+    rewritable : bool
+        Whether the index holds whole vectors.
+    affine_queries : bool
+        True: only affine maps go in front of an index.
     """
+
+    affine_queries = True
 
     def __init__(self, path: Path | str):
         super().__init__(path)
+        self._load()
+
+    def _load(self) -> None:
+        faiss = _faiss()
         self.index = read_index(self.path)
-        self._whole, self._inner, self.ids = _faiss().downcast_index(self.index), *_inner(self.index)
+        self._whole, (self._inner, self.ids) = faiss.downcast_index(self.index), _inner(self.index, self.path)
+        self.rewritable = isinstance(self._inner, faiss.IndexIVFFlat | faiss.IndexFlat | faiss.IndexHNSWFlat)
+
+    def prepare(self, dim: int, space: Mapping[str, Any], work: Mapping[str, Any]) -> None:
+        """Make room for the next vectors; see :class:`VectorTable`."""
+        if not self.rewritable:
+            raise ValueError(
+                f"the index must hold whole vectors (flat, IVF flat, HNSW flat), got {_kind(self._inner)}; "
+                "carry the queries to it instead, by strategy query or polyspan.integrations.wrap_queries"
+            )
+        super().prepare(dim, space, work)
 
     def _content(self, path: Path) -> str:
-        inner, _ = _inner(self.index if path == self.path else read_index(path))
+        inner, _ = _inner(self.index if path == self.path else read_index(path), path)
         n = min(inner.ntotal, 1000)
         ends = np.vstack([_vectors(inner, 0, n), _vectors(inner, inner.ntotal - n, n)])
         return f"{digest_array(ends)}:{inner.ntotal}"
@@ -335,11 +365,10 @@ class FaissTable(_SwappedFile):
 
     def facts(self) -> TableFacts:
         """Look at the index, as it is on the disk now."""
-        self.index = read_index(self.path)
-        self._whole, self._inner, self.ids = _faiss().downcast_index(self.index), *_inner(self.index)
+        self._load()
         faiss = _faiss()
         metric = {faiss.METRIC_INNER_PRODUCT: "dot", faiss.METRIC_L2: "l2"}.get(self._inner.metric_type)
-        return self._common(metric=metric, exact=True, unit=False)
+        return self._common(metric=metric, exact=self.rewritable, unit=False)
 
     def _source(self, batch_rows: int, start: int = 0) -> Iterator[TableBatch]:
         for first in range(start, self._inner.ntotal, batch_rows):
@@ -364,7 +393,7 @@ class FaissTable(_SwappedFile):
 
     def pairs(self, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[TableBatch, np.ndarray]]:
         """Yield every row in use with its next vector, from the index that will take the place."""
-        new, ids = _inner(read_index(self.next))
+        new, ids = _inner(read_index(self.next), self.next)
         if new.ntotal != self._inner.ntotal or not np.array_equal(
             np.empty(0) if ids is None else ids, np.empty(0) if self.ids is None else self.ids
         ):
@@ -375,8 +404,7 @@ class FaissTable(_SwappedFile):
     def switch(self, verb: str) -> None:
         """Cut over, roll back or forget; see :class:`VectorTable`."""
         super().switch(verb)
-        self.index = read_index(self.path)
-        self._whole, self._inner, self.ids = _faiss().downcast_index(self.index), *_inner(self.index)
+        self._load()
 
 
 def _faiss() -> Any:
@@ -398,7 +426,7 @@ def write_index(path: Path | str, index: Any) -> None:
         _faiss().write_index(index, str(temp))
 
 
-def _inner(index: Any) -> tuple[Any, np.ndarray | None]:
+def _inner(index: Any, path: Path) -> tuple[Any, np.ndarray | None]:
     """Return the index that holds the vectors, made ready to give them back, and the ids, if it has its own."""
     faiss = _faiss()
     whole = index
@@ -407,17 +435,31 @@ def _inner(index: Any) -> tuple[Any, np.ndarray | None]:
     if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
         ids = faiss.vector_to_array(index.id_map).copy()
         index = faiss.downcast_index(index.index)
-    if isinstance(index, faiss.IndexIVFFlat):
-        own = _number_rows(index)
+    refused = WrongContent(
+        path,
+        found=f"{_kind(index)}, which gives no vectors back",
+        expected="flat, IVF or HNSW, or codes that can be read; polyspan.integrations.wrap_queries takes any index",
+    )
+    held = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    if isinstance(held, faiss.IndexIVF):
+        # The lists of other kinds are packed: to ask these for their ids can end the process.
+        if not isinstance(held, faiss.IndexIVFFlat | faiss.IndexIVFPQ | faiss.IndexIVFScalarQuantizer):
+            raise refused
+        own = _number_rows(held)
         ids = own if ids is None else ids
-        index.make_direct_map()
-    elif not isinstance(index, faiss.IndexFlat | faiss.IndexHNSWFlat):
-        raise ValueError(
-            f"the index must hold whole vectors (flat, IVF flat, HNSW flat), got {type(index).__name__}; "
-            "carry the queries to it instead"
-        )
+        held.make_direct_map()
+    try:
+        _vectors(index, 0, min(index.ntotal, 1))
+    except RuntimeError as error:
+        raise refused from error
     index.referenced_objects = [whole]  # what owns the memory must outlive this view of it
     return index, ids
+
+
+def _kind(index: Any) -> str:
+    """Return the name of an index's kind, with what it stands in front of."""
+    faiss, name = _faiss(), type(index).__name__
+    return f"{name} of {_kind(faiss.downcast_index(index.index))}" if name == "IndexPreTransform" else name
 
 
 def _number_rows(index: Any) -> np.ndarray | None:

@@ -2,17 +2,36 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from sklearn.base import clone
 from sklearn.model_selection import KFold
 
-from polyspan.align import Aligner, load_aligner, plan_upgrade
-from polyspan.align.upgrade_plan import StrategyRow, UpgradePlan
-from polyspan.io import digest_file, make_folder, read_json, read_members, remove_file, write_json, write_members
+from polyspan.align import (
+    Aligner,
+    ResidualMLPMap,
+    backfill_distances,
+    default_candidates,
+    load_aligner,
+    plan_upgrade,
+)
+from polyspan.align.upgrade_plan import StrategyRow, UpgradePlan, recommend
+from polyspan.io import (
+    digest_array,
+    digest_file,
+    make_folder,
+    read_array,
+    read_json,
+    read_members,
+    remove_file,
+    write_array,
+    write_json,
+    write_members,
+)
 from polyspan.linalg import label_hits, recall_at_k, top_k
 from polyspan.run import Interrupt, Journal, Progress, first_interrupt_finishes, progress
 
@@ -121,7 +140,8 @@ class Upgrade:
         old_model : str, optional
             What the vectors in use were made by, where the store has no stamp that says it.
         labels : array of shape (n_rows,), optional
-            Classes of all rows in the order in which the store yields them.
+            Classes of all rows in the order in which the store yields them; kept in the folder, since a backfill then
+            embeds the items again that lie farthest from the mean of their class.
         seed : int
         options
             See :func:`polyspan.align.plan_upgrade`.
@@ -137,15 +157,21 @@ class Upgrade:
         if facts.n_rows < 12:
             raise ValueError(f"the store must hold at least 12 rows to plan from, got {facts.n_rows}")
         old, new, sampled = self._anchors(facts, min(n_anchors, facts.n_rows), seed)
+        codes = None
         if labels is not None:
             labels = np.asarray(labels)
             if labels.shape != (facts.n_rows,):
                 raise ValueError(f"labels must have one entry a row, ({facts.n_rows},), got shape {labels.shape}")
-            options["labels"] = labels[sampled]
+            codes = np.unique(labels, return_inverse=True)[1].astype(np.int64)
+            options["labels"] = codes[sampled]
         options.setdefault("seconds_per_item", encoder.seconds_per_item)
         options.setdefault("renormalize", True)
-        made = plan_upgrade(old, new, n_rows=facts.n_rows, k=k, random_state=seed, **options)
+        tried = options.pop("candidates", None) or default_candidates(old.shape[1], new.shape[1], len(old), seed)
+        made = plan_upgrade(old, new, n_rows=facts.n_rows, k=k, candidates=tried, random_state=seed, **options)
+        made = self._offered(made, old, new, tried, options.get("loss", 0.05))
         said = list(made.warnings)
+        if not self._rewritable():
+            said.append("the index holds codes: vectors are read approximately, and only queries can be carried to it")
         if facts.unit:
             said.append("the store keeps directions only: maps are fitted on vectors of length 1")
         if encoder.name == space["model"]:
@@ -161,7 +187,8 @@ class Upgrade:
             "k": k,
             "seed": seed,
             "n_splits": options.get("n_splits", 3),
-            "labels": np.unique(options["labels"], return_inverse=True)[1].tolist() if labels is not None else None,
+            "labels": None if codes is None else codes[sampled].tolist(),
+            "labels_sha256": None if codes is None else digest_array(codes),
             "n_anchors": len(sampled),
             "n_rows": facts.n_rows,
             "recommended": made.recommended,
@@ -169,8 +196,39 @@ class Upgrade:
             "warnings": said,
             "table": [row._asdict() for row in made.table],
         }
+        if codes is not None:
+            write_array(self.folder / "plan_labels.npy", codes)
         write_json(self.folder / "plan.json", told)
         return made
+
+    def _rewritable(self) -> bool:
+        return getattr(self.table, "rewritable", True)
+
+    def _offered(
+        self, made: UpgradePlan, old: np.ndarray, new: np.ndarray, tried: Mapping[str, Aligner], loss: float
+    ) -> UpgradePlan:
+        """Leave in a plan what can be done: one map carries the gallery; codes stay; FAISS takes affine maps alone."""
+        carried = next((row.aligner for row in made.table if row.strategy == "gallery"), "")
+        affine = getattr(self.table, "affine_queries", False)
+
+        def can(row: StrategyRow) -> bool:
+            if row.strategy == "query":
+                return not (affine and isinstance(tried[row.aligner], ResidualMLPMap))
+            return row.strategy == "stay" or (
+                self._rewritable() and (row.strategy != "backfill" or row.aligner == carried)
+            )
+
+        if affine and all(isinstance(candidate, ResidualMLPMap) for candidate in tried.values()):
+            raise ValueError(f"candidates must hold an affine map, for queries of an index, got {', '.join(tried)}")
+        rows, wanted = [row for row in made.table if can(row)], made.table[made.recommended]
+        aligners = dict(made.aligners) if self._rewritable() else {"query": made.aligners["query"]}
+        asking = next(row.aligner for row in rows if row.strategy == "query")
+        if asking != next(row.aligner for row in made.table if row.strategy == "query"):
+            aligners["query"] = clone(tried[asking]).fit(new, old)
+        if wanted in rows:
+            return made._replace(table=rows, recommended=rows.index(wanted), aligners=aligners)
+        chosen, reason = recommend(rows, loss)
+        return made._replace(table=rows, recommended=chosen, reason=reason, aligners=aligners)
 
     def _old_space(self, facts: TableFacts, old_model: str | None) -> dict[str, Any]:
         stamped = facts.space
@@ -246,9 +304,10 @@ class Upgrade:
         strategy : str, optional
             ``"query"``, ``"gallery"``, ``"backfill"`` or ``"re-embed"``; left out, what the plan recommends.
         share : float, optional
-            Of the items that a backfill embeds again; left out, the best that was planned.
+            Of the items that a backfill embeds again; left out, the one that the plan recommends, or else the best that
+            was planned. They are those farthest from the mean of their class where the plan had labels.
         seed : int
-            Draws them.
+            Draws them where there are no labels.
         renormalize : bool, optional
             Bring carried vectors to length 1; left out, if the new model's are.
 
@@ -266,15 +325,20 @@ class Upgrade:
         strategy = strategy or best.strategy
         if strategy not in ("query", *FILLED):
             raise ValueError(f"strategy must be one of query, {', '.join(FILLED)}, got {strategy!r}")
+        if strategy != "query" and not self._rewritable():
+            raise ValueError(f"strategy must be query for an index of codes, got {strategy!r}")
         facts = self.table.facts()
         self._old_space(facts, plan["old_space"]["model"])
         if dict(facts.state) != plan["state"] and not facts.next_dim:
             raise ValueError("the store must be the one that was planned for, got other contents; plan again")
         rows = [r for r in table if r.strategy == strategy]
-        row = best if strategy == best.strategy else rows[0]
-        if share is not None and strategy == "backfill":
+        if strategy == "backfill":
+            # One map is kept: what other maps would give is no prediction.
+            rows = [r for r in rows if r.aligner == _gallery_map(table)]
+        row = best if best in rows else rows[0]
+        if strategy == "backfill" and share is not None:
             row = min(rows, key=lambda r: abs(r.share - share))
-        if strategy == "backfill" and share is None:
+        elif strategy == "backfill":
             share = row.share
         if share is not None and not (strategy == "backfill" and 0 < share < 1):
             raise ValueError(
@@ -292,19 +356,47 @@ class Upgrade:
             "seed": seed,
             "renormalize": unit,
             "predicted": row._asdict(),
+            "bound": _lowest(table, row, share) - SLACK,
+            "farthest_first": strategy == "backfill" and plan["labels"] is not None,
         }
         if strategy != "query":
             work = {"strategy": strategy, "renormalize": unit, "share": share, "seed": seed}
             if strategy != "re-embed":
                 work["map_sha256"] = digest_file(self._map_path("gallery"))
+            if facts_of_it["farthest_first"]:
+                work["labels_sha256"] = plan.get("labels_sha256")
             if facts.next_dim is None:
                 # What an upgrade before this one embedded is none of this one's.
                 remove_file(self.folder / "backfill.jsonl")
+                if facts_of_it["farthest_first"]:
+                    self._keep_farthest(plan, share, seed)
             space = plan["new_space"] | {"normalized": unit, "by": strategy}
             self.table.prepare(plan["new_space"]["dim"], space, work)
         self._remember(**facts_of_it, checked=None)
         self._done("stamped")
         return strategy
+
+    def _keep_farthest(self, plan: Mapping[str, Any], share: float | None, seed: int) -> None:
+        """Find the items farthest from the mean of their class, in two passes over the store, and keep which they are.
+
+        Distances are those of carried vectors as the map makes them, which is what the plan was predicted for.
+        """
+        assert share is not None
+        place = self.folder / "plan_labels.npy"
+        codes = read_array(place, ndim=1, dtype=np.int64) if place.exists() else None
+        if codes is None or digest_array(codes) != plan.get("labels_sha256"):
+            raise ValueError(f"{place} must hold the labels of the plan, got others or none; plan again")
+        aligner, numbers = load_aligner(self._map_path("gallery"))[0], []
+
+        def carried() -> Iterator[np.ndarray]:
+            numbers.clear()
+            for batch in self.table.rows():
+                numbers.append(_numbers(batch.keys, seed))
+                yield aligner.transform(batch.rows)
+
+        distances = backfill_distances(carried, codes)
+        farthest = np.argsort(-distances, kind="stable")[: round(share * len(codes))]
+        write_array(self.folder / "backfill_keys.npy", np.sort(np.concatenate(numbers)[farthest]))
 
     # Fill
 
@@ -365,10 +457,13 @@ class Upgrade:
         told = self._read("upgrade.json")
         if told["strategy"] == "gallery":
             return Chosen(0.0, told["seed"])
+        if told.get("farthest_first"):
+            kept = read_array(self.folder / "backfill_keys.npy", ndim=1, dtype=np.int64)
+            return Chosen(told["share"], told["seed"], kept)
         return Chosen(1.0 if told["strategy"] == "re-embed" else told["share"], told["seed"])
 
     def _backfill(self, batch_rows: int, stop: Interrupt) -> int:
-        """Embed the drawn share of the items again, over the carried vectors; a journal holds what is done."""
+        """Embed the chosen share of the items again, over the carried vectors; a journal holds what is done."""
         encoder, chosen, made = self._needed_encoder("backfill"), self._chosen(), 0
         kept = Journal(
             self.folder / "backfill.jsonl", {"share": chosen.share, "seed": chosen.seed, "model": encoder.name}
@@ -408,7 +503,7 @@ class Upgrade:
             Largest distance from what is expected, as a share of its length; left out, 2e-3, which float16 needs.
         bound : float, optional
             Recall@k of the anchors, in their predicted sense, below which the check fails; left out, what was predicted
-            less 0.02.
+            less 0.02: of a share between two that were planned, the lower of both.
         """
         self._strategy()
         told, plan = self._read("upgrade.json"), self._read("plan.json")
@@ -458,7 +553,8 @@ class Upgrade:
             )
         recall, wanted = self._anchor_recall(found, plan), bound
         if wanted is None:
-            wanted = told["predicted"]["interval"][0] - SLACK if told["predicted"] else 0.0
+            # Work begun before bounds were kept has its row alone.
+            wanted = told["bound"] if "bound" in told else told["predicted"]["interval"][0] - SLACK
         if not np.isnan(recall) and recall < wanted:
             problems.append(f"recall@{plan['k']} of the anchors is {recall:.3f}, below the bound of {wanted:.3f}")
         seen = UpgradeCheck(n, n_missing, n_wrong, n_compared, worst, recall, float(wanted), not problems, problems)
@@ -521,7 +617,7 @@ class Upgrade:
     def forget(self) -> None:
         """Remove the vectors that are not in use: the old ones after a cut-over, else the next ones."""
         self.table.switch("forget")
-        for name in ("backfill.jsonl", "upgrade.json"):
+        for name in ("backfill.jsonl", "backfill_keys.npy", "upgrade.json"):
             remove_file(self.folder / name)
 
     def carry_queries(self) -> Aligner:
@@ -554,22 +650,45 @@ class Maker:
 
 
 class Chosen:
-    """Which items are embedded again: a share of all keys, by a hash of the key, whatever their order."""
+    """Which items are embedded again: a share of all keys by a hash of the key, or those of ``kept`` hashes, sorted."""
 
-    def __init__(self, share: float, seed: int):
-        self.share, self.seed = share, seed
+    def __init__(self, share: float, seed: int, kept: np.ndarray | None = None):
+        self.share, self.seed, self._kept = share, seed, kept
 
     def __call__(self, keys: np.ndarray) -> np.ndarray:
         """Return whether each key (b,) is among them."""
+        if self._kept is not None:
+            numbers = _numbers(keys, self.seed)
+            at = np.searchsorted(self._kept, numbers)
+            return np.append(self._kept, -1)[at] == numbers
         if self.share in (0.0, 1.0):
             return np.full(len(keys), bool(self.share))
-        return np.array([_fraction(key, self.seed) < self.share for key in _plain(keys)])
+        return _numbers(keys, self.seed) < self.share * 2**56
 
 
-def _fraction(key: Any, seed: int) -> float:
-    """Return a number in [0, 1) that hangs on key and seed alone."""
-    text = json.dumps([seed, key]).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest()) / 2**56
+def _numbers(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Return a whole number below 2^56 for each key (b,) that hangs on key and seed alone."""
+    digests = (hashlib.blake2b(json.dumps([seed, key]).encode(), digest_size=7).digest() for key in _plain(keys))
+    return np.fromiter((int.from_bytes(digest) for digest in digests), np.int64, len(keys))
+
+
+def _gallery_map(table: Sequence[StrategyRow]) -> str:
+    """Return the family of the map that is kept to carry the gallery."""
+    return next(row.aligner for row in table if row.strategy == "gallery")
+
+
+def _lowest(table: Sequence[StrategyRow], row: StrategyRow, share: float | None) -> float:
+    """Return the lower end of what was predicted: of a share between two planned ones, the lower of theirs."""
+    if share is None or share == row.share:
+        return row.interval[0]
+    planned = [
+        r
+        for r in table
+        if (r.strategy in ("gallery", "backfill") and r.aligner == row.aligner) or r.strategy == "re-embed"
+    ]
+    below = max((r for r in planned if r.share <= share), key=lambda r: r.share)
+    above = min((r for r in planned if r.share >= share), key=lambda r: r.share)
+    return min(below.interval[0], above.interval[0])
 
 
 def _plain(keys: np.ndarray) -> list[Any]:

@@ -66,7 +66,8 @@ class PartialRows:
             self._journal = Journal(kept, work | {"shape": list(self.shape), "dtype": self.dtype.str})
             self.filled = sum(self._journal.done.values())
             size = os.fstat(self._file).st_size
-            if size == 0:
+            if not self.filled and size <= len(header) and os.pread(self._file, size, 0) == header[:size]:
+                # New, or cut off before there was room for a row.
                 with told(path, "a place that can be written to"):
                     write_at(self._file, header, 0)
                     os.ftruncate(self._file, self._offset + n_rows * self._row_bytes)
@@ -87,7 +88,10 @@ class PartialRows:
             self.sync()
 
     def rewrite(self, positions: Any, rows: Any) -> None:
-        """Write rows anew: row ``positions[i]`` becomes ``rows[i]``; on the disk when this returns."""
+        """Write rows anew: row ``positions[i]`` becomes ``rows[i]``; on the disk when this returns.
+
+        What was appended is synced first: rows that do not count yet would be appended again, over these, after a kill.
+        """
         positions = np.asarray(positions)
         if len(positions) != len(rows) or (
             len(positions) and not 0 <= positions.min() <= positions.max() < self.written
@@ -95,6 +99,7 @@ class PartialRows:
             raise ValueError(
                 f"positions must name one written row each (0 to {self.written - 1}), got {len(positions)}"
             )
+        self.sync()
         for at, row in zip(positions.tolist(), np.asarray(rows), strict=True):
             self._put(at, row[None])
         os.fsync(self._file)

@@ -7,6 +7,7 @@ from polyspan.errors import WrongContent
 
 from . import _tables
 from ._door import PathLike
+from ._slabs import npz_names, tensor_slabs
 from .arrays import table_writer
 from .atomic import atomic_path
 from .embeddings import BATCH_ROWS, EmbeddingReader, EmbeddingWriter
@@ -49,10 +50,11 @@ def replace_vectors(
     if old.suffix in _tables.TABLES:
         _replace_column(source, target, new, old.column or _tables.VECTOR, batch_rows)
         return target
+    name = _tables.VECTOR
     if old.suffix in (".npz", ".safetensors"):
         # Without a name a reader refuses a file of several arrays.
         EmbeddingReader(source)
-    name = member or column or _tables.VECTOR
+        name = (npz_names(source) if old.suffix == ".npz" else [*tensor_slabs(source, refuse_types=False).slabs])[0]
     made = EmbeddingWriter(target, dim=new.dim, dtype=new.dtype, n_rows=new.n_rows, column=name)
     with made as writer, closing(new.batches()) as batches:
         for batch in batches:
