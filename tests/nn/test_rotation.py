@@ -1,6 +1,9 @@
 import inspect
 import itertools
 import math
+import subprocess
+import sys
+import warnings
 from functools import partial
 
 import numpy as np
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.linalg import logm
 from scipy.spatial.transform import Rotation
 from scipy.stats import kstest
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import polyspan.nn as pn
@@ -799,3 +803,221 @@ def test_second_derivatives_go_through_vmap(width, turned):
 def test_distances_of_any_byte_order():
     R, S = (random_rotation(rng=np.random.default_rng(seed), batch=(5,)) for seed in (0, 1))
     np.testing.assert_array_equal(geodesic_distance(R.astype(">f8"), S.astype(">f8")), geodesic_distance(R, S))
+
+
+def pairs_of_forms():
+    """Every conversion with its options, 6D in all conventions, and numbers to put in."""
+    R = rotations(7)
+    for source, target in itertools.permutations([*FORMS, "matrix"], 2):
+        x = R if source == "matrix" else from_matrix(source, R)
+        options = OPTIONS.get(source, {}) | OPTIONS.get(target, {})
+        yield partial(getattr(pn, f"{source}_to_{target}"), **options), x
+        if target == "matrix":
+            yield partial(getattr(pn, f"{source}_to_matrix"), **options, check=False), x
+        if source == "matrix":
+            yield partial(getattr(pn, f"matrix_to_{target}"), **options, check=False), x
+            yield partial(getattr(pn, f"matrix_to_{target}"), **options, project=True), x
+    for convention in ("rows", "interleaved"):
+        yield partial(rotation6d_to_matrix, convention=convention), from_matrix("rotation6d", R)
+        yield partial(matrix_to_rotation6d, convention=convention), R
+    for form in ("axis_angle", "rotation6d", "euler"):
+        options = OPTIONS.get(form, {})
+        there, back = (partial(getattr(pn, name), order="xyzw", **options) for name in of_quaternions(form))
+        yield there, matrix_to_quaternion(R, order="xyzw")
+        yield back, from_matrix(form, R)
+    for n in (2, 3, 4, 5):
+        turns = random_rotation(n, rng=np.random.default_rng(n), batch=(7,))
+        for options in ({}, {"check": False}, {"project": True}):
+            yield partial(matrix_to_rotationnd, **options), turns
+        yield partial(rotationnd_to_matrix), matrix_to_rotationnd(turns)
+
+
+def of_quaternions(form):
+    return f"quaternion_to_{form}", f"{form}_to_quaternion"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_functions_are_the_same_where_numpy_cannot_look(dtype, monkeypatch):
+    margin = 64 * torch.finfo(dtype).eps
+    converted = [(f, torch.tensor(x, dtype=dtype)) for f, x in pairs_of_forms()]
+    expected = [f(x) for f, x in converted]
+    R, S = (torch.tensor(rotations(7, seed), dtype=dtype) for seed in (0, 1))
+    distances = [geodesic_distance, chordal_distance, geodesic_loss, chordal_loss, partial(geodesic_loss, squared=True)]
+    apart = [f(R, S) for f in distances]
+    with pytest.warns(UserWarning, match="six-vectors|matrices have more than one"):
+        lost = [to_matrix(form, torch.tensor(LOST[form], dtype=dtype)) for form in ("rotation6d", "rotation9d")]
+    monkeypatch.setattr(_rotation_torch, "as_numpy", lambda *_: None)
+    for (f, x), made in zip(converted, expected, strict=True):
+        torch.testing.assert_close(f(x), made, rtol=0, atol=margin, msg=lambda text, f=f: f"{f}: {text}")
+    for f, made in zip(distances, apart, strict=True):
+        torch.testing.assert_close(f(R, S), made, rtol=margin, atol=margin)
+    with pytest.warns(UserWarning, match="six-vectors|matrices have more than one"):
+        again = [to_matrix(form, torch.tensor(LOST[form], dtype=dtype)) for form in ("rotation6d", "rotation9d")]
+    for made, before in zip(again, lost, strict=True):
+        torch.testing.assert_close(made, before, rtol=0, atol=margin)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_result_shares_memory_with_the_input_or_with_another_result(kind, dtype):
+    def place(array):
+        return array.numpy() if isinstance(array, torch.Tensor) else array
+
+    for f, x in pairs_of_forms():
+        cases = [numbers.astype(dtype) for numbers in (x, x[:1], x[0])]
+        if f.func.__name__.startswith("matrix_to"):
+            cases.append(np.swapaxes(np.swapaxes(cases[0], 1, 2).copy(), 1, 2))
+        for numbers in cases:
+            given = torch.from_numpy(numbers) if kind == "torch" else numbers
+            first, second = f(given), f(given)
+            assert not np.shares_memory(place(first), place(given)), f
+            assert not np.shares_memory(place(first), place(second)), f
+            first[...] = 0
+
+
+FREE = {
+    "rotation5d": (5, rotation5d_to_matrix),
+    "rotation6d": (6, rotation6d_to_matrix),
+    "rows": (6, partial(rotation6d_to_matrix, convention="rows")),
+    "rotation9d": (9, rotation9d_to_matrix),
+    "projected": (9, lambda x: matrix_to_rotation6d(x.reshape(-1, 3, 3), project=True)),
+}
+
+
+def free(name, dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    x, v = (torch.randn(4, FREE[name][0], generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    return FREE[name][1], x, v
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_forward_derivatives_are_those_of_differences_and_of_the_backward_pass(name):
+    f, x, v = free(name)
+    results = torch.func.jvp(f, (x,), (v,))
+    made, slope = results[0], results[1]
+    torch.testing.assert_close(made, f(x))
+    h = 1e-5
+    torch.testing.assert_close(slope, (f(x + h * v) - f(x - h * v)) / (2 * h), atol=1e-7, rtol=1e-6)
+    back = torch.autograd.functional.jacobian(f, x)
+    torch.testing.assert_close(torch.func.jacfwd(f)(x), back)
+    torch.testing.assert_close(torch.func.jacrev(f)(x), back)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True, strategy="forward-mode"), back)
+    assert torch.autograd.gradcheck(
+        f, (x.clone().requires_grad_(),), check_forward_ad=True, check_batched_forward_grad=True
+    )
+    f32, x32, v32 = free(name, torch.float32)
+    torch.testing.assert_close(torch.func.jvp(f32, (x32,), (v32,))[1].double(), slope, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_higher_derivatives_are_true_in_every_order_of_modes(name):
+    f, x, v = free(name)
+
+    def loss(x):
+        R = f(x)
+        return (R * torch.sin(torch.arange(R.numel(), dtype=R.dtype).reshape(R.shape) + R)).sum()
+
+    expected = torch.autograd.functional.hessian(loss, x)
+    torch.testing.assert_close(torch.func.hessian(loss)(x), expected)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.jacfwd(loss))(x), expected)
+    torch.testing.assert_close(torch.func.jacfwd(torch.func.jacfwd(loss))(x), expected)
+    third = torch.autograd.functional.hessian(
+        lambda x: (torch.autograd.grad(loss(x), x, create_graph=True)[0] * v).sum(), x
+    )
+    slope = torch.func.jacfwd(torch.func.jacfwd(lambda x: torch.func.jvp(loss, (x,), (v,))[1]))(x)
+    torch.testing.assert_close(slope, third)
+    slope = torch.func.jacfwd(torch.func.jacfwd(lambda x: (torch.func.grad(loss)(x) * v).sum()))(x)
+    torch.testing.assert_close(slope, third)
+    along = torch.einsum("ijkl,kl->ij", expected, v)
+    # Forward mode over the backward pass, in which NumPy must not drop the tangent.
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.clone().requires_grad_(), v)
+        pull = torch.autograd.grad(loss(dual), dual)[0]
+        found = forward_ad.unpack_dual(pull).tangent
+    torch.testing.assert_close(found, along)
+
+
+@pytest.mark.parametrize("form", ["rotation5d", "rotation6d", "rotation9d"])
+def test_forward_derivatives_are_0_where_there_is_no_direction(form):
+    g = torch.Generator().manual_seed(0)
+    x = torch.tensor(LOST[form], dtype=torch.float64)
+    v = torch.randn(x.shape, generator=g, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=f"^{len(x)} "):
+        slope = torch.func.jvp(partial(to_matrix, form), (x,), (v,))[1]
+    assert torch.isfinite(slope).all()
+    back = torch.autograd.functional.jacobian(partial(to_matrix, form, check=False), x)
+    torch.testing.assert_close(slope, torch.einsum("nijmk,mk->nij", back, v))
+    if form == "rotation9d":
+        assert not slope.any()
+
+
+def test_results_with_a_tangent_may_be_written_to():
+    for name in FREE:
+        f, x, v = free(name)
+        expected = torch.func.jvp(f, (x,), (v,))[1]
+        with forward_ad.dual_level():
+            made = f(forward_ad.make_dual(x, v))
+            made[2] = 0
+            found = forward_ad.unpack_dual(made).tangent
+        expected[2] = 0
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">f4", ">f2", ">i4", np.longdouble])
+def test_foreign_byte_orders_and_wide_floats_are_computed_in_native_ones(dtype):
+    native = np.dtype(np.float64 if dtype == np.longdouble else np.dtype(dtype).newbyteorder("="))
+    # Half precision between two forms that are no matrices comes back in the byte order it had.
+    kept = {f"{a}_to_{b}" for a, b in itertools.permutations(FORMS, 2)} if dtype == ">f2" else set()
+    cases = [(f, x) for f, x in pairs_of_forms() if f.func.__name__ not in kept]
+    if dtype == ">i4":
+        cases = [(f, np.stack([np.eye(x.shape[-1])] * 3)) for f, x in cases if x.ndim == 3]
+    for f, x in cases:
+        given = x.astype(dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            made, expected = f(given), f(given.astype(native))
+        assert np.dtype(made.dtype).isnative
+        assert made.dtype == expected.dtype
+        np.testing.assert_array_equal(made, expected)
+        assert given.dtype == dtype
+    R, S = rotations(5), rotations(5, 1)
+    if dtype == ">i4":
+        R, S = np.stack([EYE] * 5), np.stack([np.diag([1, -1, -1])] * 5)
+    for f in (geodesic_distance, chordal_distance, geodesic_loss, chordal_loss):
+        made, expected = f(R.astype(dtype), S.astype(dtype)), f(R.astype(native), S.astype(native))
+        assert made.dtype == expected.dtype
+        np.testing.assert_array_equal(made, expected)
+    assert rotation_errors(R.astype(dtype), S.astype(dtype)) == rotation_errors(R.astype(native), S.astype(native))
+
+
+def test_wide_floats_beyond_the_range_of_double_are_refused():
+    if np.finfo(np.longdouble).max > np.finfo(np.float64).max:
+        with pytest.raises(ValueError, match=r"x must be finite, got NaN or infinity in 1 rows: \[1\]"):
+            rotation6d_to_matrix(np.array([[1, 0, 0, 0, 1, 0], [np.longdouble("1e400"), 0, 0, 0, 1, 0]]))
+
+
+COMPILED = """
+import torch
+from polyspan.nn import matrix_to_rotation6d, rotation5d_to_matrix, rotation6d_to_matrix, rotation9d_to_matrix
+
+def projected(x):
+    return matrix_to_rotation6d(x.reshape(-1, 3, 3), project=True)
+
+generator = torch.Generator().manual_seed(3)
+for width, f in ((5, rotation5d_to_matrix), (6, rotation6d_to_matrix), (9, rotation9d_to_matrix), (9, projected)):
+    x, found = torch.randn(4, width, generator=generator, dtype=torch.float64), []
+    for turned in (f, torch.compile(f, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        R = turned(leaf)
+        (R * torch.arange(R.numel(), dtype=R.dtype).reshape(R.shape)).sum().backward()
+        found.append((R.detach(), leaf.grad))
+    torch.testing.assert_close(found[0], found[1])
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_conversions_compile_in_one_graph_with_their_gradients():
+    # In a process of its own: the type checks of the tests cannot be compiled.
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert done.stdout == "same\n", done.stderr

@@ -21,6 +21,17 @@ BLOCK_BYTES = 32768
 NEARLY_HALF_TURN = 2.0**-10
 
 
+def native(x: Any) -> Any:
+    """Bring NumPy arrays to the machine's byte order, and longdouble, for which LAPACK has no functions, to float64."""
+    if is_torch(x):
+        return x
+    if x.dtype.kind == "f" and x.dtype.itemsize > 8:
+        # What leaves the range becomes infinite, which is refused by name.
+        with np.errstate(over="ignore"):
+            return x.astype(np.float64)
+    return x.astype(x.dtype.newbyteorder("="), copy=False)
+
+
 def dot(u: Any, v: Any) -> Any:
     """Inner products along the last axis; in torch neither a sum over three numbers nor its own function is fast."""
     if is_torch(u):
@@ -99,9 +110,9 @@ def _at_hand(x: Any) -> bool:
 
 def _frames(x: Any) -> tuple[Any, Any]:
     if is_torch(x):
-        from ._rotation_torch import Frame
+        from ._rotation_torch import framed
 
-        R, fine = Frame.apply(x)
+        R, fine = framed(x)
         return _apart(R), fine
     return gram_schmidt(x)
 
@@ -233,9 +244,9 @@ def nearest(M: Any, look: bool) -> tuple[Any, Any]:
         R = nearest_rotation(still)
         lost = pair_sums(R, still)[2]
     if is_torch(M):
-        from ._rotation_torch import Nearest
+        from ._rotation_torch import attached
 
-        R = _apart(Nearest.apply(M, R))
+        R = _apart(attached(M, R))
     return R, lost
 
 

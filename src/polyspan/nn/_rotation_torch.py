@@ -1,6 +1,7 @@
 """Derivatives of two maps to rotations, for torch; kept apart so that NumPy users never import torch.
 
-Both are written with differentiable operations on what they saved, so that second derivatives are true as well.
+Both have a backward and, outside captured graphs, a forward derivative, written with differentiable operations on what
+they saved, so that second derivatives are true as well, in whichever order of the two modes.
 """
 
 from typing import Any
@@ -41,6 +42,25 @@ def joined(parts: list[Any]) -> Any:
     return torch.stack(parts).movedim(0, -1).contiguous()
 
 
+def framed(x: Any) -> tuple[Any, Any]:
+    """Frames of x (*b, 6), and where all is well; torch.compile takes no Function that has a forward derivative."""
+    return (Frame if torch.compiler.is_compiling() else FrameBothWays).apply(x)
+
+
+def attached(M: Any, R: Any) -> Any:
+    """R, the rotations nearest to M (*b, 3, 3), with the derivatives that they have in M; as ``framed``."""
+    return (Nearest if torch.compiler.is_compiling() else NearestBothWays).apply(M, R)
+
+
+def _of_outer_levels(ctx: Any) -> list[Any]:
+    """What a Function saved, without tangents of the level that its ``jvp`` serves, with those of levels around it.
+
+    torch switches forward mode off in ``jvp``, where a second derivative, forward over forward, would be 0 unnoticed;
+    switched on again, it must not see the level's own tangents.
+    """
+    return [forward_ad.unpack_dual(saved).primal for saved in ctx.saved_tensors]
+
+
 class Frame(torch.autograd.Function):
     """Gram-Schmidt frames (*b, 3, 3) of the halves a and b of x (*b, 6), and where all is well, as ``gram_schmidt``.
 
@@ -63,7 +83,7 @@ class Frame(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, R = ctx.saved_tensors
         arrays = x, R.reshape(*R.shape[:-2], 9), grads[0].reshape(*R.shape[:-2], 9)
-        if not torch.is_grad_enabled():
+        if undifferentiated(*arrays) is not None:
             return by_blocks(lambda numbers: (_pulled_back(numbers), False), arrays, 6)[0]
         return joined(_pulled_back([part for array in arrays for part in entries(array)]))
 
@@ -79,6 +99,37 @@ def _pulled_back(numbers: list[Any]) -> list[Any]:
     size = sum3(x, a)
     turn_y, turn_z = along_z / size, (along_y + pull * sum3(x, b)) / size
     return [*(turn_y * p - turn_z * q for p, q in zip(y, z, strict=True)), *(pull * part for part in z)]
+
+
+def _pushed_on(numbers: list[Any]) -> list[Any]:
+    """Change of the frame R, from a, b, R and the changes of a and b, all by entries."""
+    a, b, R, da, db = numbers[:3], numbers[3:6], numbers[6:15], numbers[15:18], numbers[18:]
+    x, y, z = (R[j::3] for j in range(3))
+    size = sum3(x, a)
+    turn_y, turn_z = -sum3(z, da) / size, sum3(y, da) / size
+    turn_x = (sum3(z, db) + sum3(x, b) * turn_y) / sum3(y, b)
+    return [
+        part
+        for p, q, r in zip(x, y, z, strict=True)
+        for part in (turn_z * q - turn_y * r, turn_x * r - turn_z * p, turn_y * p - turn_x * q)
+    ]
+
+
+class FrameBothWays(Frame):
+    """``Frame`` with its forward derivative too."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        Frame.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0], output[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, None]:
+        with forward_ad._set_fwd_grad_enabled(True):
+            x, R = _of_outer_levels(ctx)
+            arrays = x, R.reshape(*R.shape[:-2], 9), tangents[0]
+            moved = joined(_pushed_on([part for array in arrays for part in entries(array)]))
+            return moved.reshape(R.shape), None
 
 
 class Nearest(torch.autograd.Function):
@@ -100,13 +151,31 @@ class Nearest(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, None]:
-        M, R = ctx.saved_tensors
-        adjugate, determinant, lost = pair_sums(R, M)
-        turn = adjugate @ _vee(R.mT @ grads[0])
-        # Both branches are finite, so that no derivative of the one that is not taken is NaN.
-        safe = torch.where(lost, torch.ones_like(determinant), determinant)[..., None]
-        turn = torch.where(lost[..., None], torch.zeros_like(turn[..., 0]), turn[..., 0] / safe)
-        return torch.linalg.cross(turn.unsqueeze(-2).expand_as(R), R, dim=-1).neg(), None
+        return _turned(*ctx.saved_tensors, grads[0]), None
+
+
+class NearestBothWays(Nearest):
+    """``Nearest`` with its forward derivative too."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        Nearest.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0], output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return _turned(*_of_outer_levels(ctx), tangents[0])
+
+
+def _turned(M: Any, R: Any, E: Any) -> Any:
+    """Change of R for a change E of M, and gradient in M for a gradient E in R."""
+    adjugate, determinant, lost = pair_sums(R, M)
+    turn = adjugate @ _vee(R.mT @ E)
+    # Both branches are finite, so that no derivative of the one that is not taken is NaN.
+    safe = torch.where(lost, torch.ones_like(determinant), determinant)[..., None]
+    turn = torch.where(lost[..., None], torch.zeros_like(turn[..., 0]), turn[..., 0] / safe)
+    return torch.linalg.cross(turn.unsqueeze(-2).expand_as(R), R, dim=-1).neg()
 
 
 def _vee(A: Any) -> Any:

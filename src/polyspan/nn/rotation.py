@@ -1,9 +1,9 @@
 """Rotations as numbers: quaternions, axis-angle, Euler angles, 5D, 6D, n-D and 9D, each to and from the matrix.
 
 Matrices R act on columns; all maps take any leading dimensions, NumPy arrays and torch tensors, and keep dtype and
-device (float16 and bfloat16 are computed in float32, integers in float64). Whatever the numbers are, as long as they
-are finite, the matrix that comes out is a rotation. Conversions between two forms that are no matrices stand in
-:mod:`polyspan.nn.rotation_grid`.
+device (float16 and bfloat16 are computed in float32; integers and NumPy's longdouble in float64, which they become).
+NumPy arrays come out in the machine's byte order. Whatever the numbers are, as long as they are finite, the matrix that
+comes out is a rotation. Conversions between two forms that are no matrices stand in :mod:`polyspan.nn.rotation_grid`.
 
 ``check`` is an option of every conversion: it refuses numbers that are not finite and matrices that are no rotations,
 and warns of input at which the map is not continuous. It waits for an accelerator at each call, is left out of
@@ -26,6 +26,7 @@ from ._rotation_maps import (
     dot,
     entries,
     length,
+    native,
     nearest,
     no_rotations,
     one_hot,
@@ -291,9 +292,7 @@ def matrix_to_rotation9d(R: Any, *, project: bool = False, check: bool = True) -
     Parameters and errors as in :func:`matrix_to_quaternion`.
     """
     wide, narrow, _ = _read_matrix(R, project, check, size=3)
-    flat = namespace(wide).reshape(wide, (*wide.shape[:-2], 9))
-    # A result of its own, which the caller may write to.
-    return narrow(flat.clone() if is_torch(flat) else flat.copy())
+    return narrow(_row_by_row(wide))
 
 
 def rotationnd_to_matrix(x: Any, *, check: bool = True) -> Float[Any, "*b n n"]:
@@ -336,8 +335,7 @@ def matrix_to_rotationnd(R: Any, *, project: bool = False, check: bool = True) -
     Parameters and errors as in :func:`matrix_to_quaternion`, for R (*b, n, n) with n >= 2.
     """
     wide, narrow, _ = _read_matrix(R, project, check, size=None)
-    n = wide.shape[-1]
-    return narrow(namespace(wide).reshape(swap(wide[..., :-1]), (*wide.shape[:-2], n * (n - 1))))
+    return narrow(_row_by_row(swap(wide[..., :-1])))
 
 
 def _read(x: Any, size: int, name: str, check: bool) -> tuple[Any, Callable[[Any], Any], bool]:
@@ -347,7 +345,7 @@ def _read(x: Any, size: int, name: str, check: bool) -> tuple[Any, Callable[[Any
         raise TypeError(f"{name} must be real, got {x.dtype}")
     if x.ndim < 1 or x.shape[-1] != size:
         raise ValueError(f"{name} must be (*b, {size}), got shape {tuple(x.shape)}")
-    wide, narrow = widen(x)
+    wide, narrow = widen(native(x))
     check = check and not _traced(wide)
     if check:
         _refuse_unless_finite(wide, -1, name)
@@ -362,6 +360,7 @@ def _read_matrix(R: Any, project: bool, check: bool, size: int | None) -> tuple[
     if R.ndim < 2 or R.shape[-1] != R.shape[-2] or R.shape[-1] < 2 or (size and R.shape[-1] != size):
         expected = f"(*b, {size}, {size})" if size else "(*b, n, n) with n >= 2"
         raise ValueError(f"R must be {expected}, got shape {tuple(R.shape)}")
+    R = native(R)
     wide, narrow = widen(R)
     check = check and not _traced(wide)
     if check:
@@ -370,10 +369,21 @@ def _read_matrix(R: Any, project: bool, check: bool, size: int | None) -> tuple[
         return nearest(wide, check)[0], narrow, check
     if check:
         still = detached(wide)
-        coarse = xp.finfo(R.dtype).eps if xp.isdtype(R.dtype, "real floating") else 0.0
+        coarse = float(xp.finfo(R.dtype).eps) if xp.isdtype(R.dtype, "real floating") else 0.0
         bad = no_rotations(still, max(NOT_A_ROTATION, 4 * coarse))
         _refuse(bad, "R must hold rotations (project=True takes the nearest), got others")
     return wide, narrow, check
+
+
+def _row_by_row(x: Any) -> Any:
+    """Entries (*b, p q) of (*b, p, q), in memory of their own, where reshaping alone may stay in the caller's."""
+    if is_torch(x):
+        import torch
+
+        own = x.clone(memory_format=torch.contiguous_format)
+    else:
+        own = x.copy()
+    return own.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def _traced(x: Any) -> bool:

@@ -10,7 +10,7 @@ from polyspan.linalg import random_orthogonal
 from polyspan.linalg._namespace import detached, identity, is_torch, namespace, swap, widen
 
 from . import rotation
-from ._rotation_maps import angle, length
+from ._rotation_maps import angle, length, native
 from .rotation import _quaternion_matrix, axis_angle_to_matrix
 
 Reduction = Literal["mean", "sum", "none"]
@@ -212,8 +212,7 @@ def _pair(R: Any, S: Any) -> tuple[Any, Any, Any]:
         raise ValueError(
             f"expected two batches (*b, n, n) of square matrices, got shapes {tuple(R.shape)} and {tuple(S.shape)}"
         )
-    if not is_torch(R):
-        R, S = (x.astype(x.dtype.newbyteorder("="), copy=False) for x in (R, S))
+    R, S = native(R), native(S)
     if R.dtype == S.dtype and xp.isdtype(R.dtype, (xp.float32, xp.float64)):
         return R, S, lambda y: y
     (a, narrow), (b, other) = widen(R), widen(S)
