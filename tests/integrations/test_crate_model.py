@@ -95,6 +95,46 @@ def test_an_auto_encoder_comes_back_and_completes(tmp_path):
     assert torch.equal(read(images, mask, return_dict=False)[0], out.loss)
 
 
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_classifier_begins_with_the_encoder_of_a_masked_auto_encoder(tmp_path, auto):
+    model = CRATEMAE(
+        (8, 12), 4, 8, 2, 2, head_dim=3, decoder_depth=1, block={"eta": 0.2}, generator=torch_generator(0)
+    ).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(draw(*p.shape, seed=1), alpha=0.1)  # norms are no longer the identity
+    to_hugging_face(model).save_pretrained(tmp_path)
+    kind = transformers.AutoModelForImageClassification if auto else CrateForImageClassification
+    read, told = kind.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
+    assert set(told["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    assert all("decoder" in n or "mask_token" in n or "prediction" in n for n in told["unexpected_keys"])
+    assert not told["mismatched_keys"]
+    theirs, mine = read.crate.network.state_dict(), model.state_dict()
+    assert all(torch.equal(value, mine[name]) for name, value in theirs.items())
+    images = draw(2, 3, 8, 12, seed=2)
+    features = model.encode(images)[:, 0]
+    torch.testing.assert_close(read.crate(images).pooler_output, features)
+    body, told = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"]
+    torch.testing.assert_close(body(images).pooler_output, features)
+    # What was trained on from there is written and read like any other classifier.
+    read.save_pretrained(tmp_path / "tuned")
+    again, told = kind.from_pretrained(tmp_path / "tuned", output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert torch.equal(again(images).logits, read(images).logits)
+
+
+def test_the_auto_encoder_leaves_the_configuration_that_it_is_given_alone():
+    config = CrateConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    made = CrateForMaskedImageModeling(config)
+    assert config.patch_norm
+    assert config.embedding_norm
+    assert not made.config.patch_norm
+    assert not made.config.embedding_norm
+    assert torch.isfinite(made(draw(1, 3, 8, 8)).loss)
+
+
 def test_other_sizes_and_hidden_patches_are_understood():
     model, images = network(), draw(2, 3, 16, 12)
     made = to_hugging_face(model)

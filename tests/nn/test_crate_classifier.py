@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -163,9 +165,25 @@ def test_one_class_a_class_mismatch_and_a_diverging_loss_are_told(fitted):
     with pytest.raises(ValueError, match="y must hold at least 2 classes, got 1 class: a"):
         brief().fit(X, np.full(40, "a"))
     with pytest.raises(ValueError, match="X has 16 features, but CrateClassifier is expecting 64"):
-        fitted.predict(X[:, :4, :4])
+        fitted.predict(X[:, :4, :4].reshape(40, -1))
     with pytest.raises(NotConverged, match="the loss is no longer finite after"):
         brief(learning_rate=1e30, warmup=0.0).fit(X, y)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 16), (4, 4, 4), (64, 1), (3, 8, 8)])
+def test_images_of_another_shape_are_refused_even_with_as_many_pixels(fitted, shape):
+    X = np.zeros((2, *shape), dtype=np.float32)
+    told = re.escape(f"X must hold images of shape (1, 8, 8), (c, h, w) as fitted, got {shape}")
+    for method in (fitted.predict, fitted.features, fitted.attention_maps, fitted.layer_report):
+        with pytest.raises(ValueError, match=told):
+            method(X)
+
+
+def test_images_of_another_shape_than_image_shape_are_refused():
+    X, y = stripes(40)
+    with pytest.raises(ValueError, match=r"X must hold images of image_shape \(4, 16\), got \(8, 8\)"):
+        brief(image_shape=(4, 16)).fit(X, y)
+    assert brief(image_shape=(1, 8, 8), max_iter=1).fit(X, y).image_shape_ == (1, 8, 8)
 
 
 def test_constant_images_are_fitted_without_a_warning():

@@ -1,3 +1,4 @@
+import inspect
 from itertools import combinations
 
 import numpy as np
@@ -146,6 +147,8 @@ def test_parallel_vectors_have_no_coordinates():
 def test_impossible_coordinates_are_refused():
     with pytest.raises(ValueError, match="u must have at least 2 coordinates, got 1"):
         plucker_coordinates(torch.ones(1), torch.ones(1))
+    with pytest.raises(ValueError, match="v must have 4 coordinates, as u, got 5"):
+        inspect.unwrap(plucker_coordinates)(torch.ones(4), torch.ones(5))  # without the tests' own check of shapes
     with pytest.raises(ValueError, match=r"p must have r \(r - 1\) / 2 coordinates for some r, got 5"):
         plucker_relations_residual(torch.ones(5))
 

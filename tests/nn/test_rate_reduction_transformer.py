@@ -203,6 +203,22 @@ def test_the_report_agrees_with_literal_rates_and_shares(where):
     assert told.n_items == 5
     assert told.names == ["blocks.0", "blocks.1", "blocks.2"]
     assert told.to_json()["rate"] == told.rate.tolist()
+    whole = layer_report(model, images, where=where)
+    assert whole.n_items == 5
+    np.testing.assert_allclose(whole.rate_within, told.rate_within, rtol=1e-5)
+
+
+def test_a_tensor_of_more_items_than_are_measured_at_once_is_their_mean():
+    model, images = small(), draw(300, 3, 8, 12)
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    told = layer_report(model, images)
+    handle.remove()
+    assert seen == [256, 44]
+    again = layer_report(model, [images[:100], images[100:]])
+    assert told.n_items == again.n_items == 300
+    for a, b in zip(told[1:6], again[1:6], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def test_turned_subspaces_are_as_good_as_learnt_ones_for_tokens_without_structure():
@@ -457,7 +473,18 @@ def test_a_network_is_kept_in_a_file(tmp_path):
         (lambda: layer_report(small(), [], eps2=0.0), "eps2 must be positive and finite, got 0.0"),
         (lambda: layer_report(small(), [], where="end"), "where must be 'half' or 'input', got 'end'"),
         (lambda: layer_report(small(), [], n_random=0), "n_random must be at least 1, got 0"),
+        (
+            lambda: small()(draw(2, 3, 8, 12), torch.ones(2, 5, dtype=torch.bool)),
+            r"mask must be \(2, 6\), true or false for each patch, got \(2, 5\) of torch.bool",
+        ),
+        (
+            lambda: small().forward_states(draw(2, 3, 8, 12), torch.ones(2, 7, dtype=torch.bool)),
+            r"mask must be \(2, 6\), true or false for each patch, got \(2, 7\)",
+        ),
         (lambda: layer_report(small(), []), "batches must hold at least one item, got none"),
+        (lambda: layer_report(small(), [np.ones((2, 3, 8, 12))]), "batches must hold tensors, got ndarray"),
+        (lambda: layer_report(small(), draw(0, 3, 8, 12)), "batches must hold at least one item, got none"),
+        (lambda: layer_report(small(), draw(5)), r"items \(n, ...\), got a tensor of 1 dimensions"),
         (lambda: layer_report(small(), [], layers=["head", "tail"]), r"layers must name submodules, got \['tail'\]"),
         (lambda: layer_report(torch.nn.ReLU(), []), "layers must name submodules, got none, and the model has no"),
         (

@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,8 @@ def test_the_loss_is_its_formula_and_empty_masks_cost_nothing_more():
     assert sure < 1e-6
     with pytest.raises(ValueError, match="smooth must be above 0"):
         bce_dice_loss(logits, masks, 0)
+    with pytest.raises(ValueError, match=r"masks must be \(3, 4, 5\), as the logits, got \(3, 5, 4\)"):
+        inspect.unwrap(bce_dice_loss)(logits, masks.mT)  # without the tests' own check of shapes
 
 
 def test_scores_of_all_pixels_differ_from_the_mean_over_images():
@@ -109,6 +113,10 @@ def test_a_segmenter_is_kept_and_read_and_answers_in_batches_of_any_size(tmp_pat
     np.testing.assert_array_equal(again.predict(images), found.predict(images))
     np.testing.assert_allclose(again.predict(images, 5), found.predict(images), atol=1e-5)
     assert again.losses == found.losses
+    with pytest.raises(ValueError, match=r"images must be \(n, h, w\) or \(n, c, h, w\), got shape \(8, 8\)"):
+        again.predict(images[0])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        again.predict(images, 0)
     save_fitted(tmp_path / "other.safetensors", kind="Other", arrays={"x": np.ones(2)}, params={})
     with pytest.raises(WrongContent):
         Segmenter.load(tmp_path / "other.safetensors")
@@ -230,3 +238,49 @@ def test_outlines_are_drawn(tmp_path):
     plot_segmentation(np.stack([images] * 3, axis=1), masks, 0.0 * masks, tmp_path / "c.png")
     with pytest.raises(ValueError, match="must agree"):
         plot_segmentation(images[:2], masks, masks, path)
+    with pytest.raises(ValueError, match="images must be at least one"):
+        plot_segmentation(images[:0], masks[:0], masks[:0], path)
+
+
+def test_a_drawing_says_which_outline_is_which(tmp_path, monkeypatch):
+    from matplotlib.colors import to_hex
+
+    from polyspan.nn import scan_plots
+
+    drawn = []
+    monkeypatch.setattr(scan_plots, "write_picture", lambda figure, path: drawn.append(figure))
+    images, masks = squares(2)
+    plot_segmentation(images, masks, np.roll(masks, 1, axis=2).astype(float), tmp_path / "a.svg")
+    (figure,) = drawn
+    (key,) = figure.legends
+    told = [(text.get_text(), line.get_color()) for text, line in zip(key.texts, key.legend_handles, strict=True)]
+    assert [name for name, _ in told] == ["true mask", "predicted"]
+    for axis in figure.axes:
+        outlines = [to_hex(part.get_edgecolor()[0]) for part in axis.collections]
+        assert outlines == [colour for _, colour in told]
+
+
+def test_masks_may_be_booleans_and_more_than_are_read_at_once():
+    images, masks = squares(70)
+    found = train_segmentation(small(), images, masks == 1, max_iter=2)
+    assert found.losses == train_segmentation(small(), images, masks, max_iter=2).losses
+    late = masks.copy()
+    late[69, 0, 0] = 7
+    with pytest.raises(ValueError, match=r"masks must be binary, .* got values \[0, 1, 7\]"):
+        train_segmentation(small(), images, late, max_iter=2)
+
+
+def test_other_masks_do_not_go_on_from_a_checkpoint(tmp_path):
+    images, masks = squares(6)
+    how = {"max_iter": 2, "save_every": 1, "checkpoint": tmp_path / "c.safetensors"}
+    train_segmentation(small(), images, masks, **how)
+    with pytest.raises(ValueError, match=r"must belong to this fit, got another \['masks'\]"):
+        train_segmentation(small(), images, np.maximum(masks, np.eye(8, dtype=np.uint8)), **how)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
+def test_rates_out_of_range_are_told(name, value):
+    images, masks = squares(6)
+    with pytest.raises(ValueError, match=f"{name} must be finite and at least 0, got {value}"):
+        train_segmentation(small(), images, masks, **{name: value})

@@ -1,11 +1,10 @@
 """``polyspan crate train`` and ``report``: a white-box transformer on pictures, measured layer by layer."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from cyclopts import Parameter
-
-from ._output import show_json, show_table
+from ._output import check_target, show_json, show_table
+from ._pictures import Out, check_drawing, count_to_measure, read_pictures
 
 COLUMNS = ("layer", "rate within", "within turned", "rate", "non-zero", "all zero")
 
@@ -14,7 +13,7 @@ def train(
     source: Path,
     *,
     labels: Path,
-    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    out: Out,
     dim: int = 64,
     depth: int = 4,
     heads: int = 4,
@@ -38,7 +37,7 @@ def train(
     source : Path
         Pictures: an array (.npy) of shape (n, h, w) or (n, channels, h, w).
     labels : Path
-        A whole number for each (.npy).
+        A whole number for each (.npy), of shape (n,) or (n, 1); at least two classes.
     out : Path
         The trained network, one .safetensors file.
     dim : int
@@ -60,7 +59,7 @@ def train(
     shift : int
         Most pixels by which pictures are moved while training.
     held_out : float
-        Share of the pictures kept for measuring, at least one.
+        Share of the pictures kept for measuring: at least one, and never so many that less than two are trained on.
     checkpoint : Path
         A .safetensors file that lets a run that was stopped go on.
     device : str
@@ -74,15 +73,21 @@ def train(
     """
     from sklearn.model_selection import train_test_split
 
-    from polyspan.io import read_array
     from polyspan.nn import CrateClassifier
 
-    if not 0 < held_out < 1:
-        raise ValueError(f"--held-out must be between 0 and 1, got {held_out}")
-    X, y = _pictures(source), read_array(labels, ndim=1, dtype="int64")
+    check_target(out, "--out", ".safetensors")
+    check_target(checkpoint, "--checkpoint", ".safetensors")
+    check_drawing(plot, "--plot")
+    X, y = read_pictures(source), _labels(labels)
     if len(X) != len(y):
         raise ValueError(f"there must be one label a picture, got {len(X)} pictures and {len(y)} labels")
-    kept, test, kept_y, test_y = train_test_split(X, y, test_size=held_out, random_state=seed)
+    n = count_to_measure(len(X), held_out, least=2, why="one of each of two classes to train on")
+    kept, test, kept_y, test_y = train_test_split(X, y, test_size=n, random_state=seed)
+    if len(found := {int(label) for label in kept_y}) < 2:
+        whole = "no other is among the labels" if len({*found, *y.tolist()}) < 2 else "try another --seed"
+        raise ValueError(
+            f"the {len(kept)} pictures trained on must be of at least 2 classes, got only {found.pop()}; {whole}"
+        )
     model = CrateClassifier(
         dim, depth, heads, patch_size=patch, block={"step": step}, max_iter=steps, batch_size=batch_size,
         learning_rate=rate, shift=shift, checkpoint=checkpoint, device=device, random_state=seed, verbose=True,
@@ -129,7 +134,9 @@ def report(
     """
     from polyspan.nn import CrateClassifier
 
-    fitted, X = CrateClassifier.load(model), _pictures(data)
+    check_drawing(plot, "--plot")
+    check_drawing(maps, "--maps")
+    fitted, X = CrateClassifier.load(model), read_pictures(data)
     told = fitted.layer_report(X, eps2=eps2, where=where)
     facts: dict[str, Any] = {"pictures": len(X)}
     if maps is not None:
@@ -140,13 +147,17 @@ def report(
     _show(told, facts, plot, json)
 
 
-def _pictures(source: Path) -> Any:
+def _labels(source: Path) -> Any:
+    """Return labels (n,), whole numbers; a column of them is taken, too."""
+    from polyspan.errors import WrongContent
     from polyspan.io import read_array
 
-    X = read_array(source, ndim=None)
-    if X.ndim not in (3, 4):
-        raise ValueError(f"pictures must be (n, h, w) or (n, channels, h, w), got shape {X.shape} in {source}")
-    return X
+    y = read_array(source, ndim=None, dtype="int64")
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1:
+        raise WrongContent(source, found=f"shape {y.shape}", expected="one label a picture: (n,) or (n, 1)")
+    return y
 
 
 def _show(told: Any, facts: dict[str, Any], plot: Path | None, json: bool) -> None:

@@ -1,18 +1,17 @@
 """``polyspan segment train`` and ``predict``: outline things in pictures with a network of scan blocks."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from cyclopts import Parameter
-
-from ._output import show_json, show_table
+from ._output import check_target, show_json, show_table
+from ._pictures import Out, check_drawing, count_to_measure, read_pictures
 
 
 def train(
     source: Path,
     *,
     masks: Path,
-    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    out: Out,
     widths: str = "16,32,64",
     states: int = 8,
     patch: int = 4,
@@ -34,7 +33,7 @@ def train(
     source : Path
         Pictures: an array (.npy) of shape (n, h, w) or (n, channels, h, w).
     masks : Path
-        Their masks: an array (.npy) of shape (n, h, w), of 0 and 1 or of 0 and 255.
+        Their masks: an array (.npy) of shape (n, h, w), of 0 and 1, of 0 and 255 or of true and false.
     out : Path
         The trained network, one .safetensors file.
     widths : str
@@ -52,7 +51,7 @@ def train(
     rate : float
         Learning rate at its highest.
     held_out : float
-        Share of the pictures kept for measuring, at least one.
+        Share of the pictures kept for measuring: at least one, and never all.
     checkpoint : Path
         A .safetensors file that lets a run that was stopped go on.
     device : str
@@ -69,20 +68,22 @@ def train(
     from polyspan.nn import MHSUNet, train_segmentation
     from polyspan.run import pick_device, torch_generator
 
-    if not 0 < held_out < 1:
-        raise ValueError(f"--held-out must be between 0 and 1, got {held_out}")
+    check_target(out, "--out", ".safetensors")
+    check_target(checkpoint, "--checkpoint", ".safetensors")
+    check_drawing(plot, "--plot")
     try:
         dims = [int(width) for width in widths.split(",")]
     except ValueError:
         raise ValueError(f"--widths must be whole numbers by commas, got {widths!r}") from None
-    X, y = _pictures(source), _masks(masks)
-    if len(X) != len(y):
-        raise ValueError(f"there must be one mask a picture, got {len(X)} pictures and {len(y)} masks")
-    if len(X) < 2:
-        raise ValueError(f"there must be at least two pictures, one of them to measure on, got {len(X)}")
+    X = read_pictures(source)
+    n = count_to_measure(len(X), held_out, least=1, why="one to train on")
+    y = _masks(masks, X)
     order = np.random.default_rng(seed).permutation(len(X))
-    n = min(max(1, round(held_out * len(X))), len(X) - 1)
     test, kept = order[:n], order[n:]
+    if not y[kept].any():
+        raise ValueError(
+            f"masks must not all be empty, got no pixel that belongs among the {len(kept)} trained on, of {masks}"
+        )
     generator = torch_generator(seed)
     model = MHSUNet(
         1 if X.ndim == 3 else X.shape[1], 1, [2] * len(dims), dims, patch_size=patch, block=block, d_state=states,
@@ -100,7 +101,7 @@ def predict(
     model: Path,
     *,
     data: Path,
-    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    out: Out,
     masks: Path | None = None,
     plot: Path | None = None,
     json: bool = False,
@@ -116,7 +117,7 @@ def predict(
     out : Path
         Probabilities (n, h, w), a .npy file.
     masks : Path
-        True masks (.npy).
+        True masks, as for training.
     plot : Path
         Draw the first pictures with both outlines (.svg, .png or .pdf); needs --masks.
     json : bool
@@ -127,29 +128,34 @@ def predict(
 
     if plot is not None and masks is None:
         raise ValueError("--plot needs --masks, to draw both outlines")
-    X = _pictures(data)
-    y = None if masks is None else _masks(masks)
+    check_target(out, "--out", ".npy")
+    check_drawing(plot, "--plot")
+    X = read_pictures(data)
+    y = None if masks is None else _masks(masks, X)
     shares = Segmenter.load(model).predict(X)
     write_array(out, shares)
     _report({"out": str(out), "pictures": len(X)}, X, y, shares, plot, json)
 
 
-def _pictures(source: Path) -> Any:
+def _masks(source: Path, pictures: Any) -> Any:
+    """Return the masks of pictures, (n, h, w) bool; a single channel may stand before the sides."""
     from polyspan.io import read_array
+    from polyspan.nn.scan_segmentation import binary_masks
 
-    X = read_array(source, ndim=None)
-    if X.ndim not in (3, 4):
-        raise ValueError(f"pictures must be (n, h, w) or (n, channels, h, w), got shape {X.shape} in {source}")
-    return X
-
-
-def _masks(source: Path) -> Any:
-    from polyspan.io import read_array
-
-    y = read_array(source, ndim=None)
+    y = read_array(source, ndim=None, booleans=True)
+    if y.ndim == 4 and y.shape[1] == 1:
+        y = y[:, 0]
     if y.ndim != 3:
         raise ValueError(f"masks must be (n, h, w), got shape {y.shape} in {source}")
-    return y
+    if len(y) != len(pictures):
+        raise ValueError(f"there must be one mask a picture, got {len(pictures)} pictures and {len(y)} masks")
+    if y.shape[1:] != pictures.shape[-2:]:
+        (h, w), (a, b) = pictures.shape[-2:], y.shape[1:]
+        raise ValueError(f"masks must be {h} by {w} pixels, as the pictures, got {a} by {b} in {source}")
+    try:
+        return binary_masks(y)
+    except ValueError as error:
+        raise ValueError(f"{error} in {source}") from None
 
 
 def _report(facts: dict[str, Any], X: Any, y: Any, shares: Any, plot: Path | None, json: bool) -> None:
@@ -169,7 +175,7 @@ def _report(facts: dict[str, Any], X: Any, y: Any, shares: Any, plot: Path | Non
 
             titles = [f"Dice {value:.2f}" for value in scores.image_dice[:8]]
             X = X if X.ndim == 3 or X.shape[1] == 3 else X[:, 0]
-            facts["plot"] = str(plot_segmentation(X, y > 0, shares, plot, titles=titles))
+            facts["plot"] = str(plot_segmentation(X, y, shares, plot, titles=titles))
     if json:
         show_json(facts)
         return

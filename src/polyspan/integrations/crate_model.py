@@ -1,5 +1,6 @@
 """Rate-reduction transformers as Hugging Face models: importing this registers them with the Auto classes."""
 
+import copy
 import math
 from typing import Any
 
@@ -29,7 +30,8 @@ class CrateConfig(transformers.PreTrainedConfig):
     step, tied_output, eta, lambd, dict_size, n_steps : optional
         Of :class:`polyspan.nn.CRATEBlock`.
     pool : {"cls", "mean"}
-    patch_norm : bool
+    patch_norm, embedding_norm : bool
+        Always false in the masked auto-encoder, and in what is loaded from one.
     hidden_dropout_prob, attention_probs_dropout_prob : float
         After the positions; in attention.
     decoder_num_hidden_layers : int, optional
@@ -57,6 +59,7 @@ class CrateConfig(transformers.PreTrainedConfig):
         n_steps: int = 1,
         pool: str = "cls",
         patch_norm: bool = True,
+        embedding_norm: bool = True,
         hidden_dropout_prob: float = 0.0,
         attention_probs_dropout_prob: float = 0.0,
         decoder_num_hidden_layers: int | None = None,
@@ -68,7 +71,8 @@ class CrateConfig(transformers.PreTrainedConfig):
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.num_attention_heads, self.head_dim = num_attention_heads, head_dim
         self.step, self.tied_output, self.eta, self.lambd = step, tied_output, eta, lambd
-        self.dict_size, self.n_steps, self.pool, self.patch_norm = dict_size, n_steps, pool, patch_norm
+        self.dict_size, self.n_steps, self.pool = dict_size, n_steps, pool
+        self.patch_norm, self.embedding_norm = patch_norm, embedding_norm
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.decoder_num_hidden_layers = decoder_num_hidden_layers
@@ -86,7 +90,7 @@ class CrateConfig(transformers.PreTrainedConfig):
             self.image_size, self.patch_size, num_classes, self.hidden_size, self.num_hidden_layers,
             self.num_attention_heads, head_dim=self.head_dim, channels=self.num_channels, pool=self.pool,
             dropout=self.attention_probs_dropout_prob, emb_dropout=self.hidden_dropout_prob,
-            patch_norm=self.patch_norm, block=self.block() | {"lambd": self.lambd},
+            patch_norm=self.patch_norm, embedding_norm=self.embedding_norm, block=self.block() | {"lambd": self.lambd},
         )  # fmt: skip
 
 
@@ -217,23 +221,37 @@ class CrateForImageClassification(CratePreTrainedModel):
         return made.to_tuple() if return_dict is False else made
 
 
+class _Encoding(nn.Module):
+    """An auto-encoder where :class:`CrateModel` has its network, so that the names of weights are the same."""
+
+    def __init__(self, network: CRATEMAE):
+        super().__init__()
+        self.network = network
+
+
 class CrateForMaskedImageModeling(CratePreTrainedModel):
     """The masked auto-encoder: predicts the pixels of hidden patches.
+
+    Its encoder is what :class:`CrateModel` and :class:`CrateForImageClassification` load from its files; the latter
+    begins with a new head.
 
     Parameters
     ----------
     config : CrateConfig
-        The authors' encoders have ``lambd=0.5``.
+        The authors' encoders have ``lambd=0.5``. Copied, with ``patch_norm`` and ``embedding_norm`` false.
     """
 
     def __init__(self, config: CrateConfig):
+        config = copy.deepcopy(config)
+        config.patch_norm = config.embedding_norm = False
         super().__init__(config)
-        self.crate = CRATEMAE(
+        network = CRATEMAE(
             config.image_size, config.patch_size, config.hidden_size, config.num_hidden_layers,
             config.num_attention_heads, decoder_depth=config.decoder_num_hidden_layers, head_dim=config.head_dim,
             channels=config.num_channels, mask_ratio=config.mask_ratio, norm_pixels=config.norm_pix_loss,
             lambd=config.lambd, block=config.block(),
         )  # fmt: skip
+        self.crate = _Encoding(network)
         self.post_init()
 
     def forward(
@@ -249,7 +267,7 @@ class CrateForMaskedImageModeling(CratePreTrainedModel):
         Without ``bool_masked_pos`` (B, N) patches are hidden at random, from torch's global generator, as models of
         this kind do everywhere in Hugging Face's library.
         """
-        net, options = self.crate, {"interpolate_pos_encoding": interpolate_pos_encoding}
+        net, options = self.crate.network, {"interpolate_pos_encoding": interpolate_pos_encoding}
         if bool_masked_pos is None:
             p, q = net.patch_size
             n = (pixel_values.shape[-2] // p) * (pixel_values.shape[-1] // q)
@@ -300,13 +318,14 @@ def to_hugging_face(model: CRATE | CRATEMAE) -> Any:
             norm_pix_loss=model.norm_pixels,
         )  # fmt: skip
         made = CrateForMaskedImageModeling(config)
-        made.crate.load_state_dict(model.state_dict())
+        made.crate.network.load_state_dict(model.state_dict())
         return made.eval()
     said = set(model.config["block"]) - {"step", "tied_output", "eta", "lambd", "n_steps", "dict_size"}
     if said or model.causal:
         raise ValueError(f"model must have no options beyond those of CrateConfig, got {sorted(said) or 'causal=True'}")
     shared |= {
         "pool": model.pool, "patch_norm": isinstance(model.patch_norm, nn.LayerNorm),
+        "embedding_norm": isinstance(model.embedding_norm, nn.LayerNorm),
         "hidden_dropout_prob": model.emb_dropout, "attention_probs_dropout_prob": attention.dropout,
     }  # fmt: skip
     state = model.state_dict()

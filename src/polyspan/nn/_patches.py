@@ -46,6 +46,17 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int], patch: tu
         )
 
 
+def check_patch_mask(mask: Tensor | None, batch: int, num_patches: int) -> None:
+    """Refuse a mask of patches that is not (B, N), or (1, N) for all images, bool."""
+    if mask is None:
+        return
+    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != num_patches or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be ({batch}, {num_patches}), true or false for each patch, "
+            f"got {tuple(mask.shape)} of {mask.dtype}"
+        )
+
+
 def resize_positions(table: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
     """Interpolate positions (1, 1 + N, d) of a grid to another one; the first row, of the class token, stays."""
     if grid == to:

@@ -18,7 +18,9 @@ class CrateClassifier(ClassifierMixin, BaseEstimator):
 
     Pixels are brought to mean 0 and spread 1 over all training images; the loss is cross-entropy with label smoothing;
     the learning rate rises along a line and falls along a cosine. A few hundred images or steps are too few for it to
-    beat a linear classifier of the pixels: it is for thousands. Source: catalogue entry ``crate``.
+    beat a linear classifier of the pixels: it is for thousands. The network computes in float32, and its results are
+    that wide whatever the images are: an image by itself and in a batch agree to that width only.
+    Source: catalogue entry ``crate``.
 
     Parameters
     ----------
@@ -125,7 +127,7 @@ class CrateClassifier(ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            A parameter is out of range, the shape does not fit, or there is one class only.
+            A parameter is out of range, the shape is not that of ``image_shape``, or there is one class only.
         NotConverged
             The loss is no longer finite.
         """
@@ -180,9 +182,11 @@ class CrateClassifier(ClassifierMixin, BaseEstimator):
         if given is None:
             side = math.isqrt(width)
             given = (side, side) if side * side == width else (1, width)
-        shape = (1, *given) if len(given) == 2 else given
+        shape = _with_channels(given)
         if len(shape) != 3 or math.prod(shape) != width:
             raise ValueError(f"image_shape must be (h, w) or (c, h, w) with {width} values, got {given}")
+        if seen is not None and _with_channels(seen) != shape:
+            raise ValueError(f"X must hold images of image_shape {given}, got {seen}")
         return shape
 
     def _make(self, generator: Any, device: str | None = None):
@@ -228,29 +232,32 @@ class CrateClassifier(ClassifierMixin, BaseEstimator):
         return penalised
 
     def _batches(self, X):
-        """Yield images of checked rows, and the dtype that results should have."""
+        """Yield the images of checked rows, float32 as the network is."""
         import torch
 
         from .image_training import Batches
 
         check_is_fitted(self)
+        shape = X.shape[1:] if getattr(X, "ndim", 0) > 2 else None
+        if shape is not None and _with_channels(shape) != self.image_shape_:
+            raise ValueError(f"X must hold images of shape {self.image_shape_}, (c, h, w) as fitted, got {shape}")
         X = validate_data(self, _flat(X), reset=False, dtype=[np.float32, np.float64])
         device = next(self.model_.parameters()).device
         batches = Batches(X, self.image_shape_, self.mean_, self.spread_, device)
         with torch.no_grad():
             for start in range(0, len(X), ROWS):
-                yield batches(slice(start, start + ROWS)), X.dtype
+                yield batches(slice(start, start + ROWS))
 
     def _logits(self, X) -> np.ndarray:
-        return np.concatenate([self.model_(x).cpu().numpy().astype(dtype) for x, dtype in self._batches(X)])
+        return np.concatenate([self.model_(x).cpu().numpy() for x in self._batches(X)])
 
     def decision_function(self, X) -> np.ndarray:
-        """Return logits (n, n_classes), or for two classes the second minus the first, (n,)."""
+        """Return logits (n, n_classes), or for two classes the second minus the first, (n,), float32."""
         logits = self._logits(X)
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
     def predict_proba(self, X) -> np.ndarray:
-        """Return probabilities (n, n_classes)."""
+        """Return probabilities (n, n_classes), float32."""
         logits = self._logits(X)
         exp = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exp / exp.sum(axis=1, keepdims=True)
@@ -261,24 +268,21 @@ class CrateClassifier(ClassifierMixin, BaseEstimator):
         return self.classes_[best]
 
     def features(self, X) -> np.ndarray:
-        """Return what the head sees of each image before its norm, (n, dim)."""
+        """Return what the head sees of each image before its norm, (n, dim), float32."""
         model: Any = getattr(self, "model_", None)
-        made = [
-            model.forward_head(model.forward_features(x), pre_logits=True).cpu().numpy().astype(dtype)
-            for x, dtype in self._batches(X)
-        ]
+        made = [model.forward_head(model.forward_features(x), pre_logits=True).cpu().numpy() for x in self._batches(X)]
         return np.concatenate(made)
 
     def attention_maps(self, X, layer: int = -1) -> np.ndarray:
         """Return how much each head of a layer looks at each patch, (n, n_heads, patches down, patches across)."""
-        return np.concatenate([self.model_.attention_maps(x, layer).cpu().numpy() for x, _ in self._batches(X)])
+        return np.concatenate([self.model_.attention_maps(x, layer).cpu().numpy() for x in self._batches(X)])
 
     def layer_report(self, X, *, eps2: float = 0.01, where: str = "half"):
         """Return rates and sparsity layer by layer on images ``X``; see :func:`~polyspan.nn.layer_report`."""
         from .layer_rates import layer_report
 
         check_is_fitted(self)
-        return layer_report(self.model_, (x for x, _ in self._batches(X)), eps2=eps2, where=where)
+        return layer_report(self.model_, self._batches(X), eps2=eps2, where=where)
 
     def save(self, path: Path | str) -> Path:
         """Write the fitted classifier to one .safetensors file, atomically; no pickle."""
@@ -327,6 +331,11 @@ class CrateClassifier(ClassifierMixin, BaseEstimator):
 def _flat(X: Any) -> Any:
     """Flatten images to rows; what is no array of images passes, to be refused where all input is checked."""
     return X.reshape(len(X), -1) if getattr(X, "ndim", 0) > 2 else X
+
+
+def _with_channels(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of an image as (c, h, w); one without channels has one."""
+    return (1, *shape) if len(shape) == 2 else tuple(shape)
 
 
 def _moments(X: np.ndarray) -> tuple[float, float]:

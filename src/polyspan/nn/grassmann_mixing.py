@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._lengths import safe_length
+
 NORMS = ("smooth", "l2", "none")
 GATES = ("concat", "none")
 OFFSETS = (1, 2, 4, 8, 12, 16)
@@ -243,18 +245,18 @@ class CausalGrassmannMixing(nn.Module):
         real = torch.stack([real_all[..., s : s + t] for s in starts], dim=-2)
         count = real.sum(dim=-2)
         token = z.to(wide).unflatten(-1, (self.num_heads, -1))
-        length = torch.linalg.vector_norm(token, dim=-1, keepdim=True)
+        length = safe_length(token)
         unit = token / torch.where(length > 0, length, 1)
         along, lengths = unit.unsqueeze(-4), length.unsqueeze(-4)
         # What of the other token is orthogonal to this one: the length of the wedge by the Gram determinant would
         # cancel where tokens are nearly parallel.
         across = others - (others * along).sum(dim=-1, keepdim=True) * along
         if self.norm == "smooth":
-            size = torch.linalg.vector_norm(others, dim=-1, keepdim=True)
-            divisor = torch.linalg.vector_norm(across, dim=-1, keepdim=True) + SMOOTH * size
+            size = safe_length(others)
+            divisor = safe_length(across) + SMOOTH * size
             factor = 1 / torch.where(size > 0, divisor, 1)
         elif self.norm == "l2":
-            wedge = lengths * torch.linalg.vector_norm(across, dim=-1, keepdim=True)
+            wedge = lengths * safe_length(across)
             factor = lengths / wedge.clamp(min=1e-8)
         else:
             factor = lengths.expand(*others.shape[:-1], 1)

@@ -14,7 +14,11 @@ from polyspan.linalg import coding_rate, random_orthogonal
 from polyspan.run import progress, torch_generator
 
 from ._crate_blocks import CRATEBlock
+from ._lengths import safe_length
 from ._rate_attention import SubspaceSelfAttention
+
+ITEMS = 256
+"""How many items of a tensor are measured at once."""
 
 
 class LayerRates(NamedTuple):
@@ -48,7 +52,7 @@ def tokens_rate(Z: Float[Tensor, "*batch t d"], eps2: float | int) -> Float[Tens
     with torch.autocast(Z.device.type, enabled=False):
         wide = Z.to(torch.promote_types(Z.dtype, torch.float32))
         # Not F.normalize: its gradient at 0 is the inverse of its eps.
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        length = safe_length(wide)
         return coding_rate(wide / torch.where(length > 0, length, 1.0), math.sqrt(eps2))
 
 
@@ -60,7 +64,7 @@ def check_eps2(eps2: float | int) -> None:
 
 def layer_report(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Tensor | Iterable[Any],
     *,
     eps2: float | int = 0.01,
     where: str = "half",
@@ -78,8 +82,9 @@ def layer_report(
     ----------
     model : nn.Module
         Put in evaluation mode for the time. Every :class:`CRATEBlock` in it is measured, in order, unless ``layers``.
-    batches : iterable of tensor, or of tuples whose first entry is one
-        Passed to ``model`` one by one; nothing is kept of them, so a set of any size can be measured.
+    batches : Tensor, or iterable of tensor, or of tuples whose first entry is one
+        A tensor holds the items along its first dimension and is passed to ``model`` 256 at a time. Batches are passed
+        one by one; nothing is kept of them, so a set of any size can be measured.
     eps2 : float, default=0.01
         Squared distortion for tokens of length 1.
     where : {"half", "input"}, default="half"
@@ -111,6 +116,10 @@ def layer_report(
     missing = [name for name in names if name not in known]
     if missing or not names:
         raise ValueError(f"layers must name submodules, got {missing or 'none, and the model has no CRATEBlock'}")
+    if isinstance(batches, Tensor):
+        if batches.ndim < 2:
+            raise ValueError(f"batches must be batches, or items (n, ...), got a tensor of {batches.ndim} dimensions")
+        batches = batches.split(ITEMS)
     taps = [_Tap(name, known[name], eps2, where, seed + i, n_random) for i, name in enumerate(names)]
     modes = {module: module.training for module in known.values()}
     n_items = 0
@@ -121,6 +130,8 @@ def layer_report(
         with torch.no_grad():
             for batch in progress(batches, label=label, enabled=bool(label)):
                 x = batch[0] if isinstance(batch, tuple | list) else batch
+                if not isinstance(x, Tensor):
+                    raise ValueError(f"batches must hold tensors, got {type(x).__name__}")
                 model(x)
                 n_items += len(x)
     finally:

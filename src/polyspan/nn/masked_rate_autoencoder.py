@@ -18,6 +18,8 @@ class CRATEMAE(nn.Module):
     sine-cosine places, pass through :class:`CRATEBlock` layers, a norm, as many layers :class:`CRATEDecoderBlock` of
     the same width, a norm and a linear read-out of pixels. :meth:`loss` is the mean squared error on hidden patches.
     Encoder and decoder see every position, so hiding saves no time, unlike in a ViT's masked auto-encoder.
+    The encoder's weights are named as those of :class:`CRATE`, which computes the same from them where it has neither
+    ``patch_norm`` nor ``embedding_norm``.
     Source: catalogue entry ``crate``.
 
     Parameters
@@ -94,7 +96,7 @@ class CRATEMAE(nn.Module):
         heads: dict[str, Any] = {"num_heads": num_heads, "head_dim": head_dim, "generator": generator, **factory}
         own = {"lambd": lambd, **(block or {})}
         self.blocks = nn.ModuleList(CRATEBlock(dim, **heads, **own) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, **factory)
+        self.head_norm = nn.LayerNorm(dim, **factory)
         self.decoder_blocks = nn.ModuleList(CRATEDecoderBlock(dim, **heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim, **factory)
         self.prediction = empty_linear(dim, width, True, device, dtype)
@@ -143,7 +145,7 @@ class CRATEMAE(nn.Module):
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         grid = (images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1])
         x = x + resize_positions(self.positions, self.grid, grid)
-        return self.norm(self._through(self.blocks, x))
+        return self.head_norm(self._through(self.blocks, x))
 
     def decode(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b n q"]:
         """Return the pixels of each patch (B, N, p p c), channels last, from the encoder's tokens."""

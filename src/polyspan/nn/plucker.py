@@ -8,6 +8,8 @@ from torch import Tensor
 
 from polyspan.linalg import orthonormal_basis, principal_angles
 
+from ._lengths import safe_length
+
 
 def plucker_coordinates(
     u: Float[Tensor, "*batch r"], v: Float[Tensor, "*batch r"], *, normalize: bool = True
@@ -32,11 +34,13 @@ def plucker_coordinates(
     Raises
     ------
     ValueError
-        The vectors have fewer than two coordinates.
+        The vectors have fewer than two coordinates, or not as many as one another.
     """
     r = u.shape[-1]
     if r < 2:
         raise ValueError(f"u must have at least 2 coordinates, got {r}")
+    if v.shape[-1] != r:
+        raise ValueError(f"v must have {r} coordinates, as u, got {v.shape[-1]}")
     wide = torch.promote_types(u.dtype, torch.float32)
     i, j = torch.triu_indices(r, r, 1, device=u.device)
     a, b = u.to(wide), v.to(wide)
@@ -46,7 +50,7 @@ def plucker_coordinates(
         b = b - (a * b).sum(dim=-1, keepdim=True) / torch.where(square > 0, square, 1) * a
     p = a[..., i] * b[..., j] - a[..., j] * b[..., i]
     if normalize:
-        p = p / torch.linalg.vector_norm(p, dim=-1, keepdim=True).clamp(min=1e-8)
+        p = p / safe_length(p).clamp(min=1e-8)
     return p.to(u.dtype)
 
 

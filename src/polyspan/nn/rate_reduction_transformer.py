@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._crate_blocks import CRATEBlock, CRATEDecoderBlock
-from ._patches import check_images, grid_of, pair, patchify, resize_positions
+from ._patches import check_images, check_patch_mask, grid_of, pair, patchify, resize_positions
 from ._rate_attention import SubspaceSelfAttention, empty_linear, fill_linear
 from ._sparsifying import SparsifyingISTA
 
@@ -64,6 +64,8 @@ class CRATE(nn.Module):
         In attention, and after the positions.
     patch_norm : bool, default=True
         Normalise each patch before it is embedded. A patch of one value would become 0: switch it off there.
+    embedding_norm : bool, default=True
+        Normalise each embedded patch. The encoder of :class:`CRATEMAE` has neither norm.
     causal : bool, default=False
         Tokens see only those before; the class token then stands last, so that it sees all.
     gradient_checkpointing : bool, default=False
@@ -99,6 +101,7 @@ class CRATE(nn.Module):
         dropout: float | int = 0.0,
         emb_dropout: float | int = 0.0,
         patch_norm: bool = True,
+        embedding_norm: bool = True,
         causal: bool = False,
         gradient_checkpointing: bool = False,
         block: dict[str, Any] | None = None,
@@ -122,14 +125,14 @@ class CRATE(nn.Module):
         self.config: dict[str, Any] = {
             "image_size": list(self.image_size), "patch_size": list(self.patch_size), "num_classes": num_classes,
             "dim": dim, "depth": depth, "num_heads": num_heads, "head_dim": head_dim, "channels": channels,
-            "pool": pool, "dropout": dropout, "emb_dropout": emb_dropout, "patch_norm": patch_norm, "causal": causal,
-            "block": dict(block or {}),
+            "pool": pool, "dropout": dropout, "emb_dropout": emb_dropout, "patch_norm": patch_norm,
+            "embedding_norm": embedding_norm, "causal": causal, "block": dict(block or {}),
         }  # fmt: skip
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = self.patch_size[0] * self.patch_size[1] * channels
         self.patch_norm = nn.LayerNorm(width, **factory) if patch_norm else nn.Identity()
         self.patch_embedding = empty_linear(width, dim, True, device, dtype)
-        self.embedding_norm = nn.LayerNorm(dim, **factory)
+        self.embedding_norm = nn.LayerNorm(dim, **factory) if embedding_norm else nn.Identity()
         self.positions = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], dim, **factory))
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **factory))
         options: dict[str, Any] = {"dropout": dropout, "causal": causal, **(block or {})}
@@ -181,7 +184,9 @@ class CRATE(nn.Module):
         interpolate_pos_encoding: bool = False,
     ) -> Float[Tensor, "b t d"]:
         """Return the tokens (B, 1 + N, d) that leave the last layer; ``mask`` is false for patches to leave out."""
-        x, mask = self.embed(images, interpolate_pos_encoding=interpolate_pos_encoding), self._with_cls(mask)
+        x = self.embed(images, interpolate_pos_encoding=interpolate_pos_encoding)
+        check_patch_mask(mask, len(x), x.shape[1] - 1)
+        mask = self._with_cls(mask)
         for block in self.blocks:
             x = self._layer(block, x, mask)
         return x
@@ -226,7 +231,9 @@ class CRATE(nn.Module):
         interpolate_pos_encoding: bool = False,
     ) -> CRATEStates:
         """Return logits together with the tokens after each half of each layer."""
-        x, seen = self.embed(images, interpolate_pos_encoding=interpolate_pos_encoding), self._with_cls(mask)
+        x = self.embed(images, interpolate_pos_encoding=interpolate_pos_encoding)
+        check_patch_mask(mask, len(x), x.shape[1] - 1)
+        seen = self._with_cls(mask)
         outputs, halves = [x], []
         for block in self.blocks:
             h = block.compress(x, seen)

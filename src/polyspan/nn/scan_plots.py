@@ -11,6 +11,8 @@ from polyspan.io import picture_path, write_picture
 from .scan_routes import scan_routes
 
 MOST_CELLS = 4096
+TRUE, PREDICTED = ("#2f855a", "solid"), ("#c53030", "dashed")
+"""Colours and styles of outlines."""
 
 
 def plot_scan_routes(h: int, w: int, path: Path | str, patterns: Sequence[Any] = ()) -> Path:
@@ -65,12 +67,12 @@ def plot_scan_routes(h: int, w: int, path: Path | str, patterns: Sequence[Any] =
 def plot_segmentation(
     images: np.ndarray, masks: np.ndarray, shares: np.ndarray, path: Path | str, *, titles: Sequence[str] = ()
 ) -> Path:
-    """Draw images with the outline of the true masks (green) and of the predicted ones (red).
+    """Draw images with the outlines of the true masks (green) and of the predicted ones (red, dashed), and a key.
 
     Parameters
     ----------
     images : ndarray of shape (n, h, w) or (n, 3, h, w)
-        Each is shown from its darkest to its brightest value; the first eight.
+        At least one. Each is shown from its darkest to its brightest value; the first eight.
     masks : ndarray of shape (n, h, w), bool
     shares : ndarray of shape (n, h, w)
         Predicted probabilities, outlined at 0.5.
@@ -81,10 +83,11 @@ def plot_segmentation(
     Raises
     ------
     ValueError
-        The suffix is another, or shapes differ.
+        The suffix is another, shapes differ, or there is no image.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     path = picture_path(path)
     images, masks, shares = (np.asarray(part) for part in (images, masks, shares))
@@ -92,18 +95,23 @@ def plot_segmentation(
         raise ValueError(
             f"images, masks and shares must agree, got shapes {images.shape}, {masks.shape} and {shares.shape}"
         )
+    if not len(images):
+        raise ValueError(f"images must be at least one, got shape {images.shape}")
     n = min(len(images), 8)
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 8}):
-        figure = Figure(figsize=(1.9 * n + 0.2, 2.2), layout="constrained")
+        figure = Figure(figsize=(1.9 * n + 0.2, 2.45), layout="constrained")
         for i, axis in enumerate(figure.subplots(1, n, squeeze=False).flat):
             image = images[i] if images.ndim == 3 else np.moveaxis(images[i], 0, -1)
             low, high = float(image.min()), float(image.max())
             axis.imshow((image - low) / (high - low or 1.0), cmap="gray")
-            for part, colour in ((masks[i].astype(float), "#2f855a"), (shares[i], "#c53030")):
+            for part, (colour, style) in ((masks[i].astype(float), TRUE), (shares[i], PREDICTED)):
                 if part.min() < 0.5 <= part.max() and min(part.shape) > 1:
-                    axis.contour(part, levels=[0.5], colors=colour, linewidths=1.2)
+                    axis.contour(part, levels=[0.5], colors=colour, linestyles=style, linewidths=1.2)
             axis.set_axis_off()
             if i < len(titles):
                 axis.set_title(titles[i])
+        lines = ((TRUE, "true mask"), (PREDICTED, "predicted"))
+        key = [Line2D([], [], color=colour, linestyle=style, label=name) for (colour, style), name in lines]
+        figure.legend(handles=key, loc="outside lower center", ncols=2, frameon=False)
         write_picture(figure, path)
     return path

@@ -1,5 +1,6 @@
 """Train a segmentation network on images and binary masks, measure it, keep it, and take over the authors' weights."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,9 +36,16 @@ def bce_dice_loss(
     masks : Tensor of the same shape, in [0, 1]
     smooth : float, default=1.0
         In pixels, above 0.
+
+    Raises
+    ------
+    ValueError
+        The shapes differ, or ``smooth`` is out of range.
     """
     if smooth <= 0:
         raise ValueError(f"smooth must be above 0, got {smooth}")
+    if logits.shape != masks.shape:
+        raise ValueError(f"masks must be {tuple(logits.shape)}, as the logits, got {tuple(masks.shape)}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(1)
     m = masks.to(logits.dtype).flatten(1)
     p = logits.sigmoid()
@@ -73,7 +81,7 @@ def segmentation_scores(masks: Any, predicted: Any) -> SegmentationScores:
     true, found = (np.asarray(part) for part in (masks, predicted))
     if true.shape != found.shape or true.ndim != 3 or not true.size:
         raise ValueError(f"masks and predicted must both be (n, h, w), got {true.shape} and {found.shape}")
-    true = _binary(true)
+    true = binary_masks(true)
     found = found >= 0.5 if found.dtype.kind == "f" else found > 0
     hit = (true & found).sum(axis=(1, 2))
     size, union = true.sum(axis=(1, 2)) + found.sum(axis=(1, 2)), (true | found).sum(axis=(1, 2))
@@ -87,8 +95,10 @@ def segmentation_scores(masks: Any, predicted: Any) -> SegmentationScores:
     )  # fmt: skip
 
 
-def _binary(masks: np.ndarray) -> np.ndarray:
-    values = np.unique(masks)
+def binary_masks(masks: np.ndarray) -> np.ndarray:
+    """Return masks of 0 and 1, or of 0 and 255, as bool; they are read a few at a time."""
+    parts = [np.unique(masks[s : s + 64]) for s in range(0, len(masks), 64)]
+    values = np.unique(np.concatenate(parts)) if parts else np.empty(0)
     if len(values) > 2 or not np.isin(values, [0, 1, 255]).all() or {1, 255} <= set(values.tolist()):
         raise ValueError(f"masks must be binary, of 0 and 1 or of 0 and 255, got values {values[:4].tolist()}")
     return masks > 0
@@ -115,7 +125,16 @@ class Segmenter(NamedTuple):
         """Return the probability (n, h, w), float32, that a pixel of images (n, h, w) or (n, c, h, w) belongs.
 
         Images are read a batch at a time: a memory map of any length will do.
+
+        Raises
+        ------
+        ValueError
+            The images have another shape, or hold NaN or infinity, or ``batch_size`` is below 1.
         """
+        if np.ndim(images) not in (3, 4):
+            raise ValueError(f"images must be (n, h, w) or (n, c, h, w), got shape {np.shape(images)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model.eval()
         device = next(self.model.parameters()).device
         found = np.empty((len(images), *images.shape[-2:]), dtype=np.float32)
@@ -201,7 +220,7 @@ def train_segmentation(
     images : ndarray or memory map of shape (n, h, w) or (n, c, h, w)
         Finite numbers of any scale; they are read a batch at a time.
     masks : ndarray of shape (n, h, w)
-        0 and 1, or 0 and 255.
+        0 and 1, 0 and 255, or bool.
     max_iter : int, default=1000
         Steps.
     batch_size : int, default=8
@@ -217,7 +236,8 @@ def train_segmentation(
     Raises
     ------
     ValueError
-        Shapes do not fit, a mask is not binary, all are empty, or an image holds NaN or infinity.
+        Shapes do not fit, a mask is not binary, all are empty, an image holds NaN or infinity, or a number is out of
+        range.
     NotConverged
         The loss is no longer finite.
     """
@@ -233,7 +253,10 @@ def train_segmentation(
         raise ValueError(
             f"max_iter, batch_size and save_every must be at least 1, got {max_iter}, {batch_size}, {save_every}"
         )
-    masks = _binary(masks)
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    masks = binary_masks(masks)
     if not masks.any():
         raise ValueError("masks must not all be empty, got no pixel that belongs")
     mean, spread = _scale(images)
@@ -242,7 +265,8 @@ def train_segmentation(
         steps=max_iter, batch=batch_size, rate=learning_rate, decay=weight_decay, checkpoint=checkpoint,
         every=save_every, signature={
             "steps": max_iter, "batch": batch_size, "rate": learning_rate, "decay": weight_decay, "n": shape[0],
-            "model": {key: repr(value) for key, value in model.config.items()}, "mean": mean, "spread": spread,
+            "masks": int(masks.sum()), "model": {key: repr(value) for key, value in model.config.items()},
+            "mean": mean, "spread": spread,
         },
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0) if generator is None else generator
