@@ -114,7 +114,7 @@ def main() -> None:
                 repeats=3,
             )
         )
-        fit = DeepSelfExpressiveClustering(K, subspace_dim=5, device="cpu", random_state=0)
+        fit = DeepSelfExpressiveClustering(K, subspace_dim=5, solver="adam", device="cpu", random_state=0)
         closed = DeepSelfExpressiveClustering(
             K, subspace_dim=5, solver="ridge", structure=False, device="cpu", random_state=0
         )

@@ -13,6 +13,8 @@ LIMIT_S = 300
 LEARNED = {
     "low-rank mixture, EM": OURS + "LowRankGaussianMixture(10, 5, init='random', center=False, random_state=0)",
     "deep self-expression": OURS + "DeepSelfExpressiveClustering(10, subspace_dim=5, device='cpu', random_state=0)",
+    "deep self-expression, Adam": OURS
+    + "DeepSelfExpressiveClustering(10, subspace_dim=5, solver='adam', device='cpu', random_state=0)",
     "manifold linearizing": OURS + "ManifoldLinearizingClustering(10, device='cpu', random_state=0)",
     "nested prototypes": OURS + "NestedMatryoshkaClustering(10, device='cpu', random_state=0)",
 }

@@ -7,12 +7,13 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from polyspan.cluster import S2CAG, ModularityS2CAG, select_order_decay
 from polyspan.data import planted_graph
+from polyspan.errors import CorruptFile, WrongContent
 from polyspan.linalg import clustering_accuracy, factored_modularity, principal_angles
 from polyspan.run import measure_peak
 
@@ -327,3 +328,34 @@ def test_memory_grows_with_the_edges_and_not_with_their_square():
         fit = partial(S2CAG(4, random_state=0).fit, world.attributes, adjacency=world.adjacency)
         peaks[n] = measure_peak(fit).peak_bytes
     assert peaks[16_000] < 16_000**2 / 4
+
+
+@pytest.mark.parametrize("cls", [S2CAG, ModularityS2CAG])
+@pytest.mark.parametrize("dtype", [None, "float32", np.float32])
+def test_a_saved_clustering_comes_back_whole(tmp_path, cls, dtype):
+    X = np.random.default_rng(0).normal(size=(60, 8))
+    fitted = cls(3, random_state=0, dtype=dtype).fit(X)
+    back = cls.load(fitted.save(tmp_path / "fit.safetensors"))
+    assert back.get_params() == fitted.get_params()
+    assert vars(back).keys() == vars(fitted).keys()
+    for name, value in vars(fitted).items():
+        np.testing.assert_array_equal(getattr(back, name), value)
+        assert np.asarray(getattr(back, name)).dtype == np.asarray(value).dtype
+    blob = bytearray((tmp_path / "fit.safetensors").read_bytes())
+    blob[-3] ^= 1
+    (tmp_path / "torn.safetensors").write_bytes(blob)
+    with pytest.raises(CorruptFile):
+        cls.load(tmp_path / "torn.safetensors")
+    other = ModularityS2CAG if cls is S2CAG else S2CAG
+    with pytest.raises(WrongContent, match=f"a fitted {other.__name__}"):
+        other.load(tmp_path / "fit.safetensors")
+    with pytest.raises(NotFittedError):
+        cls().save(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("cls", [S2CAG, ModularityS2CAG])
+def test_there_is_no_predict_and_it_is_said_why(cls):
+    fitted = cls(2, random_state=0).fit(np.random.default_rng(0).normal(size=(30, 5)))
+    assert not hasattr(fitted, "predict")
+    with pytest.raises(AttributeError, match="is transductive and has no predict"):
+        fitted.predict(np.zeros((2, 5)))

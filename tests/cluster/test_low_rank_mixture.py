@@ -441,8 +441,33 @@ def test_a_component_that_lost_all_rows_is_given_the_worst_fitting_ones():
 def test_values_that_squares_cannot_hold_are_refused(bad):
     X = np.random.default_rng(0).normal(size=(40, 6))
     X[3, 2] = bad
-    with np.errstate(over="ignore"), pytest.raises(ValueError, match=r"(contains (NaN|infinity)|squares that floats)"):
+    with pytest.raises(ValueError, match=r"(contains (NaN|infinity)|squares that floats)"):
         LowRankGaussianMixture(2, 2).fit(X)
+
+
+@pytest.mark.parametrize("algorithm", ["em", "ksubspaces"])
+def test_rows_have_finite_densities_or_are_refused_by_name(algorithm):
+    X, *_ = crossing(12)
+    m = LowRankGaussianMixture(2, (3, 2), random_state=0, algorithm=algorithm).fit(X)
+    stream = LowRankGaussianMixture(2, (3, 2), random_state=0, algorithm=algorithm).partial_fit(X)
+    calls = (m.predict, m.predict_proba, m.score_samples, m.score, m.transform, m.denoise, stream.partial_fit)
+    for scale in (1e155, 1e200, 1e300, -1e300):
+        far = X[:6].copy()
+        far[4] *= scale
+        for call in calls:
+            with pytest.raises(ValueError, match=r"X must lie within ±.*got a value of size .*e\+\d+ at row 4"):
+                call(far)
+    large = X[:6] * 1e100
+    np.testing.assert_allclose(m.predict_proba(large).sum(axis=1), 1)
+    assert np.isfinite(m.score_samples(large)).all()
+    # As far as is let in, all is finite.
+    with pytest.raises(ValueError, match="X must lie") as told:
+        m.predict(far)
+    room = 0.99 * float(re.search(r"±(\S+),", str(told.value)).group(1))
+    edge = X[:6] / np.abs(X[:6]).max() * room
+    assert np.isfinite(m.score_samples(edge)).all()
+    assert np.isfinite(m.predict_proba(edge)).all()
+    assert np.isfinite(m.denoise(edge)).all()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import ElasticNet, Lasso, OrthogonalMatchingPursuit
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -16,7 +17,10 @@ from polyspan.cluster import (
     SelfExpressiveClustering,
     ThresholdingSubspaceClustering,
 )
+from polyspan.cluster._affinity import find_copies
 from polyspan.data import planted_subspaces
+from polyspan.errors import CorruptFile, WrongContent
+from polyspan.io import load_fitted, save_fitted
 from polyspan.linalg import clustering_accuracy, principal_angles
 from polyspan.run import measure_peak
 
@@ -67,21 +71,27 @@ def off_subspace_share(C, labels):
 
 
 @pieces
-@given(seed=st.integers(0, 2**32 - 1), k=st.integers(2, 4), cls=st.sampled_from(METHODS))
+@given(seed=st.integers(0, 2**32 - 1), k=st.integers(2, 4), cls=st.sampled_from(METHODS[:3]))
 @settings(max_examples=16, deadline=None)
 def test_independent_subspaces_are_found_exactly(seed, k, cls):
     world = planted_subspaces(seed, n_per=40, d=30, k=3, n_subspaces=k)
     fitted = make(cls, k, subspace_dim=3).fit(world.points)
-    if cls is not ThresholdingSubspaceClustering:
-        assert clustering_accuracy(world.labels, fitted.labels_) == 1.0
-        for c in range(k):
-            true = world.bases[np.bincount(world.labels[fitted.labels_ == c]).argmax()]
-            assert principal_angles(true, fitted.bases_[c]).max() < 1e-6
-        np.testing.assert_array_equal(fitted.predict(world.points), fitted.labels_)
-    else:  # thresholding has no guarantee at 40 points of random subspaces
-        assert clustering_accuracy(world.labels, fitted.labels_) > 0.9
+    assert clustering_accuracy(world.labels, fitted.labels_) == 1.0
+    for c in range(k):
+        true = world.bases[np.bincount(world.labels[fitted.labels_ == c]).argmax()]
+        assert principal_angles(true, fitted.bases_[c]).max() < 1e-6
+    np.testing.assert_array_equal(fitted.predict(world.points), fitted.labels_)
     if cls in (ElasticNetSubspaceClustering, OMPSubspaceClustering):
         assert off_subspace_share(fitted.representation_, world.labels) < 1e-6
+
+
+@pieces
+@pytest.mark.parametrize("seed", range(6))
+def test_thresholding_finds_most_of_independent_subspaces(seed):
+    """It has no guarantee at 40 points of random subspaces: about one world in 300 is lost."""
+    world = planted_subspaces(seed, n_per=40, d=30, k=3, n_subspaces=4)
+    fitted = make(ThresholdingSubspaceClustering, 4, subspace_dim=3).fit(world.points)
+    assert clustering_accuracy(world.labels, fitted.labels_) > 0.9
 
 
 @pieces
@@ -300,6 +310,59 @@ def test_copies_of_rows_do_not_fall_out_of_their_cluster(cls):
 
 
 @pieces
+@pytest.mark.parametrize("cls", [METHODS[0], METHODS[1], METHODS[3]])
+@pytest.mark.parametrize(
+    ("kind", "off"), [(np.float64, 0.0), (np.float64, 1e-8), (np.float64, 4e-7), (np.float32, 1e-5)]
+)
+def test_copies_within_rounding_and_of_another_length_do_not_fall_out_either(cls, kind, off):
+    world = planted_subspaces(8, n_per=30, d=20, k=3, n_subspaces=3, noise=0.02)
+    rng = np.random.default_rng(1)
+    length = rng.choice([-1.0, 1.0], size=(90, 1)) * rng.uniform(0.1, 10, size=(90, 1))
+    jitter = off * np.linalg.norm(world.points, axis=1, keepdims=True) * unit(rng.normal(size=(90, 20)))
+    X = np.concatenate([world.points, length * (world.points + jitter), world.points / 3]).astype(kind)
+    options = {"n_neighbors": 5} if cls is METHODS[3] else {}
+    fitted, once = make(cls, **options).fit(X), make(cls, **options).fit(X[:90])
+    assert fitted.n_components_ <= 3
+    assert clustering_accuracy(np.tile(world.labels, 3), fitted.labels_) == 1.0
+    C = fitted.representation_.toarray()
+    assert not C[:, 90:].any()
+    np.testing.assert_allclose(C[:90, :90], once.representation_.toarray(), atol=1e-6 if kind is np.float32 else 1e-12)
+
+
+@pieces
+def test_copies_of_another_length_are_expressed_in_their_own_length():
+    world = planted_subspaces(8, n_per=30, d=20, k=3, n_subspaces=3)
+    X = np.concatenate([world.points, -2.5 * world.points])
+    C = make(OMPSubspaceClustering, normalize=False).fit(X).representation_.toarray()
+    np.testing.assert_allclose(C[90:], -2.5 * C[:90], atol=1e-9)
+    assert not C[:, 90:].any()
+
+
+def test_copies_are_those_that_all_pairs_of_rows_show():
+    """Oracle: angles of all pairs, first come first kept; rows just out of reach are no copies."""
+    rng = np.random.default_rng(2)
+    for kind, reach in ((np.float64, 1e-6), (np.float32, float(np.finfo(np.float32).eps) ** 0.5)):
+        base = unit(rng.normal(size=(40, 6)))
+        parts = [base]
+        for share in (0.5, 0.9, 1.2, 3.0):
+            across = rng.normal(size=base.shape)
+            across = unit(across - (across * base).sum(axis=1, keepdims=True) * base)
+            parts.append(rng.choice([-1, 1], size=(40, 1)) * unit(base + share * reach * across))
+        rows = rng.permutation(np.concatenate([*parts, np.zeros((2, 6))])).astype(kind)
+        wide = rows.astype(np.float64)
+        wide /= np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-300)
+        first = np.arange(len(rows))
+        for i in range(len(rows)):
+            if first[i] == i:
+                off = np.minimum(*(np.linalg.norm(wide + side * wide[i], axis=1) for side in (-1, 1)))
+                first[(first == np.arange(len(rows))) & (np.arange(len(rows)) > i) & (off <= reach)] = i
+        found = find_copies(rows)
+        np.testing.assert_array_equal(found.kept[found.group], first)
+        np.testing.assert_allclose(found.factor[:, None] * rows[first], rows, atol=2 * reach)
+        assert 81 < len(found.kept) < 202 - 60
+
+
+@pieces
 @pytest.mark.parametrize("cls", METHODS)
 def test_constant_features_and_deficient_rank_change_nothing(cls):
     world = planted_subspaces(9, n_per=30, d=20, k=3, n_subspaces=3, noise=0.001)
@@ -410,6 +473,61 @@ def test_a_fit_of_every_form_survives_pickling():
         again = pickle.loads(pickle.dumps(fitted))
         np.testing.assert_array_equal(again.predict(X), fitted.predict(X))
         np.testing.assert_array_equal(again.affinity_ @ np.ones(60), fitted.affinity_ @ np.ones(60))
+
+
+@pieces
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "made",
+    [
+        make(ElasticNetSubspaceClustering),
+        make(OMPSubspaceClustering, subspace_dim=2),
+        make(ThresholdingSubspaceClustering, rounding="snem"),
+        make(LeastSquaresSubspaceClustering),
+        make(LeastSquaresSubspaceClustering, power=2),
+        make(LeastSquaresSubspaceClustering, n_kept=5),
+    ],
+    ids=["ensc", "omp", "tsc", "lsr", "lsr-squared", "lsr-kept"],
+)
+def test_a_saved_clustering_comes_back_whole(tmp_path, made, kind):
+    X = noisy(3).points.astype(kind)
+    fitted = made.fit(X)
+    back = type(made).load(fitted.save(tmp_path / "fit.safetensors"))
+    assert back.get_params() == fitted.get_params()
+    assert vars(back).keys() == vars(fitted).keys()
+    for name in ("labels_", "embedding_"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(fitted, name))
+        assert getattr(back, name).dtype == getattr(fitted, name).dtype
+    v = np.random.default_rng(0).normal(size=len(X))
+    for name in ("representation_", "affinity_"):
+        ours, theirs = getattr(back, name), getattr(fitted, name)
+        assert type(ours) is type(theirs)
+        np.testing.assert_array_equal(ours @ v, theirs @ v)
+        assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(back.affinity_block([1, 5, 40]), fitted.affinity_block([1, 5, 40]))
+    np.testing.assert_array_equal(back.predict(X), fitted.predict(X))
+    np.testing.assert_array_equal(back.labels_of_seed(X, 7), fitted.labels_of_seed(X, 7))
+    assert (back.n_components_, back.n_iter_) == (fitted.n_components_, fitted.n_iter_)
+
+
+def test_files_that_hold_no_such_clustering_are_refused(tmp_path):
+    path = make(OMPSubspaceClustering).fit(noisy().points).save(tmp_path / "fit.safetensors")
+    with pytest.raises(WrongContent, match="a fitted OMPSubspaceClustering"):
+        ElasticNetSubspaceClustering.load(path)
+    blob = bytearray(path.read_bytes())
+    blob[-3] ^= 1
+    (tmp_path / "torn.safetensors").write_bytes(blob)
+    with pytest.raises(CorruptFile):
+        OMPSubspaceClustering.load(tmp_path / "torn.safetensors")
+    with pytest.raises(NotFittedError):
+        OMPSubspaceClustering().save(tmp_path / "none.safetensors")
+    # Whole by its digests, but with a column that is no point.
+    found = load_fitted(path)
+    arrays = {name: np.array(value) for name, value in found.arrays.items()}
+    arrays["affinity_.indices"][0] = 10_000
+    save_fitted(tmp_path / "odd.safetensors", kind=found.kind, arrays=arrays, params=found.params)
+    with pytest.raises(WrongContent, match="affinity_ of form 'csr'"):
+        OMPSubspaceClustering.load(tmp_path / "odd.safetensors")
 
 
 @pieces

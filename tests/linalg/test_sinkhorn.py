@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import numpy as np
 import ot
 import pytest
@@ -180,6 +182,28 @@ def test_second_derivatives_are_true(implicit):
     assert gradgradcheck(f, (tensor(scores),), atol=1e-5)
     g = lambda K: doubly_stochastic((K + K.mT) / 2, implicit=implicit, **TIGHT)  # noqa: E731
     assert gradgradcheck(g, (tensor(symmetric(3)),), atol=1e-5)
+
+
+@pytest.mark.parametrize("tol", [None, 1e-12])
+def test_exponentials_taken_once_and_in_every_round_agree_with_their_gradients(monkeypatch, tol):
+    found = []
+    for narrow in (1e9, 0.0):
+        monkeypatch.setattr(import_module("polyspan.linalg.sinkhorn"), "_NARROW", narrow)
+        K = tensor(symmetric(9, seed=3) + 40)
+        plan = doubly_stochastic(K, temperature=0.3, tol=tol, max_iter=500)
+        (plan**2).sum().backward()
+        found.append((plan.detach().numpy(), K.grad.numpy()))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-13)
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-12)
+
+
+@KINDS
+def test_a_range_of_scores_too_wide_for_exponentials_is_met(kind):
+    scores = symmetric(6, seed=1) * 20
+    assert np.ptp(scores) > 40
+    found = np.asarray(doubly_stochastic(kind(scores), tol=1e-10, max_iter=20_000))
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-8)
 
 
 @KINDS

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.linalg import LinearOperator
+from scipy.spatial import cKDTree
 
 from polyspan.linalg import discretize_embedding, fix_signs, normalized_adjacency, truncated_eigh
 
 BLOCK_BYTES = 2**25
 EIGEN_TOL = 1e-6
 DENSE_SIDE = 500
+ONCE_FLOAT32 = 1e-6
+TREE_SIDE = 8
 ROUNDINGS = ("kmeans", "snem", "cluster_qr")
 
 
@@ -29,29 +32,66 @@ class Block(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """Rows that are equal up to sign: ``kept`` (m,) are the first of them, row i is sign[i] kept[group[i]]."""
+    """Rows of one direction: ``kept`` (m,) are the first of each, row i is about factor[i] times row kept[group[i]]."""
 
     kept: np.ndarray
     group: np.ndarray
-    sign: np.ndarray
+    factor: np.ndarray
 
 
 def find_copies(rows: np.ndarray) -> Copies:
-    """Find rows that are equal up to sign; of no use is one as the other's only link."""
+    """Find rows that are one another up to sign, length and rounding; of no use is one as the other's only link.
+
+    Rounding is a distance of unit rows of the root of the machine epsilon, 3e-4 in float32: nearer ones have a cosine
+    of exactly 1. In float64, where that is 1e-8, it is 1e-6, so much as rows may differ that once were float32. Each
+    copy is as near to the first of its kind. No distances of all pairs are taken.
+    """
     n = len(rows)
     lead = np.where(rows[np.arange(n), (rows != 0).argmax(axis=1)] < 0, -1, 1).astype(rows.dtype)
     turned = np.ascontiguousarray(rows * lead[:, None] + 0)  # + 0 takes the sign off zeros
     seen: dict[bytes, int] = {}
     first = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(turned)])
+    other = np.flatnonzero(first == np.arange(n))
+    nearest = np.arange(n)
+    nearest[other] = other[_firsts_within_rounding(rows[other])]
+    first = nearest[first]
     kept = np.flatnonzero(first == np.arange(n))
-    return Copies(kept, np.searchsorted(kept, first), lead * lead[first])
+    squares = np.square(rows[first]).sum(axis=1)
+    factor = np.where(squares > 0, (rows * rows[first]).sum(axis=1) / np.where(squares > 0, squares, 1), 1)
+    return Copies(kept, np.searchsorted(kept, first), factor.astype(rows.dtype))
+
+
+def _firsts_within_rounding(rows: np.ndarray) -> np.ndarray:
+    """Return, for each row, the first row whose line it shares within rounding, by a tree of a few coordinates.
+
+    Sizes of coordinates along orthonormal directions are never further apart than two rows are, with either sign.
+    """
+    n, d = rows.shape
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    directions = rows / np.where(lengths > 0, lengths, 1)
+    reach = max(float(np.finfo(rows.dtype).eps) ** 0.5, ONCE_FLOAT32)
+    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(d, min(d, TREE_SIDE))))[0].astype(rows.dtype)
+    places = np.abs(directions @ axes).astype(np.float64)
+    tree = cKDTree(places)
+    around = 1.01 * reach  # products are rounded, too
+    beside = np.asarray(tree.query(places, k=[2], distance_upper_bound=around)[0])[:, 0]
+    first = np.arange(n)
+    for i in np.flatnonzero(np.isfinite(beside)):
+        if first[i] != i:
+            continue
+        near = np.array(tree.query_ball_point(places[i], around))
+        near = near[(near > i) & (first[near] == near)]
+        side = np.sign(directions[near] @ directions[i])
+        apart = np.linalg.norm(side[:, None] * directions[near] - directions[i], axis=1)
+        first[near[apart <= reach]] = i
+    return first
 
 
 def spread_copies(C: sp.csr_array, copies: Copies) -> sp.csr_array:
     """Return coefficients (n, n) from those of the kept rows (m, m): a copy is expressed by what its first row is."""
     n = len(copies.group)
     C = C[copies.group]
-    C.data = C.data * np.repeat(copies.sign, np.diff(C.indptr))
+    C.data = C.data * np.repeat(copies.factor, np.diff(C.indptr))
     return sp.csr_array((C.data, copies.kept[C.indices], C.indptr), shape=(n, n))
 
 
@@ -162,6 +202,16 @@ class RidgeExpression(LinearOperator):
         self.h = leverage if zero_diagonal else np.zeros(n)
         self.w = 1 / np.maximum(1 - leverage, np.finfo(np.float64).eps) if zero_diagonal else np.ones(n)
         super().__init__(np.float64, (n, n))  # ty: ignore[too-many-positional-arguments]
+
+    @classmethod
+    def of_factors(cls, Y: np.ndarray, h: np.ndarray, w: np.ndarray, width: Any) -> "RidgeExpression":
+        """Return the expression that has these factors: (n, r), (n,), (n,), and gives rows in the width ``width``."""
+        if Y.ndim != 2 or h.shape != (len(Y),) or w.shape != (len(Y),):
+            raise ValueError(f"factors must have n rows each, got shapes {Y.shape}, {h.shape} and {w.shape}")
+        made = cls.__new__(cls)  # ty: ignore[no-matching-overload]
+        made.Y, made.h, made.w, made.width = Y, h, w, np.dtype(width)
+        LinearOperator.__init__(made, np.float64, (len(Y), len(Y)))  # ty: ignore[too-many-positional-arguments]
+        return made
 
     def _matmat(self, X):
         return self.w[:, None] * (self.Y @ (self.Y.T @ X) - self.h[:, None] * X)

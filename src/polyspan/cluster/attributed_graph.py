@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.base import BaseEstimator, ClusterMixin, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.preprocessing import normalize
-from sklearn.utils.validation import check_random_state, validate_data
+from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 
 from polyspan.io import as_graph, check_sparse
 from polyspan.linalg import (
@@ -33,6 +34,16 @@ from polyspan.run import map_tasks
 DENSE_ADJACENCY_ENTRIES = 4 * 10**8
 SMALL_BYTES = 2**25
 EXACT_SIDE = 96
+ARRAYS = ("labels_", "embedding_", "singular_values_", "conductance_", "rounding_objectives_")
+FACTS = (
+    "affinity_modularity_",
+    "n_isolated_",
+    "n_components_",
+    "n_unattributed_",
+    "signed_",
+    "precomputed_",
+    "n_features_in_",
+)
 
 
 class _Smoothing:
@@ -201,6 +212,54 @@ class _AttributedGraphClusterer(ClusterMixin, BaseEstimator):
         self.conductance_ = factored_conductance(affinity, self.labels_)
         return self
 
+    @property
+    def predict(self):
+        """No method: the labels belong to the vertices that were fitted.
+
+        Raises
+        ------
+        AttributeError
+            Always, and says what to do instead.
+        """
+        raise AttributeError(
+            f"{type(self).__name__} is transductive and has no predict: labels_ belong to the vertices that were "
+            "fitted, and a new vertex changes the graph of all; fit again with it, in X and in adjacency"
+        )
+
+    def save(self, path: Path | str) -> Path:
+        """Write parameters, labels, embedding and quality numbers to one .safetensors file, atomically; no pickle."""
+        from polyspan.io import constructor_params, save_fitted
+
+        check_is_fitted(self)
+        init = constructor_params(self)
+        if not isinstance(init["dtype"], str | None):
+            init["dtype"] = {"numpy": np.dtype(init["dtype"]).name}
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        params = {"init": init, "facts": {name: getattr(self, name) for name in FACTS}}
+        return save_fitted(Path(path), kind=type(self).__name__, arrays=arrays, params=params)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Any:
+        """Read what :meth:`save` of the same class wrote.
+
+        Raises
+        ------
+        FileError
+            One of its five kinds; ``WrongContent`` where the file holds something else.
+        """
+        from polyspan.io import load_fitted
+
+        found = load_fitted(Path(path), kind=cls.__name__)
+        init = dict(found.params["init"])
+        if isinstance(init["dtype"], dict):
+            init["dtype"] = np.dtype(init["dtype"]["numpy"]).type
+        made = cls(**init)
+        for name, value in found.params["facts"].items():
+            setattr(made, name, value)
+        for name in ARRAYS:
+            setattr(made, name, np.array(found.arrays[name]))
+        return made
+
     def _check(self, X) -> int:
         """Check the parameters before any work and return the number of clusters as an int of Python."""
         # k = labels.max() of a uint8 array is a uint8, and k + 1 or 2 k of it would wrap around.
@@ -324,6 +383,10 @@ class S2CAG(_AttributedGraphClusterer):
     It breaks where attributes say nothing, since the graph enters only by smoothing them; where they span no more than
     k directions; and where a few dominant topics are not the groups that are meant. Compare with k-means on smoothed
     rows: it can tie. ``rounding_objectives_`` far apart warn of unreliable groups.
+
+    It is transductive: labels belong to the vertices that were fitted, and there is no ``predict``. A new vertex
+    changes the graph of all; fit again with it.
+
     Attributes below 0 have no degree in the method; they get one constant column, which turns cosines into
     :math:`1 + \cos \ge 0`. Source: catalogue entry ``s2cag``.
 
@@ -436,7 +499,8 @@ class ModularityS2CAG(_AttributedGraphClusterer):
     :math:`\omega = \hat Z\hat Z^\top 1`, the embedding is the k leading eigenvectors of
     :math:`\hat Z \hat Z^\top - \gamma\,\omega\omega^\top/(1^\top\omega)`, applied and never formed. No column is
     dropped: the second term has done so. Where two groups differ much in size it prefers to split the larger one, as
-    modularity does. Attributes below 0 leave the scaling by row sums out, which has no meaning for them.
+    modularity does. Attributes below 0 leave the scaling by row sums out, which has no meaning for them. Transductive,
+    as :class:`S2CAG` is: there is no ``predict``.
     Source: catalogue entry ``s2cag``.
 
     Parameters

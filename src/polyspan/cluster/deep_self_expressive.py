@@ -2,16 +2,19 @@
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse.csgraph import connected_components
 from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from polyspan.errors import WrongContent
 from polyspan.run import Progress, available_memory_bytes, pick_device
 
 from ._conv_autoencoder import ConvAutoencoder
@@ -22,7 +25,21 @@ from ._self_expression import (
     ridge_coefficients,
     structured_norm,
 )
+from ._self_expression_files import from_arrays, listed, to_arrays
 
+LABELS = ("labels_", "first_labels_")
+FACTS = (
+    "history_",
+    "n_epochs_",
+    "stopped_by_",
+    "solver_",
+    "layer_energies_",
+    "reconstruction_share_",
+    "n_features_in_",
+    "_settings",
+    "_shape",
+    "_scale",
+)
 STAGES = ("pretrain", "express", "structure")
 PUBLISHED = {
     "pretrain": "distance",
@@ -55,9 +72,10 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
 
     Most of the result is early-stopped self-expression and the cut to the largest entries; layers and the second stage
     add little, as measured by this system's claim. Where points outnumber the numbers that a point has in all layers,
-    countless C express them exactly and Adam ends at one that shows no subspaces: use ``solver="ridge"`` there. Memory
-    is about seven n-by-n matrices and a step is n³: for some thousands of points. Labels belong to the points that were
-    fitted; :meth:`predict` is an addition.
+    countless C express them exactly, and Adam, whose steps are as long in every entry, ends at one that shows no
+    subspaces; the closed form takes the smallest, which does, and so ``solver="auto"`` takes the closed form there.
+    Memory is about seven n-by-n matrices and a step is n³: for some thousands of points. Labels belong to the points
+    that were fitted; :meth:`predict` is an addition.
     Source: catalogue entry ``lhdsc``.
 
     Parameters
@@ -85,15 +103,17 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
         Go on training the encoder while expressing, as published; its layers then shrink, because nothing holds them.
     zero_diagonal : bool, default=True
         No point expresses itself.
-    solver : {"adam", "ridge"}, default="adam"
-        Gradient steps that stop early, or the closed form with penalty ``ridge``; the latter needs a fixed encoder.
+    solver : {"auto", "adam", "ridge"}, default="auto"
+        Gradient steps that stop early, or the closed form with penalty ``ridge``, which needs a fixed encoder.
+        ``"auto"`` is the closed form where points outnumber the numbers that a point has in the layers expressed, as
+        rows of a table mostly do, and Adam elsewhere and where the encoder is trained.
     ridge : float, default=0.1
         In squared units of a row.
     structure : bool, default=True
         Whether there is a second stage.
     tol : float, default=2e-3
         A stage ends where its loss changes by a smaller share in ten epochs in a row; in pre-training, which has
-        plateaus, by a tenth of it.
+        plateaus, by a tenth of it. With 0 every stage takes all its epochs.
     min_epochs : int, default=50
     max_epochs : tuple of three int, default=(300, 1000, 200)
         Of pre-training, expressing and structuring.
@@ -123,6 +143,8 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
         What was clustered.
     history_ : list of dict
         ``stage``, ``epoch`` and ``loss``.
+    solver_ : {"adam", "ridge"}
+        Which of the two found C.
     n_epochs_, stopped_by_ : dict of stage
         How long each stage took, and whether ``"tolerance"``, ``"labels"``, ``"max_epochs"``, ``"diverged"`` or the
         ``"closed form"`` ended it.
@@ -149,7 +171,7 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
         normalize_layers=True,
         train_encoder=False,
         zero_diagonal=True,
-        solver="adam",
+        solver="auto",
         ridge=0.1,
         structure=True,
         tol=2e-3,
@@ -196,6 +218,13 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
         ValueError
             A parameter is out of range; X has fewer rows than clusters or than ``subspace_dim + 1``, a row without
             direction, or rows that do not hold ``image_shape``; or seven n-by-n matrices do not fit into memory.
+
+        Warns
+        -----
+        ConvergenceWarning
+            A stage after pre-training took all its epochs, and neither loss nor labels stood still.
+        UserWarning
+            The rows, the autoencoder or the affinity are such that the labels are doubtful.
         """
         X, shape = self._rows(X, reset=True)
         self._settings = self._check(len(X))
@@ -235,6 +264,73 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
         kept = [np.square(V @ basis).sum(axis=1) for basis in self.subspaces_]
         return np.argmax(np.stack(kept, axis=1), axis=1)
 
+    def save(self, path: Path | str) -> Path:
+        """Write parameters, network, coefficients and clusters to one .safetensors file, atomically; no pickle.
+
+        An ``encoder`` of your own is code and is not in the file; pass it to :meth:`load`.
+        """
+        from polyspan.io import constructor_params, save_fitted
+
+        check_is_fitted(self)
+        init = constructor_params(self)
+        own = not isinstance(init["encoder"], str)
+        init["encoder"] = None if own else init["encoder"]
+        facts: dict[str, Any] = {name: getattr(self, name) for name in FACTS}
+        facts["history_"] = [h | {"loss": _written(h["loss"])} for h in self.history_]
+        facts["reconstruction_share_"] = _written(self.reconstruction_share_)
+        arrays = {"representation_matrix_": self.representation_matrix_} | {n: getattr(self, n) for n in LABELS}
+        arrays |= to_arrays("affinity_matrix_", self.affinity_matrix_)[1]
+        arrays |= {f"subspaces_.{j}": basis for j, basis in enumerate(self.subspaces_)}
+        network = self._network if isinstance(self._network, ConvAutoencoder) else None
+        if network is not None:
+            arrays |= {f"network.{name}": value.numpy() for name, value in network.state_dict().items()}
+        params = {"init": init, "own": own, "facts": facts, "convolutions": network is not None}
+        return save_fitted(Path(path), kind=type(self).__name__, arrays=arrays, params=params)
+
+    @classmethod
+    def load(cls, path: Path | str, *, encoder: Any = None) -> "DeepSelfExpressiveClustering":
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        ValueError
+            It was fitted with an encoder of the user's, and none is given.
+        FileError
+            One of its five kinds; ``WrongContent`` where the file holds something else.
+        """
+        from polyspan.io import load_fitted
+
+        found = load_fitted(Path(path), kind=cls.__name__)
+        init = dict(found.params["init"])
+        if found.params["own"]:
+            if not isinstance(encoder, torch.nn.Module):
+                raise ValueError(
+                    f"encoder must be given to load {path}: it was fitted with one that the file cannot hold"
+                )
+            init["encoder"] = encoder
+        for name in ("max_epochs", "image_shape", "channels", "kernels"):
+            init[name] = None if init[name] is None else tuple(init[name])
+        made = cls(**init)
+        for name, value in found.params["facts"].items():
+            setattr(made, name, value)
+        made.history_ = [h | {"loss": float(h["loss"])} for h in made.history_]
+        made.reconstruction_share_ = float(made.reconstruction_share_)
+        made.layer_energies_ = [(before, after) for before, after in made.layer_energies_]
+        made._shape = None if made._shape is None else tuple(made._shape)
+        for name in LABELS:
+            setattr(made, name, np.array(found.arrays[name]))
+        n = len(made.labels_)
+        made.representation_matrix_ = from_arrays("representation_matrix_", "dense", found.arrays, n, Path(path))
+        made.affinity_matrix_ = from_arrays("affinity_matrix_", "csr", found.arrays, n, Path(path))
+        made.subspaces_ = listed("subspaces_", found.arrays)
+        made._network = None
+        if found.params["own"] or found.params["convolutions"]:
+            like = torch.as_tensor(np.array(made.representation_matrix_[:0]))
+            made._network = made._made_network(like, torch.Generator())
+        if found.params["convolutions"]:
+            _fill(made._network, found.arrays, Path(path))
+        return made
+
     @property
     def _published(self) -> bool:
         return self.mode == "published"
@@ -265,7 +361,7 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
             "mode": ("improved", "published"),
             "pretrain": ("reconstruction", "distance", "none"),
             "layers": ("all", "input", "last"),
-            "solver": ("adam", "ridge"),
+            "solver": ("auto", "adam", "ridge"),
         }
         for name, among in choices.items():
             if getattr(self, name) not in among:
@@ -287,7 +383,7 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
         if self._published:
             settings |= PUBLISHED
         if settings["solver"] == "ridge" and settings["train_encoder"]:
-            raise ValueError("solver must be 'adam' where train_encoder=True, got 'ridge'")
+            raise ValueError("solver must be 'adam' or 'auto' where train_encoder=True, got 'ridge'")
         return settings
 
     def _warn_of_data(self, X: np.ndarray) -> None:
@@ -376,6 +472,15 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
                 break
             before = loss
         self.n_epochs_[stage], self.stopped_by_[stage] = epoch if most else 0, by
+        # How far pre-training came its error says.
+        if by == "max_epochs" and most and tol > 0 and stage != "pretrain":
+            way = ", or use solver='ridge'" if stage == "express" and not self._settings["train_encoder"] else ""
+            warnings.warn(
+                f"stage {stage!r} took all of its {most} epochs and its loss did not stand still: raise "
+                f"max_epochs[{STAGES.index(stage)}], or tol={self.tol:g}{way}",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
 
     def _pretrain(self, rows: Tensor) -> None:
         kind, most = self._settings["pretrain"], int(self._settings["max_epochs"][0])
@@ -426,7 +531,11 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
             joined = torch.cat(V, dim=1)
             G = joined @ joined.T
             before = [float(layer.square().sum()) for layer in self._raw_layers(rows)]
-        if settings["solver"] == "ridge":
+        trained = settings["train_encoder"] and self._network is not None
+        self.solver_ = settings["solver"]
+        if self.solver_ == "auto":
+            self.solver_ = "ridge" if n > joined.shape[1] and not trained else "adam"
+        if self.solver_ == "ridge":
             C = ridge_coefficients(G, self.ridge * n_layers)
             loss, _ = expression_loss(C, G)
             self.history_.append({"stage": "express", "epoch": 1, "loss": float(loss)})
@@ -436,7 +545,6 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
             if settings["zero_diagonal"]:
                 C.fill_diagonal_(0)
             good = C.clone()
-            trained = settings["train_encoder"] and self._network is not None
             parameters = list(self._network.parameters()) if trained else []
             C.requires_grad_(trained)
             optimizer = torch.optim.Adam([C, *parameters], lr=self.learning_rate)
@@ -510,7 +618,7 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
             self.first_labels_ = self.labels_
         self.representation_matrix_ = C.cpu().numpy()
         parts = connected_components(self.affinity_matrix_, directed=False)[0]
-        if parts > k:
+        if parts > k > 1:
             warnings.warn(
                 f"the affinity falls into {parts} parts, more than n_clusters={k}: which of them share a label is not "
                 "determined; a larger subspace_dim joins them",
@@ -523,6 +631,23 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
             V = torch.cat(self._layers(rows), dim=1).cpu().numpy()
         self.subspaces_ = [_leading(V[self.labels_ == c], int(self.subspace_dim)) for c in range(k)]
         self._network = None if self._network is None else self._network.cpu()
+
+
+def _written(value: float) -> float | str:
+    """Return a number as JSON has it, or its name where JSON has none."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _fill(network: Any, arrays: Any, path: Path) -> None:
+    """Give a network the weights of a file."""
+    own = {name.removeprefix("network."): np.array(a) for name, a in arrays.items() if name.startswith("network.")}
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    # The mean image takes the place of one number a channel.
+    wanted["offset"] = own["offset"].shape if "offset" in own else wanted["offset"]
+    if wanted != {name: value.shape for name, value in own.items()}:
+        raise WrongContent(path, found="weights of other shapes", expected="those of the encoder that was fitted")
+    network.offset = torch.zeros(wanted["offset"], dtype=network.offset.dtype)
+    network.load_state_dict({name: torch.as_tensor(value) for name, value in own.items()})
 
 
 def _tensor(X: np.ndarray, device: Any) -> Tensor:

@@ -62,7 +62,8 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
     where rows are clean, and with noise the error falls off smoothly (``samples_per_dimension_``, and
     :func:`sample_sufficiency` for your own rows). The three objectives have many local optima: starts matter more than
     rounds. Subspaces that are nested, or rows whose groups are compact blobs off any common subspace, are not what
-    this is for; a variance that falls off slowly fits no rank well.
+    this is for; a variance that falls off slowly fits no rank well. New rows so large that a squared length over the
+    white variance overflows, beyond about 1e150 times its root, are a ``ValueError`` in every method.
 
     Source: catalogue entry ``diffusion-subspace``.
 
@@ -225,6 +226,7 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
             self._n_seen = np.bincount(self.labels_, minlength=len(self.weights_))
             return self
         X = validate_data(self, X, reset=False, dtype=np.float64)
+        self._check_size(X)
         self._sums = add(sums, X, memberships(X, self._parts()), center=bool(self.center))
         self._keep(summed_parts(self._sums, self._kept_rules), self._kept_rules)
         self.labels_ = self._labels(X)
@@ -372,7 +374,20 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
 
     def _rows(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "bases_")
-        return validate_data(self, X, reset=False, dtype=FLOATS)
+        X = validate_data(self, X, reset=False, dtype=FLOATS)
+        self._check_size(X)
+        return X
+
+    def _check_size(self, X: np.ndarray) -> None:
+        """Refuse rows so far out that their log-density, a squared length over a variance, is no number."""
+        room = np.finfo(np.float64).max / (16 * X.shape[1]) * min(1.0, float(self.noise_variance_.min()))
+        most = math.sqrt(room) - float(np.abs(self.means_).max())
+        if not max(float(X.max()), -float(X.min())) <= most:
+            row = int(np.argmax(np.maximum(X.max(axis=1), -X.min(axis=1)) > most))
+            raise ValueError(
+                f"X must lie within ±{most:.3g}, where log-densities under this mixture are finite, got a value of "
+                f"size {max(float(X[row].max()), -float(X[row].min())):.3g} at row {row}"
+            )
 
     def _parts(self) -> Parts:
         return Parts(self.bases_, self.spectra_, self.means_, self.weights_, self.noise_variance_)
@@ -432,9 +447,10 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         """Settle the floor, the origin and the ranks."""
         n, D = X.shape
         mean, square = np.zeros(D), 0.0
-        for _, block in row_blocks(X):
-            mean, square = mean + block.sum(axis=0) / n, square + float(np.vdot(block, block)) / n
-        variance = max(square - float(mean @ mean), 0.0) / D if self.center else square / D
+        with np.errstate(over="ignore", invalid="ignore"):
+            for _, block in row_blocks(X):
+                mean, square = mean + block.sum(axis=0) / n, square + float(np.vdot(block, block)) / n
+            variance = max(square - float(mean @ mean), 0.0) / D if self.center else square / D
         if not math.isfinite(variance):
             raise ValueError("X must have squares that floats can hold, got values so large that they overflow")
         self._mean_share = float(mean @ mean) / square if square > 0 else 0.0

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,8 +34,11 @@ from ._affinity import (
     threshold,
 )
 from ._elastic_net import elastic_net
+from ._self_expression_files import from_arrays, listed, to_arrays
 
 SHARE = 0.95
+ARRAYS, MATRICES = ("labels_", "embedding_"), ("representation_", "affinity_")
+FACTS = ("n_components_", "n_iter_", "n_features_in_")
 
 
 class SelfExpressiveClustering(ClusterMixin, BaseEstimator):
@@ -43,8 +47,9 @@ class SelfExpressiveClustering(ClusterMixin, BaseEstimator):
     A class of your own gives ``_express``, which returns the coefficients (n, n), dense or sparse. Subspaces go through
     the origin: do not take the mean off, and do not standardise columns.
 
-    Of rows that are equal up to sign only the first expresses others in the sparse methods; its copies are expressed
-    as it is. Each would else be the other's only link, and a cluster of its own.
+    Of rows that are equal up to sign, length and rounding only the first expresses others in the sparse methods; its
+    copies are expressed as it is. Each would else be the other's only link, and a cluster of its own. Rounding is a
+    distance of unit rows of up to 3e-4 in float32 and 1e-6 in float64.
 
     Attributes
     ----------
@@ -132,6 +137,43 @@ class SelfExpressiveClustering(ClusterMixin, BaseEstimator):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="X has .* all-zero rows")
             return self._cluster(_unit(X, bool(self.normalize)), seed).labels
+
+    def save(self, path: Path | str) -> Path:
+        """Write parameters, coefficients, affinity and clusters to one .safetensors file, atomically; no pickle."""
+        from polyspan.io import constructor_params, save_fitted
+
+        check_is_fitted(self)
+        forms, arrays = {}, {name: getattr(self, name) for name in ARRAYS}
+        for name in MATRICES:
+            forms[name], parts = to_arrays(name, getattr(self, name))
+            arrays |= parts
+        arrays |= {f"bases_.{j}": basis for j, basis in enumerate(self.bases_)}
+        params = {"init": constructor_params(self), "facts": {name: getattr(self, name) for name in FACTS}}
+        return save_fitted(Path(path), kind=type(self).__name__, arrays=arrays, params=params | {"forms": forms})
+
+    @classmethod
+    def load(cls, path: Path | str) -> "SelfExpressiveClustering":
+        """Read what :meth:`save` of the same class wrote.
+
+        Raises
+        ------
+        FileError
+            One of its five kinds; ``WrongContent`` where the file holds something else.
+        """
+        from polyspan.io import load_fitted
+
+        found = load_fitted(Path(path), kind=cls.__name__)
+        made = cls(**found.params["init"])
+        for name, value in found.params["facts"].items():
+            setattr(made, name, value)
+        for name in ARRAYS:
+            setattr(made, name, np.array(found.arrays[name]))
+        made.bases_, expression = listed("bases_", found.arrays), None
+        for name in MATRICES:
+            form, n = found.params["forms"][name], len(made.labels_)
+            expression = from_arrays(name, form, found.arrays, n, Path(path), expression=expression)
+            setattr(made, name, expression)
+        return made
 
     def _cluster(self, rows: np.ndarray, random_state: Any) -> "_Clustered":
         """Round the affinity, and find the subspaces; points without a place in the embedding join the nearest."""

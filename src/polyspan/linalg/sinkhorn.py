@@ -12,6 +12,8 @@ from ._namespace import detached, is_torch, namespace, swap, widen
 
 # Rounds in each stage that only prepares the potentials of the next, cooler one.
 _WARM_ROUNDS = 20
+# Range of logits within which exponentials and their sums stay far from both ends of float32.
+_NARROW = 30.0
 
 
 def sinkhorn(
@@ -226,18 +228,34 @@ def _damped_rounds(logits: Any, max_iter: int, tol: float | None) -> tuple[Any, 
     """Average the potential with its full update; the second value is the error where it exceeds ``tol``."""
     xp = namespace(logits)
     target = _resolvable(tol, logits)
-    u = -_logsumexp(logits, -1) / 2
+    top = xp.max(detached(logits))
+    # On an accelerator the range is not asked for: reading it would make the device wait.
+    on_host = not is_torch(logits) or logits.device.type == "cpu"
+    if on_host and float(top) - float(xp.min(detached(logits))) <= _NARROW:
+        # No sum can overflow or vanish: exponentials are taken once, and a round is a product with a vector.
+        weights = xp.exp(logits - top)
+
+        def full_update(u):
+            return -xp.log(xp.squeeze(weights @ xp.exp(u + top / 2)[..., :, None], axis=-1)) - top / 2
+
+        u = -(xp.log(xp.sum(weights, axis=-1)) + top) / 2
+    else:
+
+        def full_update(u):
+            return -_logsumexp(logits + u[..., None, :], -1)
+
+        u = -_logsumexp(logits, -1) / 2
     error = None
     least = _least_rounds(target, logits)
     for number in range(max_iter):
-        full = -_logsumexp(logits + u[..., None, :], -1)
+        full = full_update(u)
         if target is not None:
             error = float(xp.max(xp.abs(xp.exp(detached(u) - detached(full)) - 1)))
             if number >= least and error <= target:
                 return u, None
         u = (u + full) / 2
     if target is not None:
-        last = -_logsumexp(detached(logits) + detached(u)[..., None, :], -1)
+        last = detached(full_update(u))
         error = float(xp.max(xp.abs(xp.exp(detached(u) - last) - 1)))
         error = None if error <= target else error
     return u, error
