@@ -2,6 +2,7 @@ import copy
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from polyspan.checkpoints import ConcreteMerger, TaskVector, adamerging, load_mask, task_arithmetic, ties
 from polyspan.checkpoints._adaptation import Adaptation, concrete_sample
-from polyspan.checkpoints._flat_model import Feed, FlatModel, Heads, entropy
+from polyspan.checkpoints._flat_model import PIECE, Feed, FlatModel, Heads, entropy
 from polyspan.checkpoints.merging_plots import plot_merge
 from polyspan.errors import CorruptFile
 
@@ -118,6 +119,18 @@ def test_a_summed_task_vector_gives_the_same_merge_and_gradient_as_equal_weights
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
 
 
+def uniform_numbers(generator, n, bits=32):
+    """One half and each word of a generator that an integer seeds, word by word, as the docstring says."""
+    words = np.random.PCG64(int(torch.randint(2**63 - 1, (), generator=generator)))
+    made = []
+    while len(made) < n:
+        word = int(words.random_raw())
+        # Words of 32 bits come two at a time, the lower half first on the machines that tests run on.
+        parts = [word & (2**32 - 1), word >> 32] if bits == 32 else [word]
+        made += [0.5 + (k - 2**bits * (k >= 2 ** (bits - 1))) / 2**bits for k in parts]
+    return torch.tensor(made[:n], dtype=torch.float32 if bits == 32 else torch.float64)
+
+
 def test_the_mask_of_a_few_steps_is_that_of_a_literal_loop(world):
     base, finetuned, inputs, given = world
     merger = ConcreteMerger(lr=0.05, steps=6, batch_size=8, seed=3).fit(base, finetuned, inputs, given)
@@ -128,7 +141,7 @@ def test_the_mask_of_a_few_steps_is_that_of_a_literal_loop(world):
     optimiser = torch.optim.Adam([x], lr=0.05)
     history = []
     for _ in range(6):
-        u = torch.rand(len(x), generator=noise).double()
+        u = uniform_numbers(noise, len(x)).double()
         soft = torch.sigmoid((u.log() - (1 - u).log() + x) / 0.5).split([s.numel() for s in shapes])
         mask = {n: m.view(s) for n, m, s in zip(names, soft, shapes, strict=True)}
         state = literal_merge(base, finetuned, torch.full((3, len(names)), 0.3), mask)
@@ -203,7 +216,7 @@ def test_one_pass_for_all_tasks_gives_what_a_pass_a_task_gives(case):
     for joint in (True, False):
         run, counts, calls = adaptation(base, inputs, given, joint=joint), {}, []
         run.flat.module.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        found.append((run.losses(counts), run.flat.grad, counts))
+        found.append((run.losses(counts), {name: leaf.grad for name, leaf in run.flat.leaves.items()}, counts))
         assert len(calls) == (1 if joint else 3)
     torch.testing.assert_close(found[0][:2], found[1][:2], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0][2], found[1][2], rtol=0, atol=0)
@@ -248,6 +261,29 @@ def test_a_sample_has_the_distribution_of_the_binary_concrete():
         share = float(torch.sigmoid(torch.tensor(0.8 - 0.5 * math.log(c / (1 - c)))))
         assert float((drawn > c).float().mean()) == pytest.approx(share, abs=0.01)
     assert torch.isfinite(drawn).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 7, PIECE, 2 * PIECE + 3])
+def test_uniform_numbers_are_those_that_the_docstring_tells_in_pieces_of_any_length(dtype, n):
+    # With logits 0 and temperature 1 a sample is the uniform numbers themselves.
+    x = torch.zeros(n, dtype=dtype)
+    drawn = concrete_sample(x, 1.0, torch.Generator().manual_seed(5), out=torch.empty_like(x))
+    expected = uniform_numbers(torch.Generator().manual_seed(5), n, torch.finfo(dtype).bits)
+    torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=2e-7)
+
+
+def test_draws_follow_one_another_and_leave_the_global_generator_alone():
+    x, generator = torch.zeros(70_000), torch.Generator().manual_seed(0)
+    state = torch.get_rng_state()
+    first, second = (concrete_sample(x, 1.0, generator, out=torch.empty_like(x)) for _ in range(2))
+    again = concrete_sample(x, 1.0, torch.Generator().manual_seed(0), out=torch.empty_like(x))
+    assert torch.equal(first, again)
+    # Six deviations of the correlation of independent numbers, between draws and between halves of words.
+    for a, b in ((first, second), (first[::2], first[1::2])):
+        assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 6 / len(a) ** 0.5
+    assert float(first.mean()) == pytest.approx(0.5, abs=6 * (1 / 12 / len(x)) ** 0.5)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_result_is_task_arithmetic_under_the_mask_and_entropy_has_fallen(world):
@@ -659,3 +695,14 @@ def test_the_picture_tells_every_task_and_method_and_repeats_its_bytes(world, tm
         assert f"<!-- {word}" in text
     with pytest.raises(ValueError, match=r"path must end in \.svg, \.png or \.pdf, got .*merge\.gif"):
         plot_merge(merger, report, tmp_path / "merge.gif")
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "adamerging"])
+@pytest.mark.parametrize("where", ["base", "finetuned"])
+def test_a_checkpoint_that_is_not_finite_is_told_by_the_tensor(world, method, where):
+    base, finetuned, inputs, given = world
+    name = list(base.state_dict())[1]
+    with torch.no_grad():
+        (base if where == "base" else finetuned["b"]).state_dict()[name].view(-1)[0] = torch.inf
+    with pytest.raises(ValueError, match=f"entropy must be finite.*holds NaN or infinity in {name}"):
+        ConcreteMerger(method, steps=2, weight_steps=1).fit(base, finetuned, inputs, given)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from polyspan.checkpoints._calibration import whiten
+from polyspan.checkpoints.layer_calibration import whiten
 from polyspan.claims import measure, measure_claim
 from polyspan.claims.cospadi import CLAIM, Layer, cross_entropy, on_wikitext, one_layer, one_subspace, settings, wrongly
 from polyspan.io import write_members

@@ -16,6 +16,8 @@ from .expert_merging import MergedExperts as MergedExperts
 from .expert_merging import MergedLayer as MergedLayer
 from .expert_merging import calibrate_experts as calibrate_experts
 from .expert_plots import plot_expert_merge as plot_expert_merge
+from .layer_calibration import LayerCalibration as LayerCalibration
+from .layer_calibration import calibrate_layers as calibrate_layers
 from .merge_files import MergedFiles as MergedFiles
 from .merge_files import merge_checkpoints as merge_checkpoints
 from .merge_geometry import MergeGeometry as MergeGeometry
@@ -34,6 +36,7 @@ from .task_vectors import task_arithmetic as task_arithmetic
 from .task_vectors import ties as ties
 from .tucker_adapter import TuckerAdapterConfig as TuckerAdapterConfig
 from .tucker_adapter import TuckerAdapterModel as TuckerAdapterModel
+from .tucker_adapter import load_tucker_adapter as load_tucker_adapter
 from .tucker_files import advise_tucker_ranks as advise_tucker_ranks
 from .tucker_files import extract_tucker_adapter as extract_tucker_adapter
 from .tucker_files import merge_tucker_adapter as merge_tucker_adapter

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from polyspan.io import digest_array
-from polyspan.run import Progress, torch_generator
+from polyspan.run import Progress, numpy_generator, torch_generator
 
 from ._adaptation_state import Kept, RunFile, adam_tensors, chance, plain, restore_adam, restore_chance
 from ._flat_model import (
@@ -86,9 +87,9 @@ class Adaptation:
         }
 
     def losses(self, counts: dict[str, Tensor] | None = None) -> Tensor:
-        """Entropy of each task's next batch (T,); the gradient of their sum is left in ``flat.grad``."""
+        """Entropy of each task's next batch (T,); the leaves of ``flat`` hold the gradient of their sum."""
         flat = self.flat
-        flat.grad.zero_()
+        flat.forget()
         drawn = zip(flat.tasks, self._draw(), strict=True)
         batches = {task: placed(batch, flat.theta.device, flat.theta.dtype) for task, batch in drawn}
         with torch.enable_grad():
@@ -135,12 +136,12 @@ class Adaptation:
                 if options.method == "adamerging":
                     self._inner_step(options, mask)
                 flat.merge(self.weights(), mask)
-                entropies.append(self.losses(watch.counts).mean())
+                entropies.append(self.losses(watch.counts if options.stop else None).mean())
                 flat.mask_gradient(self.weights(), mask, temperature, out=x.grad)
                 optimiser.step()
                 if step % WINDOW == 0 or step == options.steps:
                     # One wait for the device a window.
-                    self.history += _finite(entropies, step)
+                    self.history += self._finite(entropies, step)
                     entropies = []
                     self.stopped = watch.look(self.history, x) if options.stop else ""
                     if self.stopped:
@@ -207,7 +208,7 @@ class Adaptation:
                 if clamp:
                     self.w.clamp_(0, 1)
                 if step % WINDOW == 0 or step == steps:
-                    history += _finite(entropies, step)
+                    history += self._finite(entropies, step)
                     entropies = []
                 if step % KEPT_EVERY == 0 and step < steps:
                     named = {"logits": logits, "mask": mask, "weights": self.w}
@@ -227,6 +228,14 @@ class Adaptation:
                     )
                 shown.advance(1)
         return history
+
+    def _finite(self, entropies: Sequence[Tensor], step: int) -> list[float]:
+        found = torch.stack(list(entropies)).tolist()
+        if not all(map(math.isfinite, found)):
+            bad = self.flat.not_finite()
+            advice = f"base or finetuned holds NaN or infinity in {bad}" if bad else "look at the inputs and at lr"
+            raise ValueError(f"entropy must be finite, got {found[-1]} by step {step}; {advice}")
+        return found
 
     def final_mask(self, x: Tensor, kind: str, temperature: float) -> Tensor:
         if kind == "mean":
@@ -305,17 +314,32 @@ class Watch:
         return why
 
 
-def _finite(entropies: Sequence[Tensor], step: int) -> list[float]:
-    found = torch.stack(list(entropies)).tolist()
-    if not all(map(math.isfinite, found)):
-        raise ValueError(f"entropy must be finite, got {found[-1]} by step {step}; look at the inputs and at lr")
-    return found
-
-
 @torch.no_grad()
 def concrete_sample(x: Tensor, temperature: float, generator: torch.Generator, *, out: Tensor) -> Tensor:
-    """Fill ``out`` with a draw of the binary Concrete distribution with logits ``x``, in (0, 1)."""
+    """Fill ``out`` with a draw of the binary Concrete distribution with logits ``x``, in (0, 1).
+
+    On a CPU, in which most of the time went into uniform numbers, ``generator`` gives one integer a draw. It seeds
+    NumPy's PCG64, and u = 1/2 + k / 2^b for its words k of b bits (the dtype's), read as signed integers in order.
+    Other devices draw u from ``generator`` itself.
+    """
+    fill = _uniform_from(generator, out.dtype) if out.device.type == "cpu" else partial(_uniform, generator)
     for piece in pieces(slice(0, len(out)), out):
-        made = out[piece].uniform_(generator=generator).logit_(eps=torch.finfo(out.dtype).eps)
+        made = fill(out[piece]).logit_(eps=torch.finfo(out.dtype).eps)
         made.add_(x[piece]).div_(temperature).sigmoid_()
     return out
+
+
+def _uniform(generator: torch.Generator, out: Tensor) -> Tensor:
+    return out.uniform_(generator=generator)
+
+
+def _uniform_from(generator: torch.Generator, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return what fills one tensor after another with uniform numbers in [0, 1]."""
+    words = numpy_generator(int(torch.randint(2**63 - 1, (), generator=generator))).bit_generator
+    bits, half = torch.finfo(dtype).bits, torch.tensor(0.5, dtype=dtype)
+
+    def fill(out: Tensor) -> Tensor:
+        drawn = words.random_raw(-(-len(out) * bits // 64)).view(f"int{bits}")
+        return torch.add(half, torch.from_numpy(drawn[: len(out)]), alpha=2.0**-bits, out=out)
+
+    return fill

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._calibration import InputGrams, TargetLayer
+from ._calibration import TargetLayer
 from ._compressed_layers import LowRankLinear, SparseDictionaryLinear
 from ._layer_methods import Settings, Sizes, layer_config, layer_from_config, unit_sizes
 
@@ -149,8 +149,11 @@ def windows(
         yield part, open_sites
 
 
-def unit_grams(unit: Unit, needed: Mapping[str, Sequence[str]], found: InputGrams) -> list[Tensor] | None:
-    """Return each layer's Gram matrix, summed over the sites of its weight; None where one saw nothing but zeros."""
+def unit_grams(unit: Unit, needed: Mapping[str, Sequence[str]], found: Any) -> list[Tensor] | None:
+    """Return each layer's Gram matrix, summed over the sites of its weight; None where one saw nothing but zeros.
+
+    ``found`` has ``grams``, by the first layer of a site.
+    """
     made = []
     for layer in unit.layers:
         parts = [found.grams[site] for site in needed[layer.name] if site in found.grams]

@@ -15,6 +15,7 @@ from polyspan.errors import WrongContent, require
 from polyspan.io import ShardedState
 
 from ._expert_layout import ADVICE, ExpertLayer, find_expert_layers
+from .transformers_bars import quiet_transformers
 
 LAYER = re.compile(r"^(.*?)\.(\d+)(?:\.|$)")
 
@@ -171,19 +172,6 @@ class StreamedModel:
         finally:
             for layer in self.layers:
                 del layer.forward
-
-
-@contextmanager
-def quiet_transformers() -> Generator[None]:
-    """Keep transformers' bars from the screen: progress here is that of layers."""
-    logging: Any = require("transformers.utils.logging", extra="hf")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def read_config(path: Path) -> Any:

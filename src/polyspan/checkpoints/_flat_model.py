@@ -19,9 +19,10 @@ PIECE = 2**16
 
 
 class FlatModel:
-    """A copy of the base in evaluation mode; ``theta`` are its merged weights and ``grad`` collects their gradient.
+    """A copy of the base in evaluation mode; ``theta`` are its merged weights, whose gradient ``leaves`` collect.
 
-    ``base``, ``theta`` and ``grad`` are (P,). ``tau`` is (T, P), or (1, P) with the sum over tasks where ``summed``.
+    ``base`` and ``theta`` are (P,). ``tau`` is (T, P), or (1, P) with the sum over tasks where ``summed``. ``leaves``
+    are views of ``theta`` by name, and have a ``grad`` after a backward pass, which :meth:`forget` drops.
     """
 
     def __init__(
@@ -66,22 +67,39 @@ class FlatModel:
             self.fixed[name] = value.to(dtype) if value.is_floating_point() else value
         self.module = copy.deepcopy(base).to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.theta = self.base.clone()
-        self.grad = torch.zeros_like(self.base)
-        self._leaves = {}
-        for name, part, shape in zip(self.names, self.slices, self.shapes, strict=True):
-            leaf = self.theta[part].view(shape).detach().requires_grad_()
-            leaf.grad = self.grad[part].view(shape)
-            self._leaves[name] = leaf
+        self.leaves = {
+            name: self.theta[part].view(shape).detach().requires_grad_()
+            for name, part, shape in zip(self.names, self.slices, self.shapes, strict=True)
+        }
+        self._means: list[Tensor] = []
 
     def _add_change(self, row: int, part: slice, value: Tensor) -> None:
         """Add what a checkpoint changes of one tensor to a task vector."""
         for piece in pieces(part, self.tau):
             new = value[piece.start - part.start : piece.stop - part.start]
-            self.tau[row, piece] += new - self.base[piece]
+            self.tau[row, piece].add_(new - self.base[piece])
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network at ``theta``; the backward pass adds to ``grad``."""
-        return functional_call(self.module, {**self._leaves, **self.fixed}, args, kwargs)
+        """Run the network at ``theta``; the backward pass adds to the gradients of ``leaves``."""
+        return functional_call(self.module, {**self.leaves, **self.fixed}, args, kwargs)
+
+    def forget(self) -> None:
+        """Drop all gradients: the next backward pass then leaves its own where they are, and adds nothing up."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+    def _gradient(self, k: int) -> Tensor:
+        """Return the gradient of one tensor, flat; it is 0 where the network does not use it."""
+        leaf = self.leaves[self.names[k]]
+        return (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).flatten()
+
+    def not_finite(self) -> str | None:
+        """Return the name of the first tensor of the base or of a fine-tuned checkpoint with NaN or infinity."""
+        parts = zip(self.names, self.slices, strict=True)
+        return next(
+            (name for name, part in parts if not bool((self.base[part] + self.tau[:, part].sum(0)).isfinite().all())),
+            next((name for name, value in self.fixed.items() if not bool(value.isfinite().all())), None),
+        )
 
     def alike(self, batches: Mapping[str, Any]) -> dict[str, Any]:
         """Return batches with tensors under the name of the network's first argument, where others come with names."""
@@ -108,11 +126,15 @@ class FlatModel:
 
     @torch.no_grad()
     def merge(self, weights: Tensor, mask: Tensor | None = None) -> None:
-        """Set theta = base + Σ w_i tau_i mask / mean(mask); ``weights`` (rows of tau, tensors), the mean a tensor's."""
+        """Set theta = base + Σ w_i tau_i mask / mean(mask); ``weights`` (rows of tau, tensors), the mean a tensor's.
+
+        The means are kept for the gradients, which are those at the mask of the last merge.
+        """
+        self._means = [] if mask is None else [_mean(mask[part]) for part in self.slices]
         for k, part in enumerate(self.slices):
             change, scale = self._change(k, part, weights)
             if mask is not None:
-                scale = scale / _mean(mask[part])
+                scale = scale / self._means[k]
             for piece in pieces(part, self.theta):
                 made, tau = self.theta[piece], change[piece.start - part.start : piece.stop - part.start]
                 if mask is not None:
@@ -127,34 +149,33 @@ class FlatModel:
 
     @torch.no_grad()
     def mask_gradient(self, weights: Tensor, mask: Tensor, temperature: float, out: Tensor) -> Tensor:
-        r"""Gradient of the loss, whose gradient in theta is ``grad``, in the logits x of the mask.
+        r"""Gradient of the loss, whose gradient g in theta the leaves hold, in the logits x of the mask.
 
         With S = Σ w tau, N entries and mean μ, θ = θ_0 + S m / μ gives
         ∂L/∂m = (g S - Σ(g S m) / (N μ)) / μ, and m = sigmoid((noise + x) / λ) gives ∂m/∂x = m (1 - m) / λ.
         """
         for k, part in enumerate(self.slices):
             change, scale = self._change(k, part, weights)
-            mean, shares = _mean(mask[part]), []
+            g, mean, shares = self._gradient(k), self._means[k], []
             for piece in pieces(part, out):
-                tau = change[piece.start - part.start : piece.stop - part.start]
-                shares.append(torch.dot(torch.mul(tau, self.grad[piece], out=out[piece]), mask[piece]))
+                own = slice(piece.start - part.start, piece.stop - part.start)
+                shares.append(torch.dot(torch.mul(change[own], g[own], out=out[piece]), mask[piece]))
             if not shares:
                 continue
             shift = torch.stack(shares).sum() / ((part.stop - part.start) * mean)
             scale = scale / (mean * temperature)
             for piece in pieces(part, out):
-                m, made = mask[piece], out[piece]
-                made.sub_(shift).mul_(m).addcmul_(made, m, value=-1).mul_(scale)
+                made = out[piece].sub_(shift)
+                torch.ops.aten.sigmoid_backward.grad_input(made, mask[piece], grad_input=made).mul_(scale)
         return out
 
     @torch.no_grad()
     def weight_gradient(self, mask: Tensor | None, out: Tensor) -> Tensor:
-        """Gradient of the loss in the weights (T, tensors): inner products of ``grad`` with the masked task vectors."""
+        """Gradient of the loss in the weights (T, tensors): products of its gradient with the masked task vectors."""
         for k, part in enumerate(self.slices):
-            g = self.grad[part]
+            g = self._gradient(k)
             if mask is not None:
-                m = mask[part]
-                g = (g * m).div_(_mean(m))
+                g = (g * mask[part]).div_(self._means[k])
             out[:, k] = self.tau[:, part] @ g
         return out
 
@@ -222,7 +243,7 @@ class Feed:
 def taken(source: Any, rows: Tensor) -> Any:
     """Return rows of a tensor, or of every tensor of a mapping but its labels."""
     if isinstance(source, Tensor):
-        return source[rows.to(source.device)]
+        return source.index_select(0, rows.to(source.device))
     return {name: taken(tensor, rows) for name, tensor in source.items() if name not in LABELS}
 
 

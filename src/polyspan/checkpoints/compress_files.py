@@ -51,10 +51,10 @@ from ._compression import (
     unit_grams,
     windows,
 )
-from ._expert_stream import quiet_transformers
 from ._hub import local_checkpoint
 from ._layer_methods import Settings, Sizes, check_settings, compress_unit, group_size, layer_config, named_method
 from .merge_files import digests
+from .transformers_bars import quiet_transformers
 
 JOURNAL = "compress.journal.jsonl"
 REPORT = "compression.json"

@@ -33,6 +33,7 @@ from ._compression import (
     windows,
 )
 from ._layer_methods import Settings, check_settings, compress_unit, group_size, named_method
+from .layer_calibration import LayerCalibration
 
 __all__ = ["LayerReport", "LowRankLinear", "SparseDictionaryCompressor", "SparseDictionaryLinear", "fastest_product"]
 
@@ -134,7 +135,8 @@ class SparseDictionaryCompressor:
         model : nn.Module
             Takes token ids, or keyword arguments where batches are mappings. Weights may be offloaded by accelerate.
         calibration : Tensor of ids (n,) or (b, t), or sequence of such (b, t) or of mappings
-            One row of ids is cut into pieces of 128. An ``attention_mask`` in a mapping leaves padding out.
+            One row of ids is cut into pieces of 128. An ``attention_mask`` in a mapping leaves padding out. Or what
+            :func:`calibrate_layers` found, which is not for ``sequential``.
 
         Raises
         ------
@@ -147,9 +149,15 @@ class SparseDictionaryCompressor:
         UserWarning
             Layers saw fewer tokens than they have inputs, or none.
         """
-        batches = as_batches(calibration)
         layers = find_layers(model, self.targets)
-        sites = trace_sites(model, layers, batches)
+        if isinstance(calibration, LayerCalibration):
+            if self.sequential:
+                raise ValueError("calibration must be text where sequential, got Gram matrices of the model as it was")
+            calibration.check(layers)
+            batches, sites = [], calibration.sites
+        else:
+            batches = as_batches(calibration)
+            sites = trace_sites(model, layers, batches)
         dtypes = weight_dtypes(model, layers)
         groups = group_size(self.settings.method, self.groups)
         units = plan_units(layers, sites, self.settings, self.ratio, groups, dtypes)
@@ -169,10 +177,13 @@ class SparseDictionaryCompressor:
                     self.memory_bytes,
                     sequential=self.sequential,
                 ):
-                    found = gather_grams(
-                        model, {name: widths[name] for name in names}, batches, skip_bad=self.skip_bad_batches
-                    )
-                    warn_of_few(found)
+                    if isinstance(calibration, LayerCalibration):
+                        found = calibration
+                    else:
+                        found = gather_grams(
+                            model, {name: widths[name] for name in names}, batches, skip_bad=self.skip_bad_batches
+                        )
+                        warn_of_few(found)
                     self.n_tokens_ = self.n_tokens_ or next(iter(found.n_rows.values()))
                     made = [self._compress(model, unit, unit_grams(unit, needed, found), dtypes) for unit in part]
                     for unit, (modules, report) in zip(part, made, strict=True):

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyspan.errors import require
+from polyspan.errors import WrongContent, require
 
 from ._tucker_layers import (
     CONVOLUTIONS,
@@ -29,10 +30,12 @@ peft: Any = require("peft", extra="hf", purpose="a Tucker adapter")
 tuners: Any = require("peft.tuners.tuners_utils", extra="hf")
 peft_types: Any = require("peft.utils.peft_types", extra="hf")
 other: Any = require("peft.utils.other", extra="hf")
+merge_utils: Any = require("peft.utils.merge_utils", extra="hf")
 constants: Any = require("peft.utils.constants", extra="hf")
 
 __all__ = [
-    "TuckerAdapterConfig", "TuckerAdapterModel", "TuckerUpdate", "adapter_from_delta", "tucker_delta", "tucker_ranks",
+    "TuckerAdapterConfig", "TuckerAdapterModel", "TuckerUpdate", "adapter_from_delta", "load_tucker_adapter",
+    "tucker_delta", "tucker_ranks",
 ]  # fmt: skip
 
 NAME = "tucker_adapter"
@@ -41,6 +44,7 @@ INITS = ("official", "small", "orthogonal")
 SCALINGS = ("plain", "alpha_over_r")
 PATHS = ("auto", "factored", "dense")
 BIASES = ("none", "all", f"{NAME}_only")
+COMBINATIONS = ("cat", "hooi", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 
 
 def _open_peft_type(name: str) -> Any:
@@ -87,6 +91,8 @@ class TuckerAdapterConfig(peft.PeftConfig):
         for LoRA in known language models.
     exclude_modules, modules_to_save, layers_to_transform, layers_pattern : optional
         As in ``peft.LoraConfig``. A head that is new must be in ``modules_to_save``: all else is frozen.
+    trainable_token_indices : list of int, or dict of str to list of int, optional
+        As in ``peft.LoraConfig``: rows of the embedding, or of layers by name, that are trained and saved too.
     bias : {"none", "all", "tucker_adapter_only"}, default="none"
         Which biases are trained and saved too.
     init : {"official", "small", "orthogonal"}, default="official"
@@ -122,6 +128,7 @@ class TuckerAdapterConfig(peft.PeftConfig):
     modules_to_save: Any = None
     layers_to_transform: Any = None
     layers_pattern: Any = None
+    trainable_token_indices: Any = None
     bias: str = "none"
     init: str = "official"
     rank_pattern: Any = field(default_factory=dict)
@@ -204,7 +211,8 @@ class TuckerAdapterModel(tuners.BaseTuner):
 
     so that height and width of a kernel stay dimensions, where LoRA flattens it into a matrix. Made by
     ``peft.get_peft_model(model, TuckerAdapterConfig(...))``; saving, loading, several adapters, switching, disabling,
-    merging and taking apart are peft's own. Before ``PeftModel.from_pretrained``, import this class.
+    merging and taking apart are peft's own. A saved one is read by :func:`load_tucker_adapter`, or by peft once this
+    class is imported: peft knows no way to find a method outside of itself, and says ``KeyError: 'TUCKER_ADAPTER'``.
 
     The update is never formed where three small products are cheaper, and merging puts it into the weight at no later
     cost. For a linear layer the form is LoRA with a square matrix in the middle: no structure is there to keep, and
@@ -296,6 +304,13 @@ class TuckerAdapterModel(tuners.BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(child, other.AuxiliaryTrainingWrapper):
+            # What it held is a whole module; the wrapper's weight may be a tensor that is computed anew each time.
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Generator[None]:
         """Hand ``adapter_names`` of one call to every layer that has adapters: peft calls this around each forward."""
@@ -350,6 +365,9 @@ class TuckerAdapterModel(tuners.BaseTuner):
         adapter_name: str,
         combination_type: str = "cat",
         ranks: int | None = None,
+        *,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
         """Make a new adapter whose update is a weighted sum of others; it is not active until it is set.
 
@@ -361,16 +379,23 @@ class TuckerAdapterModel(tuners.BaseTuner):
             One for each.
         adapter_name : str
             Of the new one.
-        combination_type : {"cat", "hooi"}
-            "cat" is exact: ranks add up. "hooi" brings each layer's sum back to ``ranks``, or left out to the largest
-            ranks of its parts.
+        combination_type : {"cat", "hooi", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"}
+            "cat" is exact: ranks add up. "hooi", for which "svd" is peft's word, brings each layer's sum back to
+            ``ranks``, or left out to the largest ranks of its parts. The others do so with what peft's function of
+            that name makes of the layer's updates; "dare" draws from torch's global generator. What peft's "linear"
+            and its like add up, factor by factor, is no sum of updates.
         ranks : int, optional
-            Of both channel axes, with "hooi".
+            Of both channel axes, unless "cat".
+        density : float, optional
+            Share of entries that is kept, in [0, 1]: with the last four.
+        majority_sign_method : {"total", "frequency"}
+            With "ties_svd" and "dare_ties_svd".
 
         Raises
         ------
         ValueError
-            An adapter is not there, the name is taken, or another number of weights than of adapters.
+            An adapter is not there, the name is taken, another number of weights than of adapters, or ``density`` is
+            missing, out of range, or given where nothing is left out.
         """
         if not adapters or any(name not in self.peft_config for name in adapters):
             raise ValueError(f"adapters must be among {sorted(self.peft_config)}, got {list(adapters)}")
@@ -378,8 +403,12 @@ class TuckerAdapterModel(tuners.BaseTuner):
             raise ValueError(f"weights must be one for each of {len(adapters)} adapters, got {len(weights)}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name must be new, got {adapter_name!r}")
-        if combination_type not in ("cat", "hooi"):
-            raise ValueError(f"combination_type must be 'cat' or 'hooi', got {combination_type!r}")
+        if combination_type not in COMBINATIONS:
+            raise ValueError(f"combination_type must be one of {COMBINATIONS}, got {combination_type!r}")
+        thinned = combination_type in COMBINATIONS[3:]
+        if thinned != (density is not None) or not 0 <= (density or 0) <= 1:
+            wanted = "in [0, 1]" if thinned else "left out"
+            raise ValueError(f"density must be {wanted} with {combination_type!r}, got {density}")
         made: dict[str, tuple[Tensor, Sequence[Tensor]]] = {}
         scales: dict[str, float] = {}
         for key, layer in self.model.named_modules():
@@ -391,7 +420,13 @@ class TuckerAdapterModel(tuners.BaseTuner):
             if combination_type == "cat":
                 made[key] = layer.weighted_sum(own, shares)
                 continue
-            delta = sum(w * layer.get_delta_weight(name) for name, w in zip(own, shares, strict=True))
+            deltas = [layer.get_delta_weight(name) for name in own]
+            if thinned:
+                by_sign = {"majority_sign_method": majority_sign_method} if "ties" in combination_type else {}
+                combine = getattr(merge_utils, combination_type.removesuffix("_svd"))
+                delta = combine(deltas, torch.tensor(shares).to(deltas[0]), density, **by_sign)
+            else:
+                delta = sum(w * each for w, each in zip(shares, deltas, strict=True))
             largest = tuple(max(sizes) for sizes in zip(*(layer.parameters_of(n)[0].shape for n in own), strict=True))
             found = adapter_from_delta(delta, largest if ranks is None else ranks, scale=scales[key])
             made[key] = found.core * found.scale, found.factors
@@ -408,6 +443,35 @@ class TuckerAdapterModel(tuners.BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         for key, (core, factors) in made.items():
             self.model.get_submodule(key).put(adapter_name, core, factors)
+
+
+def load_tucker_adapter(model: nn.Module, path: Path | str, adapter_name: str = "default", **options: Any) -> Any:
+    """Return a model with a saved adapter: ``peft.PeftModel.from_pretrained``, which must have met the adapter's class.
+
+    In a process that has not imported polyspan's adapters, peft's own function, and ``load_adapter`` of transformers,
+    end in ``KeyError: 'TUCKER_ADAPTER'``: call this one, or import ``TuckerAdapterConfig`` first.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The base.
+    path : path
+        A folder that ``save_pretrained`` or :func:`extract_tucker_adapter` wrote, or an adapter's name on the hub.
+    adapter_name : str
+    **options
+        Of ``PeftModel.from_pretrained``, such as ``is_trainable``.
+
+    Raises
+    ------
+    WrongContent
+        An adapter of another kind, which peft loads by itself.
+    ValueError
+        It does not fit the model.
+    """
+    kind = peft.PeftConfig.from_pretrained(path).peft_type
+    if kind != PEFT_TYPE:
+        raise WrongContent(path, found=f"an adapter of kind {kind}", expected=f"one of kind {PEFT_TYPE.value}")
+    return peft.PeftModel.from_pretrained(model, path, adapter_name=adapter_name, **options)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,5 +1,6 @@
 """Claim: dictionaries with sparse coefficients keep more of a layer than the truncated SVD of the same bytes."""
 
+import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,34 +88,54 @@ def on_wikitext(seed: int, *, ratio: float = 0.3) -> Text:  # noqa: ARG001
     return _text(found.train, found.test, ratio, True)
 
 
-def settings() -> dict[str, Any]:
-    """Return the settings of every arm; bytes are counted as of a model in 16 bits, places of coefficients too."""
-    from polyspan.checkpoints._layer_methods import Settings
+class Arm(NamedTuple):
+    """One way to compress; bytes are counted as of a model in 16 bits, places of coefficients too."""
 
-    def of(method: str, **options: Any) -> Settings:
-        return Settings(method=method, word_bytes=WORD, max_iter=SWEEPS)._replace(**options)
+    algorithm: str
+    pursuit: str = "exchange"
+    max_iter: int = SWEEPS
+    word_bytes: int = WORD
+    index_cost: str = "bitmask"
 
+
+def settings() -> dict[str, Arm]:
+    """Return every arm by the name under which its cost is told."""
     return {
-        "method": of("ksvd"),
-        "baseline": of("svd-llm"),
-        "K-SVD as published": of("ksvd", pursuit="omp", max_iter=PUBLISHED_SWEEPS),
-        "orthogonal": of("orthogonal"),
-        "threshold": of("threshold"),
-        "K-SVD, wrong whitening": of("ksvd"),
-        "SVD": of("svd"),
-        "ASVD": of("asvd"),
-        "Basis Sharing": of("basis-sharing"),
-        "Wanda": of("wanda"),
-        "magnitude": of("magnitude"),
+        "method": Arm("ksvd"),
+        "baseline": Arm("svd-llm"),
+        "K-SVD as published": Arm("ksvd", pursuit="omp", max_iter=PUBLISHED_SWEEPS),
+        "orthogonal": Arm("orthogonal"),
+        "threshold": Arm("threshold"),
+        "K-SVD, wrong whitening": Arm("ksvd"),
+        "SVD": Arm("svd"),
+        "ASVD": Arm("asvd"),
+        "Basis Sharing": Arm("basis-sharing"),
+        "Wanda": Arm("wanda"),
+        "magnitude": Arm("magnitude"),
     }
 
 
 def wrongly(gram: Any) -> Any:
     """Return the Gram matrix whose whitening is C where that of ``gram`` is C': the slip of one transpose."""
-    from polyspan.checkpoints._calibration import whiten
+    from polyspan.checkpoints.layer_calibration import whiten
 
     factor = whiten(gram).factor
     return factor.mT @ factor
+
+
+def compressed(model: Any, calibration: Any, arm: str, ratio: float, **options: Any) -> Any:
+    """Return a copy of a model, compressed by one arm; every layer must be large enough to gain."""
+    from polyspan.checkpoints import SparseDictionaryCompressor
+
+    if "wrong" in arm:
+        calibration = calibration._replace(grams={name: wrongly(gram) for name, gram in calibration.grams.items()})
+    compressor = SparseDictionaryCompressor(ratio, **settings()[arm]._asdict(), **options).fit(model, calibration)
+    left = [row for row in compressor.report_ if row.note]
+    if left and "too small" in left[0].note:
+        raise ValueError(f"weight must be large enough to gain, got shape {left[0].shape} of {left[0].layer}")
+    if left:
+        raise ValueError(f"every layer must be compressed, got {left[0].layer} left out: {left[0].note}")
+    return compressor.compress(copy.deepcopy(model), product="expanded")
 
 
 def trial(data: Layer | Text, seed: int) -> dict[str, float]:
@@ -132,62 +153,40 @@ def _of_layer(data: Layer) -> dict[str, float]:
     """Share of the squared norm of held-out outputs that each way loses."""
     import torch
 
-    from polyspan.checkpoints._layer_methods import compress_unit, functional_error, unit_sizes
+    from polyspan.checkpoints import LayerCalibration
 
     W, X, Z = (torch.from_numpy(np.asarray(part, np.float64)) for part in (data.weight, data.inputs, data.held_out))
     gram, unseen = X.mT @ X, Z.mT @ Z
+    layer, model = torch.nn.Linear(*W.shape, bias=False, device="meta"), torch.nn.Module()
+    layer.weight = torch.nn.Parameter(W.float().mT, requires_grad=False)
+    model.layer = layer
+    calibration = LayerCalibration([["layer"]], {"layer": gram}, {"layer": len(X)})
     ratio, costs = float(np.ravel(data.ratio)[0]), {}
-    for name, arm in settings().items():
+    for name in settings():
         if name == "Basis Sharing":
             continue
-        sizes = unit_sizes(arm, "weight", *W.shape, 1, ratio, torch.float32)
-        if sizes is None:
-            raise ValueError(f"weight must be large enough to gain, got shape {tuple(W.shape)}")
-        seen = wrongly(gram) if "wrong" in name else gram
-        made = compress_unit([W.float()], [seen], sizes, arm, torch.float32).layers[0].module
-        costs[name] = functional_error(W, made.weight_matrix().detach().double().mT, unseen)
+        made = compressed(model, calibration, name, ratio, targets=["layer"]).layer
+        off = W - made.weight_matrix().detach().double().mT
+        lost, total = (float((part * (unseen @ part)).sum()) for part in (off, W))
+        costs[name] = max(lost, 0.0) / total if total > 0 else 0.0
     return costs
 
 
 def _of_text(data: Text, seed: int) -> dict[str, float]:
     """Nats a token that each way adds to the model's loss on held-out text."""
-    import torch
+    from polyspan.checkpoints import calibrate_layers
 
-    from polyspan.checkpoints._calibration import find_layers, gather_grams, trace_sites, weight_dtypes, weight_of
-    from polyspan.checkpoints._compression import install, plan_units, put, site_names, unit_grams
-    from polyspan.checkpoints._layer_methods import compress_unit, group_size
-
-    model, calibration, test = prepare(data, seed)
-    layers = find_layers(model)
-    sites, dtypes = trace_sites(model, layers, [calibration[:1]]), weight_dtypes(model, layers)
-    widths = {site[0]: next(layer.d_in for layer in layers if layer.name == site[0]) for site in sites}
-    found, needed = gather_grams(model, widths, calibration.split(32)), site_names(sites, layers)
-    costs, dense = {}, cross_entropy(model, test)
-    for name, arm in settings().items():
-        ratio, groups = float(np.ravel(data.ratio)[0]), group_size(arm.method, 1)
-        before: dict[str, Any] = {}
-        for unit in plan_units(layers, sites, arm, ratio, groups, dtypes):
-            grams = unit_grams(unit, needed, found)
-            if unit.sizes is None or grams is None:
-                raise ValueError(f"every layer must be compressed, got {unit.name} left out: {unit.note}")
-            seen = [wrongly(gram) for gram in grams] if "wrong" in name else grams
-            weights = [weight_of(model, layer) for layer in unit.layers]
-            made = compress_unit(weights, seen, unit.sizes, arm, torch.float32)
-            for layer in made.layers:
-                if hasattr(layer.module, "product"):
-                    layer.module.product = "expanded"
-            before |= install(model, unit, [layer.module for layer in made.layers], [])[""]
-        costs[name] = cross_entropy(model, test) - dense
-        for layer_name, module in before.items():
-            put(model, layer_name, module)
-    return costs
+    model, pieces, test = prepare(data, seed)
+    calibration, dense = calibrate_layers(model, pieces.split(32)), cross_entropy(model, test)
+    ratio = float(np.ravel(data.ratio)[0])
+    return {name: cross_entropy(compressed(model, calibration, name, ratio), test) - dense for name in settings()}
 
 
 def prepare(data: Text, seed: int) -> tuple[Any, Any, Any]:
     """Return a model trained on the text, and pieces (b, t) that calibrate and that are scored."""
     import torch
 
-    from polyspan.checkpoints._expert_stream import quiet_transformers
+    from polyspan.checkpoints.transformers_bars import quiet_transformers
     from polyspan.integrations import small_language_model
 
     transformers: Any = require("transformers", extra="hf", purpose="a small language model")

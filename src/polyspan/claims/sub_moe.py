@@ -73,8 +73,7 @@ def prepare(data: Text, seed: int) -> tuple[Any, Any, Any]:
     """Train a model of eight experts, and draw pieces (b, t) that calibrate and that are scored."""
     import torch
 
-    from polyspan.checkpoints._expert_layout import find_expert_layers
-    from polyspan.checkpoints._expert_stream import quiet_transformers
+    from polyspan.checkpoints.transformers_bars import quiet_transformers
     from polyspan.integrations import small_language_model
 
     transformers: Any = require("transformers", extra="hf", purpose="a small language model")
@@ -93,8 +92,8 @@ def prepare(data: Text, seed: int) -> tuple[Any, Any, Any]:
     model.eval()
     if data.equal.all():
         with torch.no_grad():
-            for layer in find_expert_layers(model):
-                for part in layer.experts.parameters():
+            for name, part in model.named_parameters():
+                if ".experts." in name:
                     part.copy_(part[:1].expand_as(part))
     context = sizes["context"]
     rng = numpy_generator(FIRST_SEED + seed)

@@ -28,8 +28,8 @@ def extract(
 ) -> None:
     """Turn a fine-tuned checkpoint into a small adapter of its base, which peft loads.
 
-    Run the same command again after an interrupt and it goes on. Before peft reads it, its class must be known: from
-    polyspan.checkpoints import TuckerAdapterConfig.
+    Run the same command again after an interrupt and it goes on. In Python, polyspan.checkpoints.load_tucker_adapter
+    loads it; peft's own functions do so once polyspan.checkpoints.TuckerAdapterConfig has been imported.
 
     Parameters
     ----------
