@@ -771,3 +771,24 @@ def test_pictures_repeat_byte_for_byte(fitted, tmp_path):
     empty = found._replace(latents=found.latents[:0], strengths=found.strengths[:0])
     with pytest.raises(ValueError, match="interactions must be at least one, got none"):
         plot_interactions(empty, tmp_path / "a.svg")
+
+
+@pytest.mark.parametrize("place", [0, 31, 63])
+def test_a_row_that_is_not_finite_is_named(place):
+    X = np.random.default_rng(0).normal(size=(64, 6))
+    sae = PolySAE(8, 2, max_tokens=128, random_state=0).fit(X)
+    X[place, 3] = np.nan
+    for call in (sae.fit, sae.partial_fit, sae.transform, sae.report):
+        with pytest.raises(ValueError, match=f"NaN or infinity in 1 rows, first in row {place}$"):
+            call(X)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_numbers_that_float32_does_not_hold_are_refused(scale):
+    with pytest.raises(ValueError, match="float32"):
+        PolySAE(8, 2).fit(scale * np.random.default_rng(0).normal(size=(64, 6)))
+
+
+def test_dates_are_no_activations():
+    with pytest.raises(ValueError, match="got datetime64"):
+        PolySAE(8, 2).fit(np.zeros((64, 6), "M8[s]"))

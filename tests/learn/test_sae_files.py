@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from polyspan.errors import CorruptFile, UnreadableFile, WrongContent
-from polyspan.io import check_directory
+from polyspan.io import check_directory, load_fitted, save_fitted
 from polyspan.learn import ActivationStore, PolySAE
 
 SMALL = {"n_components": 20, "k": 3, "ranks": (6, 3, 2), "batch_size": 50, "random_state": 0, "learning_rate": 3e-3}
@@ -60,6 +60,44 @@ def test_an_autoencoder_comes_back_from_disk_and_its_training_goes_on(options, t
     for one in (model, again):
         one.partial_fit(X[:120])
     np.testing.assert_array_equal(again.transform(X), model.transform(X))
+
+
+def rewritten(path, change):
+    """Write a fitted file again with other arrays, as another version would have."""
+    found = load_fitted(path)
+    arrays = dict(found.arrays)
+    change(arrays, found.params)
+    return save_fitted(path, kind=found.kind, arrays=arrays, params=found.params)
+
+
+def test_files_of_before_dead_latents_were_kept_are_read(tmp_path):
+    # A rate at which latents die, and few steps until they count as dead.
+    model = fit(dead_after=20, learning_rate=0.1, aux_coef=0.0)
+    silent = np.flatnonzero(model._trainer.since_fired.numpy() >= 20)
+    assert len(silent)
+    path = rewritten(model.save(tmp_path / "old.safetensors"), lambda arrays, _: arrays.pop("dead"))
+    again = PolySAE.load(path)
+    np.testing.assert_array_equal(again._trainer.dead.numpy(), silent)
+    np.testing.assert_array_equal(again.transform(activations()), model.transform(activations()))
+    again.partial_fit(activations())
+    assert np.isfinite(again.loss_curve_).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda arrays, _: arrays.pop("since fired"), "since fired"),
+        (lambda arrays, _: arrays.pop("module C2"), "C2"),
+        (lambda arrays, _: arrays.update({"module C2": arrays["module C1"]}), "C2"),
+        (lambda arrays, params: params.pop("scale"), "scale"),
+        (lambda arrays, params: params["init"].update(novelty=1), "novelty"),
+    ],
+    ids=["an array", "a tensor", "a shape", "a parameter", "a parameter of later"],
+)
+def test_a_file_with_other_entries_names_the_version_that_wrote_it(tmp_path, change, said):
+    path = rewritten(fit().save(tmp_path / "old.safetensors"), change)
+    with pytest.raises(WrongContent, match=rf"polyspan [\d.]+ wrote.*{said}"):
+        PolySAE.load(path)
 
 
 @pytest.mark.parametrize(

@@ -362,3 +362,16 @@ def test_collisions_are_drawn_with_equal_bytes(fitted, tmp_path):
         plot_collisions(found, overlap, tmp_path / "a.jpg")
     with pytest.raises(ValueError, match=r"overlap must be 4 by 4, got shape \(2, 2\)"):
         plot_collisions(found, overlap[:2, :2], tmp_path / "a.svg")
+
+
+@pytest.mark.parametrize(
+    "y",
+    [np.array(["2020-01-01", "2020-01-02"] * 4, "M8[D]"), [datetime.date(2020, 1, 1 + i % 2) for i in range(8)]],
+    ids=["NumPy", "Python"],
+)
+def test_a_target_of_dates_is_refused_before_any_training(y):
+    X = {"a": list("abcdefgh")}
+    with pytest.raises(ValueError, match="got dates"):
+        UnifiedEmbeddingClassifier().fit(X, y)
+    with pytest.raises((ValueError), match="y must hold numbers"):
+        UnifiedEmbeddingRegressor().fit(X, y)

@@ -39,7 +39,7 @@ def fit(
     out : Path
         The fitted classifier, one .safetensors file.
     labels : Path
-        Whole-number labels in a file of their own (.npy), one an item.
+        Labels in a file of their own, one an item: .npy of whole numbers, or .csv with a column label.
     member : str
         Member that holds the embeddings.
     label_member : str
@@ -170,11 +170,11 @@ def _load(
     """Read embeddings (n, d) and labels (n,) from one file or from two."""
     import numpy as np
 
-    from polyspan.io import EmbeddingReader, read_array, read_members
+    from polyspan.io import EmbeddingReader, read_array, read_labels, read_members
 
     if labels is not None:
         X = read_array(source, member=member, column=column)
-        y = read_array(labels, ndim=1, dtype=np.int64)
+        y = read_labels(labels)
     elif source.suffix in TABLES:
         batches = list(EmbeddingReader(source, column=column, id_column=label_column).batches())
         X = np.concatenate([batch.rows for batch in batches])

@@ -9,6 +9,14 @@ from ._output import check_target, say, show_json, show_table
 
 TEXTS = (".txt", ".jsonl")
 
+# Options that several commands take, each with its one description.
+Autoencoder = Annotated[
+    Path, Parameter(help="What `polyspan sae train` wrote, or a folder of cfg.json and sae_weights.safetensors.")
+]
+Column = Annotated[str | None, Parameter(help="Of a table with several columns of vectors.")]
+Member = Annotated[str | None, Parameter(help="Of a file with several arrays.")]
+AsJson = Annotated[bool, Parameter(help="Print JSON.")]
+
 
 def train(
     source: Path,
@@ -18,8 +26,8 @@ def train(
     layer: str | None = None,
     activations: Path | None = None,
     context: int = 128,
-    column: str | None = None,
-    member: str | None = None,
+    column: Column = None,
+    member: Member = None,
     latents: int | None = None,
     k: int | None = None,
     ranks: tuple[int, int, int] | None = None,
@@ -38,7 +46,7 @@ def train(
     device: str = "cpu",
     seed: int = 0,
     plot: Path | None = None,
-    json: bool = False,
+    json: AsJson = False,
 ) -> None:
     """Train a sparse autoencoder whose decoder multiplies features, on activations of any size.
 
@@ -57,10 +65,6 @@ def train(
         Where they are kept, a .npy file; beside --out where left out. One that is complete is used again.
     context : int
         Tokens the model sees at a time.
-    column : str
-        Of a table with several columns of vectors.
-    member : str
-        Of a file with several arrays.
     latents : int
         How many; 8 for each dimension where left out.
     k : int
@@ -97,8 +101,6 @@ def train(
         Of the start and the order of tokens.
     plot : Path
         Draw the errors by step (.svg, .png or .pdf).
-    json : bool
-        Print JSON.
     """
     from polyspan.io import picture_path
     from polyspan.learn import PolySAE
@@ -166,24 +168,22 @@ def train(
 
 
 def probe(
-    sae: Path,
+    sae: Autoencoder,
     source: Path,
     *,
     labels: Path,
     k: int = 1,
     against: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
-    column: str | None = None,
-    member: str | None = None,
+    column: Column = None,
+    member: Member = None,
     top: int = 5,
     seed: int = 0,
-    json: bool = False,
+    json: AsJson = False,
 ) -> None:
     """Say how well single latents tell labels of tokens, beside the activations themselves.
 
     Parameters
     ----------
-    sae : Path
-        What ``polyspan sae train`` wrote, or a folder of cfg.json and sae_weights.safetensors.
     source : Path
         Activations, a file or a folder of files.
     labels : Path
@@ -192,16 +192,10 @@ def probe(
         Latents that a probe reads.
     against : list of Path
         Other autoencoders, to compare with.
-    column : str
-        Of a table with several columns of vectors.
-    member : str
-        Of a file with several arrays.
     top : int
         How many latents to name for each label, those whose codes lie the furthest apart.
     seed : int
         Of the rows held out.
-    json : bool
-        Print JSON.
     """
     import numpy as np
     from scipy.sparse import vstack
@@ -245,23 +239,21 @@ def probe(
 
 
 def interactions(
-    sae: Path,
+    sae: Autoencoder,
     source: Path,
     *,
     top: int = 20,
     degree: int = 2,
     by: str = "data",
-    column: str | None = None,
-    member: str | None = None,
+    column: Column = None,
+    member: Member = None,
     plot: Path | None = None,
-    json: bool = False,
+    json: AsJson = False,
 ) -> None:
     """Rank pairs or triples of latents by how much their product adds to what they say alone.
 
     Parameters
     ----------
-    sae : Path
-        What ``polyspan sae train`` wrote, or a folder of cfg.json and sae_weights.safetensors.
     source : Path
         Activations, a file or a folder of files: only latents that fire together in them are ranked.
     top : int
@@ -270,14 +262,8 @@ def interactions(
         2 for pairs, 3 for triples.
     by : str
         "data": length times the mean product of codes; "norm": length alone.
-    column : str
-        Of a table with several columns of vectors.
-    member : str
-        Of a file with several arrays.
     plot : Path
         Draw them (.svg, .png or .pdf).
-    json : bool
-        Print JSON.
     """
     found = _load(sae).interactions(_store(source, column, member), top=top, degree=degree, by=by)
     if plot is not None:
@@ -298,7 +284,7 @@ def interactions(
 
 
 def steer(
-    sae: Path,
+    sae: Autoencoder,
     *,
     model: str,
     layer: str,
@@ -307,14 +293,12 @@ def steer(
     strength: float = 8.0,
     sum_only: bool = False,
     tokens: int = 40,
-    json: bool = False,
+    json: AsJson = False,
 ) -> None:
     """Let a language model go on with a text while one to three latents are pushed up.
 
     Parameters
     ----------
-    sae : Path
-        What ``polyspan sae train`` wrote, or a folder of cfg.json and sae_weights.safetensors.
     model : str
         A transformers model, by folder or id.
     layer : str
@@ -329,8 +313,6 @@ def steer(
         Leave out what the products of the latents add.
     tokens : int
         How many to write.
-    json : bool
-        Print JSON.
     """
     from polyspan.learn.polynomial_sae_steering import steer as pushed
 

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,15 +13,13 @@ NEAR = 0.5
 The distance is the largest sum of a row's absolute values, which no eigenvalue exceeds.
 """
 PASSES = 4
-TRIANGULAR = 32
-"""Columns from which routines of BLAS and LAPACK for triangles, at half the operations, are worth the way to them."""
 
 
 def cholesky_qr(X: Tensor) -> Tensor:
     r"""Return the Q of :math:`X = QR` with positive diagonal of R, (d, k), without a gradient.
 
-    Each pass is :math:`Q = X L^{-\top}` with :math:`LL^\top = X^\top X`, at half the operations of a Householder QR
-    and all of them products of matrices; R is triangular with positive diagonal by construction. A pass leaves
+    Each pass is :math:`Q = X L^{-\top}` with :math:`LL^\top = X^\top X`, nearly all of it two products of matrices; R
+    is triangular with positive diagonal by construction. A pass leaves
     :math:`\lVert Q^\top Q - I\rVert \approx \epsilon\,\mathrm{cond}(X)^2`, so columns that were orthonormal before a
     small step need one pass, others two (CholeskyQR2). Where the Gram matrix has no Cholesky factor it is shifted by
     :math:`11(dk + k(k+1))\epsilon\lVert X\rVert_F^2`, and where passes do not help, as for dependent columns, the
@@ -70,47 +67,23 @@ def cholesky_qr_(X: Tensor) -> Tensor:
     return X.copy_(cholesky_qr(X))
 
 
-def _by_blas(Q: Tensor) -> bool:
-    return Q.shape[1] >= TRIANGULAR and Q.device.type == "cpu" and Q.dtype in (torch.float32, torch.float64)
-
-
 def _gram(Q: Tensor) -> tuple[Tensor, float]:
-    """Return Q'Q, on CPU its lower triangle alone, and its distance from the identity."""
-    k = Q.shape[1]
-    if not _by_blas(Q):
-        gram = Q.T @ Q
-        gap = (gram - torch.eye(k, dtype=Q.dtype, device=Q.device)).abs()
-        return gram, float(gap.sum(dim=1).max())
-    from scipy.linalg.blas import get_blas_funcs
-
-    # The transpose of Q, row by row in memory, is a matrix in BLAS's own order; so is that of its upper triangle.
-    rows = Q.numpy().T
-    (syrk,) = get_blas_funcs(("syrk",), (rows,))
-    upper = syrk(1.0, rows)
-    gap = np.abs(upper)
-    diagonal = np.abs(upper.diagonal() - 1)
-    np.fill_diagonal(gap, diagonal)
-    sums = gap.sum(axis=0) + gap.sum(axis=1) - diagonal
-    return torch.from_numpy(upper.T), float(sums.max())
+    """Return Q'Q and its distance from the identity."""
+    gram = Q.T @ Q
+    gap = gram.clone()
+    gap.diagonal().sub_(1)
+    return gram, float(gap.abs_().sum(dim=1).max())
 
 
 def _divide(Q: Tensor, gram: Tensor) -> bool:
-    """Replace Q by Q L⁻ᵀ in place; false, and Q as it was, where the Gram matrix is not positive definite."""
-    if not _by_blas(Q):
-        L, info = torch.linalg.cholesky_ex(gram)
-        if int(info) == 0:
-            Q.copy_(torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False))
-        return int(info) == 0
-    from scipy.linalg.blas import get_blas_funcs
-    from scipy.linalg.lapack import dpotrf, spotrf
+    """Replace Q by Q L⁻ᵀ in place; false, and Q as it was, where the Gram matrix is not positive definite.
 
-    rows = Q.numpy().T
-    (trsm,) = get_blas_funcs(("trsm",), (rows,))
-    potrf = spotrf if Q.dtype == torch.float32 else dpotrf
-    factor, info = potrf(gram.numpy().T, clean=False)
-    if info == 0:
-        # Where Q stands, its transpose is solved by that of the upper factor.
-        solved = trsm(1.0, factor, rows, trans_a=1, overwrite_b=1)
-        if not np.shares_memory(solved, rows):
-            Q.copy_(torch.from_numpy(solved.T))
-    return info == 0
+    A product with the inverse of the small factor is several times as fast as solving for all rows of Q. What it loses
+    by a factor that is far from the identity, the next pass makes good.
+    """
+    L, info = torch.linalg.cholesky_ex(gram)
+    if int(info):
+        return False
+    inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
+    Q.copy_(Q @ inverse.T)
+    return True

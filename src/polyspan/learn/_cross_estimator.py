@@ -17,6 +17,7 @@ from ._cross_files import restore_estimator, write_estimator
 from ._epoch_keeper import EpochKeeper
 from ._file_training import EARLY_STOPPING_ROWS, Rows, fit_table
 from ._lookup_plan import SCHEMES
+from ._older_files import all_entries
 from ._table_columns import is_dense, is_listed, numbers, read_columns
 from ._value_keys import PAD, value_keys
 from .categorical_hashing import column_specs
@@ -466,8 +467,9 @@ class CrossEstimator(BaseEstimator):
             One of its five kinds; ``WrongContent`` where the file holds something else.
         """
         found = load_fitted(Path(path), kind=cls.__name__)
-        params = dict(found.params["init"])
-        params["hidden"] = tuple(params["hidden"])
-        made = cls(**params)
-        restore_estimator(made, found)
+        with all_entries(Path(path), found.header):
+            params = dict(found.params["init"])
+            params["hidden"] = tuple(params["hidden"])
+            made = cls(**params)
+            restore_estimator(made, found)
         return made

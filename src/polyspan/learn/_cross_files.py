@@ -8,6 +8,8 @@ import numpy as np
 
 from polyspan.io import constructor_params, save_fitted
 
+from ._older_files import check_names
+
 
 def write_estimator(made: Any, path: Path, about: Mapping[str, Any], more: Mapping[str, np.ndarray]) -> Path:
     """Write a fitted estimator; ``about`` and ``more`` are facts and arrays of a training that is to go on."""
@@ -69,7 +71,9 @@ def restore_estimator(made: Any, found: Any) -> None:
         hidden=tuple(made.hidden),
         generator=generator,
     )
-    made.network_.load_state_dict(_tensors(arrays, "network "))
+    state = _tensors(arrays, "network ")
+    check_names(made.network_.state_dict(), state)
+    made.network_.load_state_dict(state)
     made.network_.to(pick_device(made.device)).eval()
     made._make_optimizers()
     for i, optimizer in enumerate(made._optimizers):

@@ -9,6 +9,8 @@ import numpy as np
 from polyspan.errors import WrongContent
 from polyspan.io import atomic_directory, load_fitted, read_json, read_members, save_fitted, write_json, write_members
 
+from ._older_files import all_entries, check_names
+
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FREE = ("verbose", "device", "sparse_output")
 """Parameters that may differ between a checkpoint and the training that goes on from it."""
@@ -48,11 +50,12 @@ def write_estimator(made: Any, path: Path, training: Mapping[str, Any]) -> Path:
 def read_estimator(kind: type, path: Path) -> Any:
     """Read what :func:`write_estimator` wrote."""
     found = load_fitted(path, kind=kind.__name__)
-    init = dict(found.params["init"])
-    for name in ("ranks", "lambda_init", "prefixes"):
-        init[name] = None if init[name] is None else tuple(init[name])
-    made = kind(**init)
-    _restore(made, found)
+    with all_entries(path, found.header):
+        init = dict(found.params["init"])
+        for name in ("ranks", "lambda_init", "prefixes"):
+            init[name] = None if init[name] is None else tuple(init[name])
+        made = kind(**init)
+        _restore(made, found)
     made._settle()
     return made
 
@@ -73,6 +76,7 @@ def _restore(made: Any, found: Any) -> None:
     module = PolynomialSAEModule(**params["module"], generator=torch_generator(0), dtype=torch.float32)
     mine = {name: value.shape for name, value in module.state_dict().items()}
     state = _tensors(arrays, "module ")
+    check_names(module.state_dict(), state)
     module.load_state_dict({name: value.reshape(mine[name]) for name, value in state.items()})
     trainer = Trainer(made, module.to(pick_device(made.device)), params["scale"], params["seed"])
     whole = trainer.optimizer.state_dict()
@@ -82,9 +86,16 @@ def _restore(made: Any, found: Any) -> None:
         if part:
             whole["state"][i] = {n: v.reshape(() if n == "step" else shape) for n, v in part.items()}
     trainer.optimizer.load_state_dict(whole)
-    since, dead = (torch.from_numpy(np.array(arrays[name])) for name in ("since fired", "dead"))
+    since = torch.from_numpy(np.array(arrays["since fired"]))
+    # The first files do not hold which latents are dead: it was looked at in each step, by this rule.
+    dead = torch.from_numpy(np.array(arrays["dead"])) if "dead" in arrays else _silent(since, made.dead_after)
     trainer.restore(arrays["losses"].tolist(), params["n_tokens"], since, dead)
     made._adopt(trainer)
+
+
+def _silent(since_fired: Any, steps: int) -> Any:
+    """Return the numbers of the latents that have not fired for so many steps."""
+    return (since_fired >= steps).nonzero()[:, 0]
 
 
 def _tensors(arrays: Mapping[str, np.ndarray], head: str) -> dict[str, Any]:
@@ -102,6 +113,11 @@ def resume(made: Any, path: Path, batch: int, facts: Mapping[str, Any]) -> None:
         It is of others; the parameters that differ are named.
     """
     found = load_fitted(path, kind=type(made).__name__)
+    with all_entries(path, found.header):
+        _resume(made, path, batch, facts, found)
+
+
+def _resume(made: Any, path: Path, batch: int, facts: Mapping[str, Any], found: Any) -> None:
     mine, theirs = _plain(made.get_params()), found.params["init"]
     # A cosine's course hangs on its length; a constant rate's does not.
     free = (*FREE, "max_tokens") if made.schedule == "constant" else FREE

@@ -19,6 +19,7 @@ from .polynomial_sae_module import PolynomialSAEModule
 
 SAMPLE_ROWS = 8_192
 LARGEST = 50.0
+RANGE = 1e-18, 1e18
 THRESHOLD_RATE = 0.01
 WINDOW = 50
 """Steps whose losses are read together, and after which latents are looked at anew: reading waits for the device."""
@@ -74,7 +75,19 @@ def _dead_loss(module: PolynomialSAEModule, x: Tensor, residual: Tensor, dead: T
 
 
 def mean_norm_scale(rows: np.ndarray) -> float:
-    """Return the power of two that brings rows (n, d) nearest to a mean length of √d: folding it is exact."""
+    """Return the power of two that brings rows (n, d) nearest to a mean length of √d: folding it is exact.
+
+    Raises
+    ------
+    ValueError
+        Their squares are too large or too small for float32, in which they are trained on.
+    """
+    largest = float(np.abs(rows).max())
+    if largest and not RANGE[0] <= largest <= RANGE[1]:
+        raise ValueError(
+            f"X must have a largest number from {RANGE[0]:g} to {RANGE[1]:g}, whose square float32 holds, got "
+            f"{largest:.3g}; scale it"
+        )
     mean = float(np.linalg.norm(rows.astype(np.float64), axis=1).mean())
     return 2.0 ** round(math.log2(math.sqrt(rows.shape[1]) / mean)) if mean > 0 else 1.0
 

@@ -3,15 +3,21 @@
 The key of a value depends on its canonical form alone:
 
 - a whole number in int64 is its own key, whether it came as an int, a float, a bool or its decimal text ("12");
-- other text is hashed over its UTF-8 bytes, and bytes over themselves; other numbers over their shortest decimal text;
-  dates, times and decimals over Arrow's text for them;
+- other text is hashed over its UTF-8 bytes, and bytes over themselves; other numbers over their shortest decimal text,
+  whole ones beyond int64 over all their digits;
+- decimals, dates, times and durations have the key of the one text that :mod:`~._value_texts` gives them, whatever the
+  scale or unit of their column;
 - None, NaN, NaT and nulls share :data:`MISSING`; the empty text is a value of its own;
 - :data:`PAD` stands where a list has no further item.
 """
 
+import datetime
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ._value_texts import arrow_texts, decimal_text, numpy_texts
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -192,10 +198,30 @@ def value_keys(column: Any, name: str, max_len: int | None = None) -> Keys:
     plain = np.asarray(column) if isinstance(column, np.ndarray) else None
     if plain is not None and plain.dtype.kind in "iufb" and max_len is None:
         return Keys(_number_keys(plain), None)
+    if plain is not None and plain.dtype.kind in "mM" and max_len is None:
+        return _moment_keys(plain, name)
     array = _arrow(column)
     if array is None:
-        return _mixed_keys(list(column), name)
+        values = list(column)
+        return _mixed_keys(values, name) if max_len is None else _mixed_list_keys(values, name, max_len)
     return _list_keys(array, name, max_len) if _is_list(array.type) else _flat_keys(array, name, max_len)
+
+
+def _moment_keys(x: np.ndarray, name: str, *, zoned: bool = False) -> Keys:
+    """Return keys of datetime64 or timedelta64 (n,) of any unit; ``zoned`` ones are moments in UTC."""
+    import pyarrow as pa
+
+    x = x.astype(x.dtype.newbyteorder("="))
+    coded = pa.array(x.view(np.int64)).dictionary_encode()
+    distinct = coded.dictionary.to_numpy().view(x.dtype)
+    full = ~np.isnat(distinct)
+    keys = np.full(len(distinct), MISSING)
+    if full.any():
+        try:
+            keys[full] = _text_keys(numpy_texts(distinct[full], zoned=zoned))
+        except TypeError as error:
+            raise _refuse(name, error) from None
+    return _by_codes(keys, coded.indices)
 
 
 def _number_keys(x: np.ndarray) -> np.ndarray:
@@ -214,7 +240,8 @@ def _number_keys(x: np.ndarray) -> np.ndarray:
         odd = ~whole & ~np.isnan(x)
     if odd.any():
         values, codes = np.unique(x[odd], return_inverse=True)
-        keys[odd] = np.array([hash_bytes(str(v).encode()) for v in values], np.uint64).view(np.int64)[codes]
+        texts = [str(int(v) if np.isfinite(v) and v == np.trunc(v) else v) for v in values]
+        keys[odd] = np.array([hash_bytes(text.encode()) for text in texts], np.uint64).view(np.int64)[codes]
     return keys
 
 
@@ -227,11 +254,40 @@ def _arrow(column: Any) -> Any:
         return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
     if isinstance(column, pa.Array):
         return column
+    if _bends(column):
+        return None
     try:
         made = pa.array(column, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, TypeError):
         return None
     return made.combine_chunks() if isinstance(made, pa.ChunkedArray) else made
+
+
+MOMENTS = {datetime.datetime, datetime.date, datetime.time, datetime.timedelta}
+
+
+def _bends(column: Any) -> bool:
+    """Whether Arrow, to give Python objects one type, would change some of them by the kinds of the others.
+
+    Beside a date it takes a moment for a date and a float for days; beside a NumPy date some numbers end the process.
+    """
+    if getattr(column, "dtype", None) not in (None, object):
+        return False
+    values, kinds = column, set(map(type, column))
+    if kinds & {list, tuple, np.ndarray}:
+        values = [value for row in column if isinstance(row, list | tuple | np.ndarray) for value in row]
+        kinds = set(map(type, values))
+    kinds -= {type(None)}
+    dates = {kind for kind in kinds if issubclass(kind, (*MOMENTS, np.datetime64, np.timedelta64))}
+    if not dates:
+        return bool(kinds & {np.float32, np.float16}) and len(kinds) > 1
+    if len(kinds) > 1 or not dates <= MOMENTS:
+        return True
+    if kinds & {datetime.datetime, datetime.time}:
+        # A moment without a zone is taken for UTC beside one that has a zone, and a time loses its zone.
+        zoned = {value.tzinfo is not None for value in values if value is not None}
+        return len(zoned) > 1 or (True in zoned and datetime.time in kinds)
+    return False
 
 
 def _is_list(kind: Any) -> bool:
@@ -267,8 +323,14 @@ def _flat_keys(array: Any, name: str, max_len: int | None) -> Keys:
             keys[missing] = MISSING
         return Keys(keys, None)
     if t.is_temporal(kind) or t.is_decimal(kind):
+        if t.is_decimal(kind) and kind.bit_width < 128:
+            array = array.cast(pa.decimal128(kind.precision, kind.scale))
         coded = array.dictionary_encode()
-        return _by_codes(_text_keys(coded.dictionary.cast(pa.string())), coded.indices)
+        try:
+            texts = arrow_texts(coded.dictionary)
+        except TypeError as error:
+            raise _refuse(name, error) from None
+        return _by_codes(_text_keys(texts), coded.indices)
     if not (_is_text(kind) or t.is_binary(kind) or t.is_large_binary(kind) or t.is_fixed_size_binary(kind)):
         raise _refuse(name, kind)
     keys = _text_keys(array)
@@ -321,12 +383,26 @@ def _list_keys(array: Any, name: str, max_len: int | None) -> Keys:
         raise ValueError(f"column {name!r} must hold one value a row, got lists; max_len allows lists")
     import pyarrow.compute as pc
 
-    n = len(array)
     lengths = (
         pc.call_function("list_value_length", [array]).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     )
     gaps = array.is_null().to_numpy(zero_copy_only=False)
-    flat = value_keys(array.flatten(), name)
+    return _placed(value_keys(array.flatten(), name), lengths, gaps, max_len)
+
+
+def _mixed_list_keys(rows: list[Any], name: str, max_len: int) -> Keys:
+    """Return keys of lists whose values are of several Python kinds."""
+    strange = [type(row).__name__ for row in rows if not (row is None or isinstance(row, list | tuple | np.ndarray))]
+    if strange:
+        raise ValueError(f"column {name!r} must hold lists, as max_len={max_len} says, got {strange[0]}")
+    flat = _mixed_keys([value for row in rows if row is not None for value in row], name)
+    lengths = np.array([0 if row is None else len(row) for row in rows], np.int64)
+    return _placed(flat, lengths, np.array([row is None for row in rows], bool), max_len)
+
+
+def _placed(flat: Keys, lengths: np.ndarray, gaps: np.ndarray, max_len: int) -> Keys:
+    """Put the keys of all items into rows of ``max_len``, by the lengths (n,) of the lists; ``gaps`` (n,) are null."""
+    n = len(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if n else np.zeros(0, np.int64)
     at = starts[:, None] + np.arange(max_len)
     inside = np.arange(max_len) < lengths[:, None]
@@ -358,9 +434,9 @@ def _mixed_keys(values: list[Any], name: str) -> Keys:
 
 def one_key(value: Any, name: str = "value") -> int:
     """Return the key of one Python value, by the rules of this module."""
-    if value is None or (isinstance(value, np.datetime64 | np.timedelta64) and np.isnat(value)):
+    if value is None:
         return MISSING
-    if isinstance(value, bool | int | float | np.number | np.bool_):
+    if isinstance(value, bool | int | float | np.number | np.bool_) and np.asarray(value).dtype.kind in "iufbO":
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             return one_key(str(int(value)))
         return int(_number_keys(np.atleast_1d(np.asarray(value)))[0])
@@ -368,7 +444,30 @@ def one_key(value: Any, name: str = "value") -> int:
         import pyarrow as pa
 
         return int(_text_keys(pa.array([value]))[0])
+    if isinstance(value, Decimal):
+        return MISSING if value.is_nan() else one_key(decimal_text(value))
+    moment, zoned = _moment(value)
+    if moment is not None:
+        return int(_moment_keys(np.atleast_1d(moment), name, zoned=zoned).dense()[0])
+    if isinstance(value, datetime.timedelta):
+        # Some are longer than 2⁶³ microseconds, which NumPy and Arrow count.
+        return one_key(decimal_text(Decimal(f"{value // datetime.timedelta(microseconds=1)}E-6")) + " s")
     array = _arrow([value])
-    if array is None:
+    if array is None or _is_list(array.type):
         raise _refuse(name, type(value).__name__)
     return int(_flat_keys(array, name, None).dense()[0])
+
+
+def _moment(value: Any) -> tuple[Any, bool]:
+    """Return a date, moment or duration as datetime64 or timedelta64, and whether it has a zone; others as None."""
+    if isinstance(value, np.datetime64 | np.timedelta64):
+        return value, False
+    zoned = getattr(value, "tzinfo", None) is not None
+    if hasattr(value, "to_datetime64"):  # pandas, which keeps nanoseconds, and gives UTC
+        return value.to_datetime64(), zoned
+    if hasattr(value, "to_timedelta64"):
+        return value.to_timedelta64(), False
+    if isinstance(value, datetime.datetime):
+        moment = np.datetime64(value.replace(tzinfo=None))
+        return (moment - np.timedelta64(value.utcoffset()), True) if zoned else (moment, False)
+    return (np.datetime64(value) if isinstance(value, datetime.date) else None), False

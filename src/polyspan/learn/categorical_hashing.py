@@ -20,7 +20,9 @@ class CategoricalHasher(TransformerMixin, BaseEstimator):
     were never seen need nothing; None, NaN and null share a row of their own in each column.
 
     A whole number is one value in all its forms: 1, 1.0, True and "1" (but not "01" or "1.0"). Bytes equal the text of
-    the same UTF-8. Two values of one column may share a row, the more so the more values there are beside M.
+    the same UTF-8. A decimal, a date, a moment or a duration is one value in every scale, unit and library: 1.50 is
+    1.5, midnight is its date, and moments in zones are compared in UTC. Two values of one column may share a row, the
+    more so the more values there are beside M.
     Source: catalogue entry ``unified-embedding``.
 
     Parameters

@@ -265,8 +265,18 @@ class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             elif X.dim != self.n_features_in_:
                 raise ValueError(f"X must have {self.n_features_in_} features, as at the fit, got {X.dim}")
             return X
-        rows = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2)
-        return ActivationStore.from_array(rows)
+        return ActivationStore.from_array(self._checked(X, reset=reset, ensure_min_samples=2))
+
+    def _checked(self, X: Any, *, reset: bool = False, **options: Any) -> np.ndarray:
+        """Return the rows of X as floats; the first that is not finite is named, and dates are no numbers."""
+        if getattr(getattr(X, "dtype", None), "kind", "f") in "mM":
+            raise ValueError(f"X must hold numbers, got {X.dtype}")
+        floats = [np.float64, np.float32]
+        rows = validate_data(self, X, reset=reset, dtype=floats, ensure_all_finite=False, **options)
+        strange = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(strange):
+            raise ValueError(f"X must be finite, got NaN or infinity in {len(strange)} rows, first in row {strange[0]}")
+        return rows
 
     def _batch_rows(self, n: int) -> int:
         return int(self.batch_size) if self.batch_size is not None else max(64, min(4096, n // 32))
@@ -358,7 +368,7 @@ class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def transform(self, X) -> Any:
         """Return codes (n, m) in the float width of ``X`` (n, d), dense or (``sparse_output``) as a CSR array."""
         check_is_fitted(self, "module_")
-        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        X = self._checked(X)
         found = vstack([codes for _, codes in self._coded(X)], format="csr")
         return csr_array(found) if self.sparse_output else found.toarray()
 
@@ -419,7 +429,7 @@ class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self, "module_")
         if isinstance(X, ActivationStore):
             return self._store(X, reset=False)
-        return validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        return self._checked(X)
 
     def report(self, X) -> Reconstruction:
         """Say how well rows (n, d), or a store of them, come back."""

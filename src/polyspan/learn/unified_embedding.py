@@ -14,6 +14,7 @@ from polyspan.io import load_fitted, save_fitted
 
 from ._embedding_gather import gather_rows
 from ._lookup_plan import SCHEMES, FeatureSpec, as_specs, check_table, lookup_plan, rows_of_tensor
+from ._older_files import all_entries, check_names
 from ._value_keys import PAD, value_keys
 
 
@@ -384,10 +385,13 @@ class UnifiedEmbedding(nn.Module):
             One of its five kinds; ``WrongContent`` where the file holds something else.
         """
         found = load_fitted(Path(path), kind=cls.__name__)
-        names = [name for name, _ in found.params["features"]]
-        words = {n: found.arrays[f"vocabulary {i}"] for i, n in enumerate(names) if f"vocabulary {i}" in found.arrays}
-        weight = torch.from_numpy(np.array(found.arrays["weight"]))
-        made = cls.from_config(found.params, vocabularies=words or None, device="meta", dtype=weight.dtype)
+        with all_entries(Path(path), found.header):
+            names = [name for name, _ in found.params["features"]]
+            every = {n: found.arrays.get(f"vocabulary {i}") for i, n in enumerate(names)}
+            words = {name: keys for name, keys in every.items() if keys is not None}
+            weight = torch.from_numpy(np.array(found.arrays["weight"]))
+            made = cls.from_config(found.params, vocabularies=words or None, device="meta", dtype=weight.dtype)
+            check_names({"weight": made.weight}, {"weight": weight})
         made.weight = nn.Parameter(weight)
         made._lay_out()
         return made

@@ -1,5 +1,6 @@
 """A classifier and a regressor for tables with categorical columns, over one embedding table."""
 
+import datetime
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from ._cross_estimator import CrossEstimator
+
+DATES = (datetime.date, datetime.time, datetime.timedelta, np.datetime64, np.timedelta64)
 
 PARAMETERS = """categorical : "auto" or sequence of str or int, default="auto"
         Columns to embed, by name or place. "auto" takes all but those of floats, which enter as numbers.
@@ -200,6 +203,8 @@ class UnifiedEmbeddingClassifier(ClassifierMixin, CrossEstimator):
     def _learn_target(self, y: np.ndarray, classes: Any = None) -> None:
         if y.dtype.kind == "f":
             assert_all_finite(y, input_name="y")
+        if y.dtype.kind in "mM" or (y.dtype == object and any(isinstance(v, DATES) for v in y)):
+            raise ValueError("y must hold classes that are text or numbers, got dates; turn them into text")
         check_classification_targets(y)
         self.classes_ = np.unique(y if classes is None else classes)
         if len(self.classes_) < 2:
@@ -311,6 +316,8 @@ class UnifiedEmbeddingRegressor(RegressorMixin, CrossEstimator):
 
     @staticmethod
     def _finite(y: np.ndarray) -> np.ndarray:
+        if np.asarray(y).dtype.kind in "mM":
+            raise ValueError(f"y must hold numbers, got {np.asarray(y).dtype}: subtract a date, and divide by a unit")
         try:
             y = np.asarray(y, dtype=np.float64)
         except (TypeError, ValueError) as error:
