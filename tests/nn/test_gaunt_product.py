@@ -621,3 +621,39 @@ def test_tables_made_in_a_mode_serve_outside_of_it():
     gaunt_tensor_product(x, drawn(5, 36, 1), 5, 5).square().sum().backward()
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("route", ["auto", *ROUTES])
+@pytest.mark.parametrize("paths", ["even", "all"])
+def test_transforms_of_functions_give_what_autograd_and_loops_give(route, paths):
+    product = GauntTensorProduct(full(2, 8), full(1, 8), paths=paths, method=route, weights="per_degree", dtype=D)
+    x, y, change = draw(4, 16, 72), draw(16, 32, seed=1), draw(16, 72, seed=2)
+    weight = {"weight": product.weight.detach() * 1.5}
+
+    def loss(x, weight):
+        return torch.func.functional_call(product, weight, (x, y)).pow(3).sum()
+
+    def by_autograd(x):
+        x, w = x.clone().requires_grad_(), {"weight": weight["weight"].clone().requires_grad_()}
+        return torch.autograd.grad(loss(x, w), (x, w["weight"]))
+
+    loop = [by_autograd(row) for row in x]
+    torch.testing.assert_close(torch.func.grad(loss)(x[0], weight), loop[0][0])
+    torch.testing.assert_close(torch.func.grad(loss, 1)(x[0], weight)["weight"], loop[0][1])
+    by_row = torch.vmap(torch.func.grad(loss, (0, 1)), in_dims=(0, None))(x, weight)
+    torch.testing.assert_close(by_row[0], torch.stack([row for row, _ in loop]))
+    torch.testing.assert_close(by_row[1]["weight"], torch.stack([w for _, w in loop]))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.vmap(product, in_dims=(0, None))(x, y), torch.stack([product(r, y) for r in x])
+        )
+    z, moved = torch.func.jvp(lambda x: product(x, y), (x[0],), (change,))
+    torch.testing.assert_close(z, product(x[0], y))
+    # A product is linear in each factor.
+    torch.testing.assert_close(moved, product(change, y))
+    along = torch.func.jvp(lambda x: torch.func.grad(loss)(x, weight), (x[0],), (change,))[1]
+    torch.testing.assert_close(along, torch.autograd.functional.vhp(lambda x: loss(x, weight), x[0], change)[1])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x[0], change)
+        tangent = torch.autograd.forward_ad.unpack_dual(product(dual, y)).tangent
+    torch.testing.assert_close(tangent, moved)

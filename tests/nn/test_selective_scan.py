@@ -295,3 +295,19 @@ def test_an_empty_batch_has_an_empty_result():
     assert (y.shape, last.shape) == ((0, 4, 9), (0, 4, 3))
     y.sum().backward()
     assert u.grad.shape == u.shape
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_second_derivatives_are_those_of_the_loop(backend):
+    def twice(how):
+        parts = [x.clone().requires_grad_() for x in problem(b=2, D=4, L=70).values()]
+        y, last = selective_scan(*parts, True, True, backend=how)
+        grads = torch.autograd.grad(y.square().sum() + last.pow(3).sum(), parts, create_graph=True)
+        return [*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), parts)]
+
+    for mine, theirs in zip(twice(backend), twice("loop"), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    given = tuple(x.requires_grad_() for x in problem(b=1, D=2, N=2, L=5).values())
+    assert torch.autograd.gradgradcheck(
+        lambda *x: selective_scan(*x, True, True, backend=backend), given, fast_mode=True
+    )

@@ -409,3 +409,15 @@ def test_maps_are_drawn_over_grey_and_coloured_images(tmp_path):
     with pytest.raises(ValueError, match="images must be 1 to 12, got 13"):
         plot_attention_maps(draw(13, 8, 8), np.zeros((13, 2, 4, 4)), tmp_path / "d.svg")
     assert not (tmp_path / "d.svg").exists()
+
+
+def test_a_single_image_of_one_place_trains_too_and_leaves_the_statistics_alone():
+    module, x = trained().train(), draw(1, 12, 1, 1, dtype=torch.float64).requires_grad_()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.warns(UserWarning, match="the output is exactly 2x"):
+        out = module(x)
+    torch.testing.assert_close(out, 2 * x, rtol=0, atol=0)
+    out.sum().backward()
+    assert (x.grad == 2).all()
+    assert all(p.grad is None or (p.grad == 0).all() for p in module.parameters())
+    torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)

@@ -235,7 +235,9 @@ def nearest(M: Any, look: bool) -> tuple[Any, Any]:
         values = xp.linalg.eigvalsh((H + swap(H)) / 2)
         lost = values[..., 0] + values[..., 1] <= 8 * xp.finfo(M.dtype).eps * values[..., -1]
         if is_torch(M):
-            R = nearest_rotation(xp.where(lost[..., None, None], R, M))
+            from ._rotation_torch import nearest_in_n
+
+            R = nearest_in_n(xp.where(lost[..., None, None], R, M))
         return R, lost
     if closed:
         # The closed form needs no scaling, which in float32 would cost digits.

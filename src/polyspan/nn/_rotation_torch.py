@@ -10,6 +10,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from polyspan.linalg._polar_torch import Polar, _Turn
+
 from ._rotation_maps import by_blocks, cross3, entries, gram_schmidt, pair_sums, sum3
 
 
@@ -166,6 +168,27 @@ class NearestBothWays(Nearest):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         with forward_ad._set_fwd_grad_enabled(True):
             return _turned(*_of_outer_levels(ctx), tangents[0])
+
+
+def nearest_in_n(M: Any) -> Any:
+    """Nearest rotations to M (*b, n, n) with derivatives, backward and, outside captured graphs, forward."""
+    return (Polar if torch.compiler.is_compiling() else PolarBothWays).apply(M, True)[0]
+
+
+class PolarBothWays(Polar):
+    """``Polar`` of square matrices with its first forward derivative: the map of ``backward``, its own transpose."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        Polar.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0], *output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, None, None]:
+        with forward_ad._set_fwd_grad_enabled(True):
+            M, Q, V, s = _of_outer_levels(ctx)
+            H, inner = Q.mT @ M, Q.mT @ tangents[0]
+            return Q @ _Turn.apply(inner - inner.mT, (H + H.mT) / 2, V, s), None, None
 
 
 def _turned(M: Any, R: Any, E: Any) -> Any:

@@ -7,6 +7,8 @@ counts groups of channels that share B and C.
 import torch
 from torch import Tensor
 
+from ._scan_chunks import differentiable_gradients
+
 ENTRIES = 1 << 19
 """States of a block, numbers: exponentials and states of a block stay in the cache (2 MiB each in float32)."""
 MOST_STEPS = 128
@@ -134,11 +136,24 @@ def _gradient_shapes(gy, glast, u, delta, A, B, C, starts):  # noqa: ARG001
     return torch.empty_like(u), torch.empty_like(u), torch.empty_like(A), torch.empty_like(B), torch.empty_like(C)
 
 
+def _differentiable_gradients(gy, glast, u, delta, A, B, C):
+    """The gradients by the scan in chunks, whose tensors are channel-major, so that they can be derived again."""
+    (L, G, b, d), N = u.shape, A.shape[-1]
+    gy, u, delta = (x.permute(2, 1, 3, 0).reshape(b, G * d, L) for x in (gy, u, delta))
+    glast = glast.permute(1, 0, 3, 2).reshape(b, G * d, N)
+    B, C = (x.permute(2, 1, 3, 0) for x in (B, C))
+    gu, gdelta, gA, gB, gC = differentiable_gradients(gy, glast, u, delta, A.reshape(G * d, N), B, C)
+    gu, gdelta = (x.view(b, G, d, L).permute(3, 1, 0, 2) for x in (gu, gdelta))
+    return gu, gdelta, gA.view(G, d, N), *(x.permute(3, 1, 0, 2) for x in (gB, gC))
+
+
 def _keep(ctx, inputs, output):
     ctx.save_for_backward(*inputs, output[2])
 
 
 def _differentiate(ctx, gy, glast, _starts):
+    if torch.is_grad_enabled():
+        return _differentiable_gradients(gy, glast, *ctx.saved_tensors[:5])
     return torch.ops.polyspan.selective_scan_backward(gy.contiguous(), glast.contiguous(), *ctx.saved_tensors)
 
 

@@ -78,6 +78,16 @@ def chunked_backward(gy, glast, u, delta, A, B, C, starts, chunk: int = CHUNK):
     return gu, gdelta, gA, gB, gC
 
 
+def differentiable_gradients(gy, glast, u, delta, A, B, C, chunk: int = CHUNK):
+    """Return the gradients of u, delta, A, B, C with a graph of their own, for derivatives of any order.
+
+    Autograd goes through :func:`chunked_forward` and keeps all states, O(bDNL log(chunk)) numbers.
+    """
+    parts = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (u, delta, A, B, C)]
+    y, last, _ = chunked_forward(*parts, chunk)
+    return torch.autograd.grad((y, last), parts, (gy, glast), create_graph=True)
+
+
 class ChunkedScan(torch.autograd.Function):
     """:func:`chunked_forward` with :func:`chunked_backward` as its derivative."""
 
@@ -89,6 +99,8 @@ class ChunkedScan(torch.autograd.Function):
         return y, last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gy, glast):
+    def backward(ctx, *grads):
+        gy, glast = grads
+        if torch.is_grad_enabled():
+            return *differentiable_gradients(gy, glast, *ctx.saved_tensors[:5], ctx.chunk), None
         return *chunked_backward(gy, glast, *ctx.saved_tensors, ctx.chunk), None

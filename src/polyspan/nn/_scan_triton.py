@@ -16,6 +16,8 @@ from torch import Tensor
 
 from polyspan.errors import require
 
+from ._scan_chunks import differentiable_gradients
+
 triton: Any = require("triton", extra="gpu", purpose="the GPU scan")
 tl: Any = require("triton.language", extra="gpu", purpose="the GPU scan")
 
@@ -123,9 +125,11 @@ class TritonScan(torch.autograd.Function):
         return y, last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gy: Tensor, glast: Tensor):
+    def backward(ctx, *grads: Tensor):
+        gy, glast = grads
         u, delta, A, B, C, starts = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(gy, glast, u, delta, A, B, C)
         (batch, D, L), N = u.shape, A.shape[1]
         gu, gdelta = torch.empty_like(u), torch.empty_like(u)
         gA, gB, gC = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)

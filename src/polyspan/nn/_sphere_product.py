@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ._sphere_routes import (
     CACHE_FLOATS,
@@ -94,7 +95,23 @@ class TableModule(nn.Module):
         return x.to(self.compute_dtype)
 
 
-def _forward(x: Tensor, y: Tensor, shape: Shape, lead: tuple[int, ...], tables: tuple[Tensor, ...]) -> Tensor:
+def transformed(*tensors: Tensor | None) -> bool:
+    """Say whether a transform of functions or a forward derivative is at work, outside captured graphs.
+
+    Functions of this package then give way to the operations they are made of, which torch transforms by itself: a
+    Function that could be transformed would be one that torch.compile refuses.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    # What torch itself asks before it applies a Function.
+    return torch._C._are_functorch_transforms_active() or any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def _forward(
+    x: Tensor, y: Tensor, shape: Shape, lead: tuple[int, ...], tables: tuple[Tensor, ...], plain: bool = False
+) -> Tensor:
     k = shape.n_tables
     first, second, third = tables[:k], tables[k : 2 * k], tables[2 * k :]
     part = "value" if shape.kind == "gaunt" else "gradient"
@@ -109,7 +126,7 @@ def _forward(x: Tensor, y: Tensor, shape: Shape, lead: tuple[int, ...], tables: 
 
     rows = x.shape[0]
     block = max(LEAST_ROWS, CACHE_FLOATS[shape.method] // n_nodes(shape))
-    if not flat or torch.compiler.is_compiling() or rows <= block:
+    if plain or not flat or torch.compiler.is_compiling() or rows <= block:
         return one(x, y)
     out = x.new_empty(len(third[WIDTH_TABLE[shape.method]]), rows)
     for i in range(0, rows, block):
@@ -142,6 +159,12 @@ class _Product(torch.autograd.Function):
         return gx, gy, None, None, *([None] * len(tables))
 
 
+def _apply(x: Tensor, y: Tensor, shape: Shape, lead: tuple[int, ...], tables: tuple[Tensor, ...]) -> Tensor:
+    if transformed(x, y):
+        return _forward(x, y, shape, lead, tables, plain=True)
+    return _Product.apply(x, y, shape, lead, *tables)
+
+
 def sphere_product(x: Tensor, y: Tensor, shape: Shape, tables: tuple[Tensor, ...]) -> Tensor:
     """Multiply coefficients (*batch, D1) and (*batch, D2), broadcast as torch does, into (*batch, D3)."""
     device = x.device.type
@@ -155,10 +178,10 @@ def sphere_product(x: Tensor, y: Tensor, shape: Shape, tables: tuple[Tensor, ...
         if shape.method == "dense":
             missing = len(batch) - x.dim() + 1, len(batch) - y.dim() + 1
             x, y = (t[(None,) * n] for t, n in zip((x, y), missing, strict=True))
-            return _Product.apply(x, y, shape, tuple(batch), *tables)
+            return _apply(x, y, shape, tuple(batch), tables)
         x, y = x.expand(*batch, -1), y.expand(*batch, -1)
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    made = _Product.apply(x, y, shape, (len(x),), *tables)
+    made = _apply(x, y, shape, (len(x),), tables)
     return made.reshape(*batch, made.shape[-1])
 
 

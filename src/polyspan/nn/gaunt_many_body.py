@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._gaunt_paths import LAYOUTS, NORMALIZATIONS, WEIGHTS, harmonic_scale, pack, unpack
 from ._irreps import Irrep, check_channels, read_irreps, width, write_irreps
-from ._sphere_product import TableModule, choose_method
+from ._sphere_product import TableModule, choose_method, transformed
 from ._sphere_routes import CACHE_FLOATS, LEAST_ROWS, Axis, Shape, build, from_grid, n_nodes, to_grid
 
 
@@ -40,6 +40,10 @@ def _powers(x: Tensor, shape: Shape, num: int, tables: tuple[Tensor, ...]) -> Te
         power = power * f
         made.append(from_grid(power, shape, 1, tables[k:]))
     return torch.stack(made)
+
+
+def _apply(x: Tensor, shape: Shape, num: int, tables: tuple[Tensor, ...]) -> Tensor:
+    return _powers(x, shape, num, tables) if transformed(x) else _Powers.apply(x, shape, num, *tables)
 
 
 def _pull_back(x: Tensor, grad: Tensor, shape: Shape, num: int, tables: tuple[Tensor, ...]) -> Tensor:
@@ -178,9 +182,9 @@ class GauntManyBody(TableModule):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device_type=device, enabled=False):
-                made = _Powers.apply(rows, self._shape, self.correlation, *self.tables)
+                made = _apply(rows, self._shape, self.correlation, self.tables)
         else:
-            made = _Powers.apply(rows, self._shape, self.correlation, *self.tables)
+            made = _apply(rows, self._shape, self.correlation, self.tables)
         return made.reshape(self.correlation, *wide.shape[:-1], made.shape[-1])
 
     def forward(

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from polyspan.errors import require
 
@@ -35,7 +34,7 @@ from ._irreps import Irrep, check_channels, read_irreps, width, write_irreps
 from ._packed_product import HALF_BELOW, LEAST_VALUES, HalfSphere, Packed, packed_product
 from ._rotation_torch import as_numpy
 from ._sphere import coupling
-from ._sphere_product import METHODS, SphereProduct, choose_method
+from ._sphere_product import METHODS, SphereProduct, choose_method, transformed
 from ._sphere_routes import n_nodes
 
 
@@ -68,7 +67,9 @@ class GauntTensorProduct(nn.Module):
         "dense" is three matrix products with the values of all harmonics on the grid; "separable" goes over latitudes
         and longitudes in turn; "fourier" is the paper's product on the torus by FFT. "auto" takes dense for small
         degrees and separable for larger ones. On a CPU, batches of equal shape go block by block through memory that a
-        thread keeps (6 MiB in float32); even paths that are dense, or small with "auto", need half of the grid there.
+        thread keeps: 6 MiB in float32, and 1 to 5 MiB of index tables for each size of block, of which there are few.
+        Even paths that are dense, or small with "auto", need half of the grid there. Under ``torch.func`` and forward
+        derivatives all is plain operations, and values on the grid are kept.
     channel_mode : {"uuu", "uvuv"}, default="uuu"
         Channel by channel (a multiplicity of 1 goes with all), or all pairs of channels.
     normalization : {"component", "integral", "norm"}, default="component"
@@ -226,7 +227,7 @@ class GauntTensorProduct(nn.Module):
             or not {type(x), type(y)} <= {Tensor, nn.Parameter}
             # Transforms of functions and captured graphs must not see memory that is kept.
             or as_numpy(x, y) is None
-            or any(forward_ad.unpack_dual(t).tangent is not None for t in (x, y))
+            or transformed(x, y, self.weight if weight is None else weight)
             or batch != y.shape[: len(batch)]
             or x.dim() != y.dim()
             or (weight is not None and weight.shape[:-1] not in ((), batch))

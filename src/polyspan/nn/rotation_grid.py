@@ -10,8 +10,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from polyspan.linalg._namespace import widen
+from polyspan.linalg._namespace import namespace, widen
 
+from ._rotation_maps import native
 from .rotation import (
     axis_angle_to_matrix,
     euler_to_matrix,
@@ -44,7 +45,8 @@ def _through_matrix(name: str, there: Callable, back: Callable) -> Callable[...,
         unknown = sorted(given.keys() - options.keys())
         if unknown:
             raise TypeError(f"{name} takes the options {sorted(options)} and 'check', got {unknown}")
-        wide, narrow = widen(x)
+        namespace(x)
+        wide, narrow = widen(native(x))
         R = there(wide, check=check, **{key: given[key] for key in own[there] if key in given})
         return narrow(back(R, check=check, **{key: given[key] for key in own[back] if key in given}))
 

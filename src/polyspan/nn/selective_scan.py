@@ -40,7 +40,7 @@ def selective_scan(
     for every channel, with N states each; ``y * silu(z)`` where ``z`` is given. Arguments stand in the order of Mamba's
     function of this name. Half precision is scanned in float32, and ``y`` has the dtype of ``u``. Decays are never
     divided by nor multiplied up, so that nothing overflows where ``A <= 0``; with positive ``A``, states grow without
-    bound. A second derivative is not defined, except by ``"loop"``.
+    bound. Second derivatives go through the scan in chunks whatever the backend, and keep all states; "mamba" has none.
     Source: catalogue entry ``mhs-vm``.
 
     Parameters

@@ -88,7 +88,8 @@ class ULSAM(_GroupAttention):
 
     It is close to the identity: as A_n sums to 1, a map of hw places is multiplied by 1 + 1/hw on average and by 2 at
     most, and gradients into the attention shrink like 1/hw. On maps of 56 by 56 or more it hardly learns; on one place
-    it is the doubling 2x, which is warned about. Where all logits of a group are 0, behind the ReLU, its attention is
+    it is the doubling 2x, which is warned about; a single such image leaves the running statistics alone.
+    Where all logits of a group are 0, behind the ReLU, its attention is
     uniform. In training the batch norms let one image's NaN reach the whole batch; in eval mode it stays in its group.
     Source: catalogue entry ``ulsam``.
 
@@ -181,7 +182,9 @@ class ULSAM(_GroupAttention):
             It has another number of axes or channels, or a map without places.
         """
         self._check(x)
-        logits = self._batch_logits(x) if self.training else _logits(x, self._folded(), self)
+        # One value a channel has no variance, and decides nothing: attention is 1 on one place.
+        alone = self.normed and math.prod(x.shape[2:]) == 1 and x.shape[0] == 1
+        logits = self._batch_logits(x) if self.training and not alone else _logits(x, self._folded(), self)
         return _weighted(x, _softmax(logits), self.residual)
 
     @torch.no_grad()
