@@ -252,6 +252,21 @@ def test_shuffled_rows_match_no_better_than_the_null_and_a_warning_says_so():
     assert any("no better than shuffled rows" in text for text in other.warnings) == (other.p_value > 0.05)
 
 
+@pytest.mark.parametrize(("n_shuffles", "told"), [(1, True), (5, True), (18, True), (19, False)])
+@pytest.mark.parametrize("paired", [True, False])
+def test_shuffles_that_are_too_few_for_any_small_p_give_no_false_alarm(n_shuffles, told, paired):
+    X, Y = units(19, n=400, noise=0.1), units(19, n=400, noise=0.1)[:, ::-1]
+    Y = Y if paired else np.random.default_rng(0).permutation(Y)
+    found = compare_networks(X, Y, n_shuffles=n_shuffles, nulls=("shuffle",), random_state=0)[0]
+    few = [text for text in found.warnings if "cannot tell whether rows belong together" in text]
+    assert len(few) == told
+    alarm = any("no better than shuffled rows" in text for text in found.warnings)
+    assert alarm == (not told and found.p_value > 0.05)
+    assert found.p_value == pytest.approx(1 / (n_shuffles + 1)) or not paired
+    without = compare_networks(X, Y, n_shuffles=n_shuffles, nulls=("rotation",), random_state=0)[0]
+    assert without.warnings == [], "no shuffles were asked for"
+
+
 def test_sorted_rows_do_not_spoil_the_shuffle_of_arrays_read_in_batches():
     labels = np.repeat(np.arange(4), 1100)
     X = np.eye(4)[labels] + 0.1 * np.random.default_rng(0).normal(size=(4400, 4))

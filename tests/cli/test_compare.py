@@ -59,6 +59,19 @@ def test_the_table_tells_nulls_prices_and_groups(files, capsys):
     assert "against shuffles" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("shuffles", "told"), [(5, 1), (19, 0)])
+def test_warnings_are_those_of_the_function_and_too_few_shuffles_give_no_alarm(files, capsys, shuffles, told):
+    write_array(files / "b.npy", np.load(files / "b.npz")["fc"])
+    compare(files / "a.npy", files / "b.npy", shuffles=shuffles, json=True)
+    caught = capsys.readouterr()
+    expected = compare_networks(
+        np.load(files / "a.npy"), np.load(files / "b.npy"), nulls=("shuffle",), n_shuffles=shuffles, random_state=0
+    )[0]
+    assert json.loads(caught.out)["warnings"] == expected.warnings
+    assert caught.err.count("cannot tell whether rows belong together") == told
+    assert "no better than shuffled rows" not in caught.err
+
+
 def test_pictures_show_pairs_on_the_diagonal_and_have_equal_bytes_for_equal_input(files):
     a, b = np.load(files / "a.npy"), np.load(files / "b.npz")["fc"]
     layer = compare_networks(a, np.hstack([b, a[:, :1] + b[:, :1]]), random_state=0)[0]

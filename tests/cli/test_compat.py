@@ -5,6 +5,8 @@ import pytest
 
 from polyspan.align import CompatibleClassifier
 from polyspan.cli.compat import embed, evaluate, train
+from polyspan.errors import WrongContent
+from polyspan.io import write_array
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,36 @@ def test_old_vectors_stand_for_an_old_encoder_and_not_beside_it(files, capsys):
     assert (told["width"], told["comparable"]) == (6, 4)
     with pytest.raises(ValueError, match="exclude one another"):
         train(files / "X.npy", files / "y.npy", old=files / "old.safetensors", **given)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
+def test_classes_beyond_two_to_the_53_stay_apart(files, capsys, suffix):
+    y = 2**53 + np.arange(120) % 3
+    labels = files / f"far{suffix}"
+    write_array(labels, y)
+    train(files / "X.npy", labels, out=files / "far-model.safetensors", hidden=(16,), epochs=1, dim=4, json=True)
+    assert json.loads(capsys.readouterr().out)["classes"] == 3
+    made = CompatibleClassifier.load(files / "far-model.safetensors")
+    assert made.classes_.tolist() == [2**53, 2**53 + 1, 2**53 + 2]
+    vectors = np.repeat(np.eye(3, dtype=np.float32), 40, axis=0)[np.argsort(np.argsort(y, kind="stable"))]
+    np.save(files / "far-vectors.npy", vectors)
+    evaluate([files / "far-vectors.npy"], labels=labels, json=True)
+    assert json.loads(capsys.readouterr().out)["scores"] == [[1.0]], "other classes are no hits and no ties"
+
+
+@pytest.mark.parametrize("value", [2.0**53 + 2, -(2.0**60), 2.0**62])
+def test_floats_that_cannot_tell_neighbouring_classes_are_refused(files, value):
+    for suffix in (".npy", ".npz", ".safetensors"):
+        write_array(files / f"wide{suffix}", np.where(np.arange(120) == 7, value, 1.0))
+        with pytest.raises(WrongContent, match=r"row 7: found a float .*integers where classes lie beyond 2\^53"):
+            evaluate([files / "X.npy"], labels=files / f"wide{suffix}")
+
+
+def test_classes_that_are_not_whole_or_do_not_fit_are_refused(files):
+    for bad in (np.where(np.arange(120) == 7, 0.5, 1.0), np.where(np.arange(120) == 7, 2**63, 1).astype(np.uint64)):
+        np.save(files / "bad.npy", bad)
+        with pytest.raises(WrongContent, match=r"row 7.*whole numbers of int64"):
+            evaluate([files / "X.npy"], labels=files / "bad.npy")
 
 
 def test_rows_and_widths_that_do_not_fit_are_named(files):

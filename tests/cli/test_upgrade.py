@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import ortho_group
 
+from polyspan.align import load_aligner
 from polyspan.cli import run
 from polyspan.cli.upgrade import apply, check, cutover, plan, rollback
 from polyspan.errors import UnreadableFile, WrongContent
@@ -97,6 +98,100 @@ def test_queries_are_carried_by_a_map_or_by_the_index_itself(files, capsys):
     apply(files / "x.faiss.upgrade", strategy="query", apply=True)
     wrapped = faiss.read_index(str(files / "x.faiss.upgrade" / "with_queries.faiss"))
     assert (wrapped.search(NEW, 1)[1][:, 0] == np.arange(N)).mean() > 0.8
+
+
+def index_file(path, kind):
+    faiss = pytest.importorskip("faiss")
+    if kind == "pq":
+        index = faiss.IndexPQ(D, 5, 3)
+    elif kind == "ivf":
+        index = faiss.IndexIVFFlat(faiss.IndexFlatL2(D), D, 4)
+    else:
+        index = faiss.IndexHNSWFlat(D, 8) if kind == "hnsw" else faiss.IndexFlatL2(D)
+    index.train(OLD)
+    index.add(OLD)
+    faiss.write_index(index, str(path))
+    (path.parent / "texts.txt").write_text("\n".join(f"text {i}" for i in range(N)))
+    return path
+
+
+def plan_index(path, **options):
+    plan(str(path), encoder="upgrade_encoder:encode", texts=path.parent / "texts.txt", sample=150, k=5, **options)
+    return path.with_name(path.name + ".upgrade")
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_an_index_of_whole_vectors_is_filled_checked_cut_over_and_rolled_back(files, capsys, kind):
+    path = index_file(files / "x.faiss", kind)
+    before, state = path.read_bytes(), plan_index(path, old_model="old")
+    apply(state, strategy="gallery", apply=True)
+    assert path.read_bytes() == before
+    assert check(state) == 0
+    cutover(state)
+    assert "in use\t300 vectors of upgrade_encoder:encode, 10 wide" in capsys.readouterr().out
+    assert path.read_bytes() != before
+    rollback(state)
+    assert "in use\t300 vectors of old, 10 wide" in capsys.readouterr().out
+    assert path.read_bytes() == before
+
+
+def test_an_index_of_codes_is_asked_through_the_map_and_never_written(files, capsys):
+    faiss = pytest.importorskip("faiss")
+    path = index_file(files / "x.faiss", "pq")
+    before, state = path.read_bytes(), plan_index(path, old_model="old", json=True)
+    caught = capsys.readouterr()
+    told = json.loads(caught.out)
+    assert {row["strategy"] for row in told["table"]} == {"stay", "query"}
+    assert told["table"][told["recommended"]]["strategy"] == "query"
+    assert "the index holds codes" in caught.err
+    for strategy in ("gallery", "backfill", "re-embed"):
+        assert run(["upgrade", "apply", str(state), "--strategy", strategy, "--apply"]) == 2
+        assert "strategy must be query for an index of codes" in capsys.readouterr().err
+    apply(state)
+    assert not (state / "with_queries.faiss").exists(), "nothing is written before --apply"
+    for _ in range(2):
+        apply(state, apply=True)
+        assert f"carries queries\t{state / 'with_queries.faiss'}" in capsys.readouterr().out
+    for step in ("check", "cutover", "rollback"):
+        assert run(["upgrade", step, str(state)]) == 2
+        assert "strategy must be gallery, backfill or re-embed" in capsys.readouterr().err
+    old, wrapped = faiss.read_index(str(path)), faiss.read_index(str(state / "with_queries.faiss"))
+    aligner, _ = load_aligner(state / "query_map.safetensors")
+    carried = old.search(np.ascontiguousarray(aligner.transform(NEW), np.float32), 5)
+    np.testing.assert_array_equal(wrapped.search(NEW, 5)[1], carried[1])
+    cutover(state, forget=True)
+    assert "nothing: the store holds only vectors in use" in capsys.readouterr().out
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_ids_and_labels_beside_the_vectors_of_a_file_are_kept(files, capsys, several):
+    path = files / "x.npz"
+    kept = {"ids": np.array([f"k{i}" for i in range(N)]), "labels": np.arange(N) % 3}
+    if several:
+        kept["images"] = OLD[:, :4]
+    np.savez(path, vectors=OLD, **kept)
+    (files / "texts.txt").write_text("\n".join(f"text {i}" for i in range(N)))
+    given = ["upgrade", "plan", str(path), "--encoder", "upgrade_encoder:encode", "--texts", str(files / "texts.txt")]
+    given += ["--sample", "150", "-k", "5", "--old-model", "old"]
+    if several:
+        assert run(given) != 0
+        assert "images, vectors" in capsys.readouterr().err
+        given += ["--member", "vectors"]
+    assert not run(given)
+    before, state = path.read_bytes(), files / "x.npz.upgrade"
+    apply(state, strategy="gallery", apply=True)
+    assert check(state) == 0
+    cutover(state)
+    assert "in use\t300 vectors of upgrade_encoder:encode, 10 wide" in capsys.readouterr().out
+    with np.load(path) as found:
+        assert found.files == ["vectors", *kept]
+        assert not np.array_equal(found["vectors"], OLD)
+        for name, array in kept.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+    rollback(state)
+    assert path.read_bytes() == before
 
 
 def test_texts_and_labels_come_from_files(files, capsys):

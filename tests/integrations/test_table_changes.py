@@ -1,5 +1,7 @@
 """What stores see of changes that others make while an upgrade is under way, and what they carry along."""
 
+import uuid
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -120,6 +122,89 @@ def test_a_qdrant_point_that_changes_after_the_check_is_refused_at_the_cut_over(
         client.update_vectors("docs", [m.PointVectors(id=5, vector=vector)])
     with pytest.raises(ValueError, match="must not change between check and cut-over"):
         upgrade.cut_over()
+
+
+def large_qdrant(ids):
+    """A collection of one dense vector a point behind an alias, the table, and a count of what is read of it."""
+    qdrant = pytest.importorskip("qdrant_client")
+    m, client = qdrant.models, qdrant.QdrantClient(":memory:")
+    client.create_collection("docs", vectors_config=m.VectorParams(size=2, distance=m.Distance.DOT))
+    rows = np.random.default_rng(0).normal(size=(len(ids), 2)).tolist()
+    points = [m.PointStruct(id=i, vector=row, payload={"text": str(i)}) for i, row in zip(ids, rows, strict=True)]
+    client.upsert("docs", points)
+    alias = m.CreateAliasOperation(create_alias=m.CreateAlias(collection_name="docs", alias_name="live"))
+    client.update_collection_aliases([alias])
+    read, scroll = [], client.scroll
+
+    def counted(collection, **options):
+        found = scroll(collection, **options)
+        read.extend(point.id for point in found[0] if collection == "docs")
+        return found
+
+    client.scroll = counted
+    return QdrantTable("", "live", text_field="text", client=client), read
+
+
+N_LARGE = 3000
+IDS = {
+    "counted": list(range(N_LARGE)),
+    "drawn": [int(i) for i in np.random.default_rng(0).integers(2**63, size=N_LARGE, dtype=np.uint64) * 2],
+    "uuid": [str(uuid.UUID(int=int(i) << 65)) for i in np.random.default_rng(0).integers(2**62, size=N_LARGE)],
+}
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_facts_of_qdrant_read_a_sample_spread_over_the_ids_and_see_what_changes_in_it(kind):
+    ids = sorted(IDS[kind])
+    table, read = large_qdrant(IDS[kind])
+    table.prepare(3, {"model": "new", "dim": 3, "normalized": False}, {})
+    read.clear()
+    first = table.facts()
+    assert len(read) <= 752, "as the docstring says"
+    seen = np.sort([ids.index(i) for i in set(read)])
+    assert np.diff(np.concatenate([[0], seen, [N_LARGE]])).max() < N_LARGE / 6, "no long stretch is left out"
+    assert table.facts().state == first.state
+    m = pytest.importorskip("qdrant_client").models
+    picked = ids[seen[len(seen) // 2]]
+    table.client.set_payload("docs", {"text": "other"}, points=[picked])
+    second = table.facts().state
+    assert second != first.state
+    table.client.update_vectors("docs", [m.PointVectors(id=picked, vector=[9.0, 9.0])])
+    assert table.facts().state not in (first.state, second)
+    missed = next(i for i in ids if i not in set(read))
+    table.client.delete("docs", points_selector=[missed])
+    assert table.facts().state["n_rows"] == N_LARGE - 1, "one that is gone is seen by the count"
+
+
+@pytest.mark.parametrize("what", ["vector", "payload"])
+def test_a_qdrant_point_outside_the_sample_that_changes_is_seen_at_the_cut_over(tmp_path, what):
+    table, read = large_qdrant(IDS["counted"])
+    rows = np.random.default_rng(1).normal(size=(N_LARGE, 3)).astype(np.float32)
+    upgrade = Upgrade(tmp_path, table, encoder=Encoder("new-model", lambda texts: rows[[int(t) for t in texts]]))
+    upgrade.plan(n_anchors=60, k=3, old_model="old-model")
+    upgrade.begin("gallery")
+    read.clear()
+    before = table.facts().state
+    missed = next(i for i in IDS["counted"] if i not in read)
+    upgrade.fill(verbose=False)
+    assert upgrade.check(n_embedded=0, bound=0.0).ok
+    m = pytest.importorskip("qdrant_client").models
+
+    def change(payload, vector):
+        if what == "payload":
+            table.client.set_payload("docs", payload, points=[missed])
+        else:
+            table.client.update_vectors("docs", [m.PointVectors(id=missed, vector=vector)])
+
+    kept = table.client.retrieve("docs", [missed], with_vectors=True)[0]
+    change({"text": "7"}, [9.0, 9.0])
+    assert table.facts().state == before, "facts look at the sample alone"
+    with pytest.raises(ValueError, match="must not change between check and cut-over"):
+        upgrade.cut_over()
+    change(kept.payload, kept.vector)
+    read.clear()
+    upgrade.cut_over()
+    assert len(read) <= N_LARGE + 2 * 752, "the whole collection is read once"
 
 
 def test_a_qdrant_payload_that_changes_after_the_fill_is_filled_again(tmp_path):

@@ -28,7 +28,7 @@ from polyspan.integrations import (
     open_vector_table,
     wrap_queries,
 )
-from polyspan.io import read_array, write_array, write_members
+from polyspan.io import EmbeddingReader, read_array, read_members, write_array, write_members
 
 N, D, NEW = 300, 8, 5
 RNG = np.random.default_rng(0)
@@ -491,13 +491,61 @@ def test_a_roll_back_that_was_cut_off_is_not_in_the_way_of_a_later_upgrade(tmp_p
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_a_file_of_several_arrays_is_refused_when_it_is_opened(tmp_path, suffix):
+@pytest.mark.parametrize("member", ["a", None])
+@pytest.mark.parametrize("width", [NEW, D])
+def test_arrays_beside_the_vectors_of_a_file_are_kept_by_every_verb(tmp_path, suffix, member, width):
     path = tmp_path / f"x{suffix}"
-    write_members(path, {"a": OLD, "b": OLD})
-    with pytest.raises(WrongContent, match="other arrays beside a; expected one array: the others would be lost"):
-        FileTable(path, member="a")
-    write_members(path, {"a": OLD})
-    assert FileTable(path, member="a").facts().n_rows == N
+    kept = {"ids": np.arange(N) + 2**53, "weights": OLD[:, 0].astype(np.float64)}
+    if member is not None:
+        kept["b"] = OLD * 2
+    write_members(path, {"a": OLD, **kept})
+    before = path.read_bytes()
+    carry = np.ascontiguousarray(np.eye(D, width, dtype=np.float32)[::-1])
+    table = FileTable(path, member=member)
+    table.stamp({"model": "old", "dim": D, "normalized": True})
+    space = SPACE | {"dim": width}
+    table.prepare(width, space, WORK)
+    for batch in table.pending(64):
+        table.fill(batch, batch.rows @ carry)
+    table.seal()
+    for batch, rows in table.pairs(50):
+        np.testing.assert_allclose(rows, batch.rows @ carry, atol=1e-6)
+    table.switch("cut over")
+    found = read_members(path)
+    assert found.keys() == {"a", *kept}
+    np.testing.assert_allclose(found["a"], OLD @ carry, atol=1e-6)
+    for name, array in kept.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].tobytes() == array.tobytes()
+    assert FileTable(path, member=member).facts().space == space
+    FileTable(path, member=member).switch("roll back")
+    assert path.read_bytes() == before
+    assert FileTable(path, member=member).facts().space["model"] == "old"
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".parquet"])
+@pytest.mark.parametrize("kind", ["float16", "float64"])
+def test_next_vectors_of_a_file_have_the_stored_width_of_the_old_ones(tmp_path, suffix, kind):
+    path = tmp_path / f"x{suffix}"
+    write_array(path, OLD.astype(kind))
+    table = FileTable(path)
+    table.prepare(NEW, SPACE, WORK)
+    fill_all(table)
+    table.seal()
+    table.switch("cut over")
+    stored = EmbeddingReader(path).stored_dtype
+    FileTable(path).switch("roll back")
+    assert stored == EmbeddingReader(path).stored_dtype
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_file_of_several_arrays_that_may_be_the_vectors_names_them(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    write_members(path, {"a": OLD, "b": OLD, "ids": np.arange(N)})
+    with pytest.raises(WrongContent, match=r"2 arrays of floats \(n, d\): a, b; expected one, or member= naming it"):
+        FileTable(path)
+    with pytest.raises(WrongContent, match=r"no member 'c'"):
+        FileTable(path, member="c")
 
 
 def test_the_file_that_a_link_names_is_upgraded_and_the_link_stays(tmp_path):

@@ -1,7 +1,14 @@
+import hashlib
+import json
+import zipfile
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from polyspan.errors import CorruptFile, UnreadableFile, WrongContent
 from polyspan.io import (
@@ -14,6 +21,7 @@ from polyspan.io import (
     replace_vectors,
     swap_in,
     text_batches,
+    vector_member,
     write_array,
     write_members,
 )
@@ -163,11 +171,116 @@ def test_the_only_array_of_a_file_keeps_its_name(tmp_path, suffix, member):
     np.testing.assert_array_equal(read_members(target, ["words"])["words"], X[:, :3])
 
 
-def test_no_array_is_lost_from_a_file_of_several(tmp_path):
-    np.savez(tmp_path / "x.npz", a=X, b=X)
+OTHERS = {
+    "ids": np.array([f"k{i}" for i in range(20)]),
+    "labels": np.arange(20) + 2**53,
+    "half": X.astype(np.float16),
+    "mask": X[:, 0] > 0,
+    "empty": np.empty((0, 3), np.int8),
+    "one": np.array(7, np.uint64),
+    "columns": np.asfortranarray(X.astype(np.float64)),
+    "objects": np.array([{"a": 1}, "b"], dtype=object),
+    "records": np.zeros(3, np.dtype([("a", "<i4"), ("b", "<f8")])),
+}
+
+
+@pytest.mark.parametrize("pack", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("place", [0, 4, 9])
+def test_other_members_of_an_archive_are_kept_byte_by_byte_in_their_order(tmp_path, pack, place):
+    source, target = tmp_path / "x.npz", tmp_path / "y.npz"
+    names = [*OTHERS]
+    names.insert(place, "vectors")
+    pack(source, **{name: (OTHERS | {"vectors": X})[name] for name in names})
+    with zipfile.ZipFile(source, "a") as archive:
+        archive.writestr("read.me", "made by hand")
+    write_array(tmp_path / "v.npy", X[:, :3] * 2)
+    replace_vectors(source, target, tmp_path / "v.npy", member="vectors", batch_rows=7)
+    np.testing.assert_array_equal(read_array(target, member="vectors"), X[:, :3] * 2)
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target) as new:
+        assert new.namelist() == old.namelist()
+        for name in old.namelist():
+            assert new.getinfo(name).compress_type == old.getinfo(name).compress_type
+            assert (new.read(name) == old.read(name)) == (name != "vectors.npy")
+
+
+def raw_tensors(path):
+    """Each tensor's type, shape and bytes, and the metadata, as the format's own description says they lie."""
+    whole = path.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:begin])
+    metadata = header.pop("__metadata__", {})
+    found = {}
+    for name, facts in header.items():
+        first, end = facts["data_offsets"]
+        found[name] = (facts["dtype"], facts["shape"], whole[begin + first : begin + end])
+    return found, metadata
+
+
+@pytest.mark.parametrize("by", ["polyspan", "others"])
+def test_other_tensors_of_a_file_are_kept_byte_by_byte_with_the_metadata(tmp_path, by):
+    source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    kept = {k: v for k, v in OTHERS.items() if k in ("labels", "half", "mask", "empty", "one", "columns")}
+    if by == "polyspan":
+        write_members(source, kept | {"vectors": X}, metadata={"owner": "me"})
+    else:
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in kept.items()}
+        tensors |= {"brain": torch.ones(3, dtype=torch.bfloat16), "eight": torch.ones(5, dtype=torch.float8_e4m3fn)}
+        save_file(tensors | {"vectors": torch.from_numpy(X)}, source, metadata={"owner": "me"})
+    write_array(tmp_path / "v.npy", X[:, :3] * 2)
+    replace_vectors(source, target, tmp_path / "v.npy", member="vectors", batch_rows=7)
+    (old, told), (new, said) = raw_tensors(source), raw_tensors(target)
+    assert {k: v for k, v in new.items() if k != "vectors"} == {k: v for k, v in old.items() if k != "vectors"}
+    assert new["vectors"] == ("F32", [20, 3], (X[:, :3] * 2).tobytes())
+    assert said["owner"] == told["owner"] == "me"
+    with safe_open(target, "pt") as found:
+        assert set(found.keys()) == set(old), "the format's own reader takes it"
+    digests = json.loads(said["polyspan"])["sha256"]
+    assert digests["vectors"] == hashlib.sha256(new["vectors"][2]).hexdigest()
+    if by == "polyspan":
+        assert digests.keys() == old.keys()
+        assert read_members(target)["labels"].tolist() == OTHERS["labels"].tolist(), "digests are those of the bytes"
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_the_vectors_of_a_file_are_its_only_floats_of_two_dimensions(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    write_members(path, {"a": X, "ids": np.arange(20), "weights": X[:, 0], "codes": X.astype(np.int8)})
+    assert vector_member(path) == "a"
+    write_members(path, {"codes": X.astype(np.int8)})
+    assert vector_member(path) == "codes", "the only array, whatever it holds"
+    write_members(path, {"a": X, "b": X, "ids": np.arange(20)})
+    with pytest.raises(WrongContent, match=r"2 arrays of floats \(n, d\): a, b; expected one, or member= naming it"):
+        vector_member(path)
+    write_members(path, {"codes": X.astype(np.int8), "ids": np.arange(20)})
+    with pytest.raises(WrongContent, match=r"no array of floats \(n, d\) among codes, ids; expected one"):
+        replace_vectors(path, tmp_path / f"y{suffix}", path)
+    assert not (tmp_path / f"y{suffix}").exists()
+    if suffix == ".npz":
+        np.savez(path, a=X, ids=OTHERS["objects"], rows=OTHERS["records"])
+        assert vector_member(path) == "a"
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".parquet", ".arrow"])
+def test_vectors_of_half_width_are_written_in_half_width(tmp_path, suffix):
+    source, target = tmp_path / f"x{suffix}", tmp_path / f"y{suffix}"
+    write_array(source, X.astype(np.float16))
+    write_array(tmp_path / "v.npy", X[:, :3].astype(np.float16))
+    replace_vectors(source, target, tmp_path / "v.npy")
+    made = EmbeddingReader(target)
+    assert made.stored_dtype == EmbeddingReader(source).stored_dtype
+    np.testing.assert_array_equal(read_array(target), X[:, :3].astype(np.float16).astype(np.float32))
+
+
+def test_a_member_that_is_broken_is_named_and_no_file_is_made(tmp_path):
+    source, target = tmp_path / "x.npz", tmp_path / "y.npz"
+    np.savez(source, vectors=X, labels=np.arange(1000))
+    raw = bytearray(source.read_bytes())
+    raw[raw.index(np.arange(1000).tobytes()) + 40] ^= 1
+    source.write_bytes(raw)
     write_array(tmp_path / "v.npy", X)
-    with pytest.raises(WrongContent, match="2 arrays"):
-        replace_vectors(tmp_path / "x.npz", tmp_path / "y.npz", tmp_path / "v.npy", member="a")
+    with pytest.raises(CorruptFile, match="CRC"):
+        replace_vectors(source, target, tmp_path / "v.npy", member="vectors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v.npy", "x.npz"]
 
 
 def test_texts_come_in_the_batches_of_the_vectors(tmp_path):

@@ -26,6 +26,8 @@ from .unit_sharing import ALPHAS, SparseUnitMapping, UnitCoClustering, unexplain
 CHUNK = 1024
 NULLS = ("shuffle", "rotation", "scramble")
 LEAST_ROWS = 8
+LEVEL, LEAST_SHUFFLES = 0.05, 19
+"""A p-value above the first is told; with fewer shuffles than the second none can be that small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +190,8 @@ def compare_networks(
     untrained : pair like ``a`` and ``b``, optional
     nulls : sequence of {"shuffle", "rotation", "scramble"}
     n_shuffles : int
-        20 allow p-values down to 1/21.
+        20 allow p-values down to 1/21; with fewer than 19 none is below 0.05, and ``warnings`` says that they cannot
+        tell whether rows belong together.
     alphas : sequence of float
         Penalties of the few-to-one mapping.
     n_clusters : int or "eigengap"
@@ -380,8 +383,14 @@ def _held_out(
 
 
 def _warnings(seen: _Gathered, total: PairedMoments, found: UnitCorrelations, p_value: float | None) -> list[str]:
-    told = []
-    if p_value is not None and p_value > 0.05:
+    told, n_shuffles = [], len(seen.shuffled)
+    if n_shuffles and 1 / (n_shuffles + 1) > LEVEL:
+        # Rows that belong together have such a p as well: it says nothing of them.
+        told.append(
+            f"{n_shuffles} shuffles cannot tell whether rows belong together (p is at least "
+            f"{1 / (n_shuffles + 1):.2f}): {LEAST_SHUFFLES} or more can"
+        )
+    elif p_value is not None and p_value > LEVEL:
         told.append(f"matches no better than shuffled rows (p = {p_value:.2f}): are the inputs the same, in one order?")
     dead = int((~found.live_in).sum()), int((~found.live_out).sum())
     if any(dead):

@@ -7,10 +7,6 @@ from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
 
-LEAST_SHUFFLES = 19
-"""With fewer, p = 1 / (shuffles + 1) at best lies above 0.05."""
-UNMATCHED = "matches no better than shuffled rows"
-
 
 def compare(
     a: Path,
@@ -89,13 +85,6 @@ def compare(
         label=f"comparing {a.name} and {b.name}",
     )[0]
     told: dict[str, Any] = found.to_json() | {"layer_in": str(a), "layer_out": str(b)}
-    if 0 < shuffles < LEAST_SHUFFLES:
-        # Not even the best of matches could fall to 0.05 then.
-        told["warnings"] = [said for said in told["warnings"] if not said.startswith(UNMATCHED)]
-        told["warnings"].append(
-            f"{shuffles} shuffles cannot tell whether rows belong together (p is at least {1 / (shuffles + 1):.2f}): "
-            f"--shuffles {LEAST_SHUFFLES} or more can"
-        )
     for warning in told["warnings"]:
         say(f"warning: {warning}")
     if out is not None:

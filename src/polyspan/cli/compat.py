@@ -116,25 +116,37 @@ def train(
 
 
 def _read_labels(path: Path) -> Any:
-    """Return classes (n,), whole numbers of any width, from a file of shape (n,) or (n, 1)."""
+    """Return classes (n,), whole numbers of 64 bits, from a file of shape (n,) or (n, 1)."""
     import numpy as np
 
     from polyspan.errors import WrongContent
     from polyspan.io import read_array
 
-    found = read_array(path, ndim=None)
+    found = read_array(path, ndim=None, dtype=np.int64)
     if found.ndim == 2 and found.shape[1] == 1:
         found = found[:, 0]
     if found.ndim != 1:
         raise WrongContent(path, found=f"shape {found.shape}", expected="one class a row: (n,) or (n, 1)")
-    if found.dtype.kind == "f":
-        # The bound below is beyond float16.
-        found = found.astype(np.float64)
-        if (found != np.round(found)).any() or (np.abs(found) > 2**53).any():
-            raise WrongContent(path, found="numbers that are not whole", expected="classes as whole numbers")
-    if found.dtype.kind == "u" and found.size and found.max() > np.iinfo(np.int64).max:
-        raise WrongContent(path, found=f"a class {found.max()}", expected="classes that fit in 64 bits with a sign")
-    return found.astype(np.int64)
+    far = (found > 2**53) | (found < -(2**53))
+    if far.any() and not _holds_integers(path):
+        row = int(np.flatnonzero(far)[0])
+        raise WrongContent(
+            path,
+            found=f"a float {found[row]}, which may stand for its neighbours too",
+            expected="integers where classes lie beyond 2^53",
+            where=f"row {row}",
+        )
+    return found
+
+
+def _holds_integers(path: Path) -> bool:
+    """Tell whether the only array of a file is stored as integers; those of a text are read as floats."""
+    from polyspan.io import inspect_file, read_members
+
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return "int" in inspect_file(path)["dtype"]
+    return suffix in (".npz", ".safetensors", ".mat") and next(iter(read_members(path).values())).dtype.kind in "iu"
 
 
 def embed(

@@ -67,7 +67,7 @@ def plan(
     text_column : str
         The text that was embedded.
     member : str
-        Which array of .npz or .safetensors.
+        Which array of .npz or .safetensors; left out, the only one of floats, (n, d). The others are kept.
     state : Path
         Folder that remembers the upgrade; left out, STORE.upgrade (for databases, in the working folder).
     device : str
@@ -80,6 +80,7 @@ def plan(
         Print the plan as JSON.
     """
     from polyspan.integrations import Upgrade, load_encoder
+    from polyspan.io import read_labels
 
     if re.search(r"://[^/@]*:[^/@]*@", store):
         raise ValueError(
@@ -94,7 +95,7 @@ def plan(
             n_anchors=sample,
             k=k,
             old_model=old_model,
-            labels=None if labels is None else _read_labels(labels),
+            labels=None if labels is None else read_labels(labels),
             seed=seed,
             loss=loss,
             price_per_item=price,
@@ -373,20 +374,6 @@ def _read_texts(path: Path | None) -> Any:
         if isinstance(name, str) and name.lstrip("-").isdigit():
             made[int(name)] = text
     return made
-
-
-def _read_labels(path: Path) -> Any:
-    import numpy as np
-
-    from polyspan.errors import WrongContent
-    from polyspan.io import read_array, read_csv
-
-    if path.suffix == ".npy":
-        return read_array(path, ndim=1, dtype=np.int64)
-    found = read_csv(path)
-    if "label" not in found:
-        raise WrongContent(path, found=f"columns {', '.join(found)}", expected="a column label")
-    return np.array(found["label"])
 
 
 def _carry_queries(upgrade: Any, store: str, state: Path) -> Path:

@@ -21,6 +21,7 @@ from polyspan.io import (
     replace_vectors,
     swap_in,
     text_batches,
+    vector_member,
     write_json,
 )
 
@@ -244,8 +245,8 @@ class _SwappedFile:
 class FileTable(_SwappedFile):
     """A file of vectors, (n, d), as a store; keys are row numbers.
 
-    Of tables all other columns are kept. Next vectors have the stored float width of the old ones, or float32 where
-    these were integers.
+    Of tables all other columns are kept, of ``.npz`` and ``.safetensors`` all other arrays, byte by byte. Next vectors
+    have the stored float width of the old ones, or float32 where these were integers.
 
     Parameters
     ----------
@@ -254,7 +255,7 @@ class FileTable(_SwappedFile):
     column, id_column, text_column : str, optional
         Of a table: vectors, ids, and the text that was embedded.
     member : str, optional
-        Which array of ``.npz`` or ``.safetensors``.
+        Which array of ``.npz`` or ``.safetensors``; left out, the only one of floats with two dimensions.
     """
 
     def __init__(
@@ -269,16 +270,11 @@ class FileTable(_SwappedFile):
         super().__init__(path)
         if self.path.suffix.lower() in (".bvecs", ".ivecs"):
             raise WrongContent(path, found="whole numbers", expected="a store whose vectors may become floats")
+        if member is None and self.path.suffix.lower() in (".npz", ".safetensors"):
+            member = vector_member(self.path)
         self._given: dict[str, Any] = {"column": column, "member": member, "id_column": id_column}
         self.text_column = text_column
         self.reader = EmbeddingReader(self.path, **self._given)
-        if member is not None:
-            try:
-                EmbeddingReader(self.path)
-            except WrongContent as error:
-                raise WrongContent(
-                    path, found=f"other arrays beside {member}", expected="one array: the others would be lost"
-                ) from error
 
     def _content(self, path: Path) -> str:
         facts = EmbeddingReader(path, **self._given).fingerprint()
@@ -309,10 +305,8 @@ class FileTable(_SwappedFile):
 
     def pairs(self, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[TableBatch, np.ndarray]]:
         """Yield every row in use with its next vector, from the file that will take the place."""
-        name = {"column": self.reader.column, "member": self._given["member"]}
-        if self.path.suffix.lower() in (".npz", ".safetensors"):
-            name = {"member": None}
-        new = EmbeddingReader(self.next, **name, batch_rows=batch_rows)
+        place = {"column": self.reader.column, "member": self._given["member"]}
+        new = EmbeddingReader(self.next, **place, batch_rows=batch_rows)
         with contextlib.closing(new.batches()) as batches:
             for old, made in zip(self._source(batch_rows), batches, strict=True):
                 yield old, made.rows

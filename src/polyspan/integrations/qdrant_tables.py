@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_verb
 
 STAMP, NEXT, BEFORE = "polyspan", "__next", "polyspan_before"
 PAGE = 512
+PLACES, SAMPLED = 16, 16
+"""Where :meth:`QdrantTable.facts` looks into the order of the ids, and how many points it reads at each place."""
 
 
 class QdrantTable:
@@ -23,12 +26,14 @@ class QdrantTable:
     is addressed by its own name can be filled and checked, but not cut over. Collections of cosine distance keep
     directions only: the lengths of the vectors are gone.
 
-    Points whose payload changed since they were filled are found to be pending. While an upgrade is under way,
-    :meth:`facts` reads the whole collection once, for a digest of ids, vectors and payloads: whatever changes in it
-    between check and cut-over is seen. Not seen are other vectors of a point (not the one that is upgraded) that change
-    between fill and check, writes of others to the next collection after the check, and writes during the cut-over
-    itself. Indexes of payload fields, aliases of other names and the
-    number of shards and replicas are not carried: set them on the new collection before the cut-over.
+    Points whose payload changed since they were filled are found to be pending. A collection has no version that could
+    be asked for. So :meth:`facts` takes the count and the kind of the vectors from the server and reads the ids,
+    vectors and payloads of at most 752 points, spread over the order of the ids: another number of points is seen
+    there, and a point that changes if it is among these. :meth:`digest` reads the whole collection; an upgrade calls
+    it once at the check and once at the cut-over, and whatever changes between these two is seen. Not seen are
+    other vectors of a point (not the one that is upgraded) that change between fill and check, writes of others to the
+    next collection after the check, and writes during the cut-over itself. Indexes of payload fields, aliases of other
+    names and the number of shards and replicas are not carried: set them on the new collection before the cut-over.
 
     Parameters
     ----------
@@ -128,18 +133,29 @@ class QdrantTable:
             n_pending=None if there is None else max(n - there, 0),
             next_space=None if coming is None else self._note(coming).get("space"),
             has_before=before is not None,
-            state={"n_rows": n, "collection": own, "points": None if coming is None else self._digest(own)},
+            state={
+                "n_rows": n,
+                "collection": own,
+                "vectors": settings.model_dump(mode="json", include={"size", "distance", "datatype"}),
+                "sampled": _digest(self._sample(own, n)),
+            },
         )
 
-    def _digest(self, collection: str) -> str:
-        """Return a digest of ids, vectors and payloads of a whole collection, in the order of its ids."""
-        made = hashlib.sha256()
-        for points in self._scroll(collection, PAGE, vectors=True):
-            for point in points:
-                vectors = point.vector if isinstance(point.vector, Mapping) else {"": point.vector}
-                named = {name: _plain(vector) for name, vector in vectors.items()}
-                made.update(json.dumps([point.id, named, point.payload], sort_keys=True, default=str).encode())
-        return made.hexdigest()
+    def digest(self) -> str:
+        """Return a digest of ids, vectors and payloads of the whole collection in use, in the order of its ids."""
+        return _digest(self._scroll(self.collection, PAGE, vectors=True))
+
+    def _sample(self, collection: str, n: int) -> Iterator[list[Any]]:
+        """Yield points from places that depend on n alone.
+
+        These are even steps through the numbers below n, through all numbers and through all UUIDs, which come after
+        the numbers: whether ids are counted or drawn, they are spread over the points.
+        """
+        counted = [i * n // PLACES for i in range(PLACES)]
+        drawn = [i * 2**64 // PLACES for i in range(1, PLACES)]
+        unique = [str(uuid.UUID(int=i * 2**128 // PLACES)) for i in range(PLACES)]
+        for offset in sorted({*counted, *drawn}) + unique:
+            yield self.client.scroll(collection, limit=SAMPLED, offset=offset, with_vectors=True, with_payload=True)[0]
 
     def _before(self) -> str | None:
         name = self._note(self.collection).get(BEFORE)
@@ -322,6 +338,17 @@ class QdrantTable:
 def _is_carried(point: Any, payloads: Mapping[Any, Any]) -> bool:
     """Tell whether a point stands in the next collection with the payload that it has now."""
     return point.id in payloads and payloads[point.id] == (point.payload or {})
+
+
+def _digest(pages: Iterable[list[Any]]) -> str:
+    """Return a digest of ids, vectors and payloads of points, in the order in which they come."""
+    made = hashlib.sha256()
+    for points in pages:
+        for point in points:
+            vectors = point.vector if isinstance(point.vector, Mapping) else {"": point.vector}
+            named = {name: _plain(vector) for name, vector in vectors.items()}
+            made.update(json.dumps([point.id, named, point.payload], sort_keys=True, default=str).encode())
+    return made.hexdigest()
 
 
 def _plain(vector: Any) -> Any:

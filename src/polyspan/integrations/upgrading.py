@@ -75,6 +75,8 @@ class Upgrade:
     folder : path-like
         Made where it does not exist.
     table : VectorTable
+        A store whose ``facts`` look at a sample alone has ``digest()`` as well, which reads all: it is called once at
+        the check and once at the cut-over.
     encoder : Encoder, optional
         The new model; needed to plan, and to fill where items are embedded again.
     texts : mapping of key to str, optional
@@ -512,6 +514,8 @@ class Upgrade:
             raise ValueError("the store must have next vectors to check, got none")
         tol, problems = 2e-3 if tol is None else tol, []
         chosen, maker = self._chosen(), self._maker(told["strategy"])
+        # Taken before the vectors are compared, so that what changes meanwhile is seen at the cut-over.
+        contents = self._contents()
         anchors = self._read("anchors.json")
         place = {key: i for i, key in enumerate(anchors["keys"])}
         found = np.full((len(place), facts.next_dim), np.nan, dtype=np.float32)
@@ -559,11 +563,17 @@ class Upgrade:
             problems.append(f"recall@{plan['k']} of the anchors is {recall:.3f}, below the bound of {wanted:.3f}")
         seen = UpgradeCheck(n, n_missing, n_wrong, n_compared, worst, recall, float(wanted), not problems, problems)
         self._remember(
-            checked=seen._asdict() | {"state": dict(facts.state), "recall": None if np.isnan(recall) else recall}
+            checked=seen._asdict()
+            | {"state": dict(facts.state), "contents": contents, "recall": None if np.isnan(recall) else recall}
         )
         if seen.ok:
             self._done("checked")
         return seen
+
+    def _contents(self) -> str | None:
+        """Return a digest of all that is in use, of a store whose facts look at a sample alone; else None."""
+        whole = getattr(self.table, "digest", None)
+        return None if whole is None else whole()
 
     def _anchor_recall(self, found: np.ndarray, plan: Mapping[str, Any]) -> float:
         """Return recall@k among the next vectors of the anchors, in the sense and in folds of the plan's size."""
@@ -596,7 +606,8 @@ class Upgrade:
         if not (facts.has_before and facts.next_dim is None):
             if not checked or not checked["ok"]:
                 raise ValueError("next vectors must have passed a check before they come in use, got none that passed")
-            if checked["state"] != dict(facts.state) or facts.n_pending:
+            same = checked["state"] == dict(facts.state) and not facts.n_pending
+            if not same or checked.get("contents") != self._contents():
                 raise ValueError(
                     "the store must not change between check and cut-over, got other contents; fill and check again"
                 )

@@ -194,6 +194,22 @@ def npz_names(path: PathLike) -> list[str]:
         return list(infos)
 
 
+def npz_heads(path: PathLike) -> dict[str, Slab | None]:
+    """Return what the header of each array of a .npz file says, and None where it holds no plain array.
+
+    Offsets count from the start of the member. Nothing but headers is read.
+    """
+    found: dict[str, Slab | None] = {}
+    with _archive(path) as (_, archive, infos):
+        for name, info in infos.items():
+            with archive.open(info) as stream:
+                try:
+                    found[name] = parse_npy(path, stream, info.file_size, f"member {name}")
+                except (UntrustedFile, WrongContent):
+                    found[name] = None
+    return found
+
+
 def npz_slabs(path: PathLike, wanted: list[str] | None, max_bytes: int | None) -> dict[str, Slab]:
     """Return the arrays of a .npz file by name; ``wanted`` names some of them and ``None`` all.
 
