@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.io
 
 from polyspan.cli.cluster_images import images
 from polyspan.cli.points import COMPARED
@@ -122,7 +123,7 @@ def test_bad_sources_and_names_are_named(pixels, tmp_path):
     with pytest.raises(CorruptFile, match=r"broken\.png"):
         images(tmp_path, **QUICK)
     flat = tmp_path / "flat.npy"
-    write_array(flat, pixels.reshape(-1, 64))
+    write_array(flat, pixels.reshape(-1))
     with pytest.raises(ValueError, match=r"images must be \(n, h, w\)"):
         images(flat, **QUICK)
     with pytest.raises(ValueError, match="--out must end in one of"):
@@ -132,3 +133,58 @@ def test_bad_sources_and_names_are_named(pixels, tmp_path):
     (tmp_path / "nan.npy").write_bytes(buffer.getvalue())
     with pytest.raises(WrongContent):
         images(tmp_path / "nan.npy", **QUICK)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_faces_of_matlab_need_no_option_and_the_report_says_what_was_guessed(pixels, tmp_path, capsys, turned):
+    y = digits()[1]
+    y = y[y < 3][:120]
+    rows = np.stack([image.ravel(order="F") for image in pixels])
+    members = {"features": rows.T, "Label": y[None]} if turned else {"fea": rows, "gnd": y[:, None]}
+    scipy.io.savemat(tmp_path / "faces.mat", members)
+    write_array(tmp_path / "same.npy", pixels)
+    write_array(tmp_path / "y.npy", y[:, None])
+    images(tmp_path / "faces.mat", method="lsr", n_clusters=3, out=tmp_path / "a.npy", json=True)
+    told = json.loads(capsys.readouterr().out)
+    images(tmp_path / "same.npy", method="lsr", labels=tmp_path / "y.npy", out=tmp_path / "b.npy", json=True)
+    assert json.loads(capsys.readouterr().out)["scores"] == told["scores"]
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+    assert told["reading"][-1].endswith("images of 8 by 8, a square by guess, flattened column by column")
+    assert ("images are counted along the last axis: 120 of them" in told["reading"]) == turned
+    name, classes = members
+    options = {"member": name, "label_member": classes, "shape": "8x8", "pixel_order": "column"}
+    images(tmp_path / "faces.mat", method="lsr", out=tmp_path / "a.npy", **options)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+    assert "reading\trows of 64 pixels are images of 8 by 8, flattened column by column" in capsys.readouterr().out
+
+
+def test_channels_that_come_last_are_moved_and_said_or_refused_where_nobody_knows(pixels, tmp_path, capsys):
+    tinted = pixels[:, None] * np.array([1.0, 0.8, 0.5])[:, None, None]
+    write_array(tmp_path / "first.npy", tinted)
+    write_array(tmp_path / "last.npy", np.ascontiguousarray(tinted.transpose(0, 2, 3, 1)))
+    for name in ("first", "last"):
+        images(tmp_path / f"{name}.npy", **QUICK, out=tmp_path / f"{name}-labels.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "first-labels.npy"), np.load(tmp_path / "last-labels.npy"))
+    assert "reading\tchannels come last, 3 of them: they were moved to the front" in capsys.readouterr().out
+    write_array(tmp_path / "both.npy", tinted[..., :4])
+    with pytest.raises(ValueError, match=r"both\.npy: channels must be said to come first or last"):
+        images(tmp_path / "both.npy", **QUICK)
+    images(tmp_path / "both.npy", method="kmeans", n_clusters=3, channels="first")
+
+
+def test_options_of_another_kind_of_source_are_refused(pixels, tmp_path):
+    write_array(tmp_path / "x.npy", pixels)
+    for source, options, name in (
+        ("x.npy", {"member": "fea"}, "--member"), ("x.npy", {"colour": True}, "--side and --colour"),
+        (".", {"shape": "8x8"}, "--shape"), (".", {"side": 0}, "--side"), ("x.npy", {"shape": "8by8"}, "--shape"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            images(tmp_path / source, n_clusters=3, method="kmeans", **options)
+
+
+def test_pictures_of_mixed_sizes_are_said(pixels, tmp_path, capsys):
+    Image = pytest.importorskip("PIL.Image")
+    for i, picture in enumerate(pixels[:9]):
+        Image.fromarray((picture * 255).astype(np.uint8)).resize((8 + i % 2, 8)).save(tmp_path / f"p{i}.png")
+    images(tmp_path, n_clusters=2, method="kmeans", side=8)
+    assert "reading\tpictures of 2 sizes (8 by 8, 9 by 8) were brought to 8 by 8" in capsys.readouterr().out

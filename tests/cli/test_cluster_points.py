@@ -140,7 +140,7 @@ def test_matlab_keeps_classes_in_a_column_and_a_matrix_is_none(world, tmp_path, 
     scipy.io.savemat(tmp_path / "w.mat", {"fea": world.points, "gnd": world.labels[:, None], "pair": np.ones((90, 2))})
     points(tmp_path / "w.mat", member="fea", label_member="gnd", json=True)
     assert json.loads(capsys.readouterr().out)["scores"]["accuracy"] == 1.0
-    with pytest.raises(ValueError, match=r"one label a row, got pair of shape \(90, 2\)"):
+    with pytest.raises(WrongContent, match=r"member pair: found shape \(90, 2\); expected one label a row"):
         points(tmp_path / "w.mat", member="fea", label_member="pair")
 
 
@@ -155,14 +155,20 @@ def test_ids_and_classes_of_a_text_table_are_no_features(world, tmp_path, suffix
     told = json.loads(capsys.readouterr().out)
     assert (told["n_features"], told["n_clusters"], told["scores"]["accuracy"]) == (world.points.shape[1], 3, 1.0)
     assert [row["id"] for row in csv.DictReader((tmp_path / "found.csv").read_text().splitlines())][:2] == ["p0", "p1"]
+    first = 2 + world.labels.tolist().index(1)
     for text, message in (
         (source.read_text(), "found 'k"),
+        (source.read_text().replace("k1\n", "\n", 1), f"at line {first}, column kind: found an empty cell"),
+        (
+            source.read_text().replace("p1" + mark, "p0" + mark, 1),
+            "at line 3, column id: found 'p0' again, which line 2",
+        ),
         (source.read_text().replace("kind", "label", 1), "the column label of .* must be named by --label-column"),
         (source.read_text().replace("p1" + mark, "p1" + mark + "x", 1), r"at row 1, column f0: found 'x"),
     ):
         source.write_text(text)
         with pytest.raises((ValueError, WrongContent), match=message):
-            points(source, n_clusters=3, label_column="kind" if "column f0" in message else None)
+            points(source, n_clusters=3, label_column="kind" if message.startswith("at ") else None)
         source.write_text("\n".join([mark.join(names), *lines]) + "\n")
     with pytest.raises(ValueError, match=r"--label-column must be one of id, f0, .*, got 'none'"):
         points(source, label_column="none")
@@ -232,3 +238,31 @@ def test_bad_files_are_refused(files, world):
     write_array(files / "one.npy", np.zeros((3, 2, 2)))
     with pytest.raises(WrongContent):
         points(files / "one.npy", n_clusters=2)
+
+
+def test_labels_come_as_a_column_too_and_outputs_never_replace_what_is_read(files, world, capsys):
+    write_array(files / "column.npy", world.labels[:, None])
+    points(files / "x.npy", labels=files / "column.npy", method="tsc", json=True)
+    assert json.loads(capsys.readouterr().out)["scores"]["accuracy"] > 0.95
+    before = (files / "x.npy").read_bytes()
+    for options in ({"out": files / "x.npy"}, {"memberships": files / "x.npy"}, {"out": files / "y.npy"}):
+        with pytest.raises(ValueError, match="must be another file than a file that is read"):
+            points(files / "x.npy", labels=files / "y.npy", **options)
+    with pytest.raises(ValueError, match="--memberships must be another file than that of --out"):
+        points(files / "x.npy", n_clusters=3, out=files / "a.npy", memberships=files / "a.npy")
+    assert (files / "x.npy").read_bytes() == before
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_first(files, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="--plot must be in a folder that may be written to"):
+        points(files / "x.npy", n_clusters=3, plot=files / "p.svg")
+
+
+def test_equal_rows_and_empty_groups_are_said(files, world, capsys):
+    write_array(files / "equal.npy", np.repeat(world.points[:3], 10, axis=0))
+    for k, expected in ((3, []), (5, ["only 3 of the 30 rows differ: 5 groups cannot be told apart"])):
+        points(files / "equal.npy", n_clusters=k, method="kmeans", json=True)
+        told = json.loads(capsys.readouterr().out)["warnings"]
+        assert [w for w in told if w.startswith("only")] == expected
+        assert ("3 groups were found of the 5 that were asked for" in told) == (k == 5)

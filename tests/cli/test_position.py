@@ -61,5 +61,46 @@ def test_means_of_places_that_are_taken_out_tell_nothing_any_more():
 
 def test_the_source_is_never_overwritten(features, tmp_path):
     fit(features, out=tmp_path / "map.safetensors")
-    with pytest.raises(ValueError, match="--out must be another file than the features"):
-        apply(features, tmp_path / "map.safetensors", out=features)
+    for read in (features, tmp_path / "map.safetensors"):
+        before = read.read_bytes()
+        with pytest.raises(ValueError, match="--out must be another file than a file that is read"):
+            apply(features, tmp_path / "map.safetensors", out=read)
+        assert read.read_bytes() == before
+
+
+def test_a_cleaned_file_of_another_shape_is_refused_with_both(features, tmp_path):
+    X = np.load(features)
+    for name, other, shape in (
+        ("flat", X.reshape(16, 256, 96), r"\(16, 256, 96\) in flat.npy"),
+        ("fewer", X[:12], r"\(12, 16, 16, 96\) in fewer.npy"),
+        ("narrow", X[..., :5], r"\(16, 16, 16, 5\) in narrow.npy"),
+    ):
+        np.save(tmp_path / f"{name}.npy", other)
+        with pytest.raises(ValueError, match=rf"--cleaned must have .* \(16, 16, 16, 96\) in f.npy, got {shape}"):
+            score(features, cleaned=tmp_path / f"{name}.npy")
+
+
+@pytest.mark.parametrize("n", [2, 7, 8])
+def test_few_images_are_measured_and_it_is_said(tmp_path, capsys, n):
+    np.save(tmp_path / "few.npy", mosaics(0, n=n).items)
+    score(tmp_path / "few.npy", json=True)
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert told["images"] == n
+    assert told["r2"] > 0.5
+    assert told["warnings"] == ([] if n == 8 else [f"R² of {n} images hangs on chance: give at least 8"])
+    assert ("hangs on chance" in shown.err) == (n < 8)
+
+
+def test_what_is_wrong_is_told_before_anything_is_written(features, tmp_path):
+    np.save(tmp_path / "one.npy", np.load(features)[:1])
+    np.save(tmp_path / "rows.npy", np.load(features).reshape(-1, 96))
+    with pytest.raises(ValueError, match="at least 2 images"):
+        score(tmp_path / "one.npy")
+    with pytest.raises(ValueError, match=r"features must be \(images, h, w, d\) .* got shape \(4096, 96\)"):
+        score(tmp_path / "rows.npy")
+    with pytest.raises(ValueError, match=r"--grid must be that of the features, \(16, 16\), .* got \(8, 32\)"):
+        fit(features, out=tmp_path / "map.safetensors", grid=(8, 32))
+    with pytest.raises(ValueError, match="--plot must be a file in a folder that is there"):
+        fit(features, out=tmp_path / "map.safetensors", plot=tmp_path / "none" / "p.svg")
+    assert not (tmp_path / "map.safetensors").exists()

@@ -174,6 +174,8 @@ def test_a_mapped_file_half_precision_and_tensors_are_read_as_arrays_are(tmp_pat
     assert made.transform(torch.as_tensor(X).bfloat16()).shape == X.shape
     flat = PositionalDisentangler(2).fit(X.reshape(12, 30, 24), grid=(6, 5))
     np.testing.assert_allclose(flat.projector_, PositionalDisentangler(2).fit(X).projector_, atol=1e-10)
+    with pytest.raises(ValueError, match=r"grid must be \(6, 5\), as X has it, or None, got \(5, 6\)"):
+        PositionalDisentangler(2).fit(X, grid=(5, 6))
 
 
 def test_tokens_of_a_text_have_one_coordinate():

@@ -12,12 +12,15 @@ ARRAY_FILES = (".npy", ".npz", ".parquet", ".safetensors")
 PLACES = {"memberships": ARRAY_FILES, "embedding": ARRAY_FILES, "bases": (".safetensors",), "save": (".safetensors",)}
 
 
-def check_places(plot: Path | None = None, **places: Path | None) -> None:
-    """Refuse before any work what could not be written after it."""
+def check_places(plot: Path | None = None, *, read: tuple[Path | None, ...] = (), **places: Path | None) -> None:
+    """Refuse before any work what could not be written after it, and what would replace a file that is read."""
+    import os
+
     from polyspan.io import picture_path
 
     if plot is not None:
         picture_path(plot)
+    taken: dict[Path, str] = {path.resolve(): "a file that is read" for path in read if path is not None}
     for name, path in {"plot": plot, **places}.items():
         if path is None:
             continue
@@ -26,6 +29,11 @@ def check_places(plot: Path | None = None, **places: Path | None) -> None:
             raise ValueError(f"--{name} must end in one of {', '.join(known)}, got {path.name!r}")
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"--{name} must be a file in a folder that is there, got {path}")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"--{name} must be in a folder that may be written to, got {path}")
+        if path.resolve() in taken:
+            raise ValueError(f"--{name} must be another file than {taken[path.resolve()]}, got {path}")
+        taken[path.resolve()] = f"that of --{name}"
 
 
 def graph(
@@ -117,7 +125,7 @@ def graph(
         raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
     if seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {seeds}")
-    check_places(out=out, embedding=embedding, report=report, plot=plot)
+    check_places(plot, read=(edges, attributes, labels), out=out, embedding=embedding, report=report)
     started = time.perf_counter()
     found = read_graph(edges, attributes=attributes, labels=labels, symmetrize=symmetrize)
     if found.attributes is None:

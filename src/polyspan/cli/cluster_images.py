@@ -1,7 +1,7 @@
 """``polyspan cluster images``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -13,8 +13,8 @@ from .points import (
     check_names,
     compare_methods,
     count_clusters,
+    few_groups,
     pixels_in_rows,
-    read_labels,
     run_method,
     write_bases,
 )
@@ -26,6 +26,11 @@ def images(
     n_clusters: Annotated[int | None, Parameter(name=("--n-clusters", "-k"))] = None,
     method: str = "mlc",
     labels: Path | None = None,
+    member: str | None = None,
+    label_member: str | None = None,
+    shape: str | None = None,
+    pixel_order: Literal["row", "column"] | None = None,
+    channels: Literal["auto", "first", "last"] = "auto",
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     side: int = 32,
     colour: bool = False,
@@ -60,7 +65,9 @@ def images(
     Parameters
     ----------
     source : Path
-        A folder of pictures (needs the extra "images"), or an array (.npy) of shape (n, h, w) or (n, channels, h, w).
+        A folder of pictures (needs the extra "images"), or an array (.npy, .npz, .mat, .safetensors) of shape
+        (n, h, w), (n, channels, h, w), (n, h, w, channels) or, flattened, (n, pixels). What is guessed of it stands in
+        the report.
     n_clusters : int
         How many groups; the number of classes where there are true ones.
     method : str
@@ -68,6 +75,19 @@ def images(
     labels : Path
         True classes, to score against (.npy, or .csv with columns label and, for the files of a folder, id). They are
         not used in clustering.
+    member : str
+        Which array of an .npz, .mat or .safetensors file holds the images; left out, the only one, or fea, features, X,
+        images or data.
+    label_member : str
+        Which array of the same file holds true classes; left out, gnd, Label, Labels, labels, label or y if it is
+        there. Where images are counted along the last axis, as in MATLAB, their number tells.
+    shape : str
+        Height and width of flattened images, such as 32x32; left out, a square.
+    pixel_order : {"row", "column"}
+        How images were flattened: row by row, or column by column, which is MATLAB's (Fortran) order. Left out, column
+        for .mat and row for the others.
+    channels : {"auto", "first", "last"}
+        Where channels stand; found by itself where only one of the two places counts 1, 3 or 4.
     out : Path
         Where labels go: .parquet and .csv with columns id and label, .npy in the order of the names.
     side : int
@@ -142,15 +162,28 @@ def images(
         "--jobs": jobs != 1 and not compare,
     }
     check_names(method, METHODS, out, seeds)
-    check_places(out=out, memberships=memberships, bases=bases, save=save, report=report, plot=plot)
+    places = {"out": out, "memberships": memberships, "bases": bases, "save": save, "report": report}
+    check_places(plot, read=(source, labels), **places)
     strange = [name for name, given in (others if method == "mlc" else own).items() if given]
     if strange:
         whose = "the other methods" if method == "mlc" else "--method mlc"
         raise ValueError(f"--method {method} must go without the options of {whose}, got {', '.join(strange)}")
-    X, names = _read(source, side, colour)
-    truth = None if labels is None else read_labels(labels, names)
-    if truth is not None and len(truth) != len(X):
-        raise ValueError(f"--labels must have one label an image, got {len(truth)} for {len(X)} images")
+    X, names, truth, reading = _read(
+        source,
+        side=side,
+        colour=colour,
+        member=member,
+        label_member=label_member,
+        shape=shape,
+        pixel_order=pixel_order,
+        channels=channels,
+    )
+    if labels is not None:
+        from polyspan.io import read_labels
+
+        truth = read_labels(labels, names)
+        if len(truth) != len(X):
+            raise ValueError(f"--labels must have one label an image, got {len(truth)} for {len(X)} images")
     k = count_clusters(n_clusters, truth, X)
     if method != "mlc":
         run_method(
@@ -174,6 +207,7 @@ def images(
             plot=plot,
             json=json,
             image_shape=X.shape[1:],
+            reading=reading,
         )
         return
     import time
@@ -204,10 +238,11 @@ def images(
         warnings.simplefilter("always")
         made.fit(X)
     seconds = time.perf_counter() - started
-    for warning in caught:
-        say(f"warning: {warning.message}")
+    said = [*dict.fromkeys(str(w.message) for w in caught), *few_groups(made.labels_, k)]
+    for message in said:
+        say(f"warning: {message}")
     scores = {} if truth is None else {"scores": class_scores(truth, made.labels_)}
-    told: dict[str, Any] = summary(made) | {"warnings": [str(w.message) for w in caught]} | scores
+    told: dict[str, Any] = summary(made) | {"warnings": said, "reading": reading} | scores
     if seeds > 1:
         agreed = seed_stability(clone(made).set_params(checkpoint=None), X, n_seeds=seeds)
         told["stability"] = {"seeds": seeds, "mean_ari": agreed.mean_ari, "min_ari": agreed.min_ari}
@@ -234,6 +269,7 @@ def images(
         show_json(told)
         return
     rows: list[tuple[str, str]] = [("images", f"{len(X)} of {' by '.join(map(str, X.shape[1:]))}")]
+    rows += [("reading", note) for note in reading]
     rows += [
         (f"cluster {j}", f"{size} images in {rank} of {made.overall_rank_} directions")
         for j, (size, rank) in enumerate(zip(np.bincount(made.labels_), made.numerical_rank_, strict=True))
@@ -269,18 +305,69 @@ def summary(fitted: Any) -> dict[str, Any]:
     }
 
 
-def _read(source: Path, side: int, colour: bool) -> tuple[Any, Any]:
-    """Return images (n, h, w) or (n, channels, h, w), and their names."""
+ARRAYS = (".npy", ".npz", ".mat", ".safetensors")
+
+
+def _read(
+    source: Path, *, side: int, colour: bool, member, label_member, shape: str | None, pixel_order, channels
+) -> tuple[Any, Any, Any, list[str]]:
+    """Return images (n, h, w) or (n, channels, h, w), their names, classes or None, and what was guessed of them."""
     import numpy as np
 
-    from polyspan.io import read_array
+    from polyspan.cluster.image_arrays import images_of
+    from polyspan.io import read_array, read_labelled
 
-    if source.suffix == ".npy":
-        X = read_array(source, ndim=None)
-        if X.ndim not in (3, 4):
-            raise ValueError(f"images must be (n, h, w) or (n, channels, h, w), got shape {X.shape} in {source}")
-        return X, np.arange(len(X))
+    suffix = source.suffix.lower()
+    of_arrays = {"--shape": shape, "--pixel-order": pixel_order, "--channels": None if channels == "auto" else channels}
+    of_members = {"--member": member, "--label-member": label_member}
+    strange = {} if suffix in ARRAYS[1:] else of_members if suffix in ARRAYS else of_arrays | of_members
+    for name, given in strange.items():
+        if given is not None:
+            raise ValueError(f"{name} must go with another kind of source, got {given!r} for {source.name}")
+    if suffix not in ARRAYS:
+        return _read_folder(source, side, colour)
+    if colour or side != 32:
+        raise ValueError(f"--side and --colour must go with a folder of pictures, got them for {source.name}")
+    reading, truth = [], None
+    if suffix == ".npy":
+        array = read_array(source, ndim=None)
+    else:
+        array, name, truth, label_name = read_labelled(source, member=member, label_member=label_member)
+        classes = "" if label_name is None else f", labels beside them are {label_name}"
+        reading.append(f"images are {name} of shape {array.shape}{classes}")
+    try:
+        X, guessed = images_of(
+            array,
+            shape=None if shape is None else _sides(shape),
+            channels=channels,
+            pixel_order=pixel_order or ("column" if suffix == ".mat" else "row"),
+            n_labels=None if truth is None else len(truth),
+        )
+    except ValueError as error:
+        # The function names its parameters; the options are the same words.
+        raise ValueError(f"{source.name}: {error}") from None
+    return X, np.arange(len(X)), truth, reading + guessed
+
+
+def _read_folder(source: Path, side: int, colour: bool) -> tuple[Any, Any, None, list[str]]:
+    import numpy as np
+
+    if side < 1:
+        raise ValueError(f"--side must be at least 1, got {side}")
     from polyspan.cluster.image_folder import ImageFolder
 
-    folder = ImageFolder(source, (3, side, side) if colour else (side, side))
-    return np.stack([folder[i] for i in range(len(folder))]), np.array([file.name for file in folder.files])
+    folder, reading = ImageFolder(source, (3, side, side) if colour else (side, side)), []
+    X = np.stack([folder[i] for i in range(len(folder))])
+    if len(folder.sizes) > 1 or any(w != h for w, h in folder.sizes):
+        shown = ", ".join(f"{w} by {h}" for w, h in sorted(folder.sizes)[:3])
+        more = ", ..." if len(folder.sizes) > 3 else ""
+        reading.append(f"pictures of {len(folder.sizes)} sizes ({shown}{more}) were brought to {side} by {side}")
+    return X, np.array([file.name for file in folder.files]), None, reading
+
+
+def _sides(text: str) -> tuple[int, ...]:
+    """Return height and width of a text such as 32x32."""
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isascii() and side.isdigit() and int(side) for side in sides):
+        raise ValueError(f"--shape must be height and width such as 32x32, got {text!r}")
+    return tuple(int(side) for side in sides)

@@ -134,7 +134,8 @@ def points(
         Print the report as JSON.
     """
     check_names(method, METHODS, out, seeds)
-    check_places(out=out, memberships=memberships, bases=bases, report=report, plot=plot)
+    places = {"out": out, "memberships": memberships, "bases": bases, "report": report}
+    check_places(plot, read=(source, labels), **places)
     X, ids, truth = _read(source, labels, member, label_member, column, label_column)
     run_method(
         X,
@@ -178,9 +179,27 @@ def count_clusters(n_clusters: int | None, truth: Any, X: Any) -> int:
             raise ValueError("--n-clusters must be given where there are no true classes to count")
         n_clusters = len(np.unique(truth))
     if not 1 <= n_clusters <= len(X):
-        turned = "; rows are points: is the file transposed?" if n_clusters <= X.shape[1] else ""
+        turned = "; rows are points: is the file transposed?" if len(X) < n_clusters <= X.shape[1] else ""
         raise ValueError(f"--n-clusters must be between 1 and the {len(X)} rows, got {n_clusters}{turned}")
     return n_clusters
+
+
+def few_rows(rows: Any, k: int) -> list[str]:
+    """Return a warning where rows that differ are fewer than the groups: equal rows are then told apart by nothing."""
+    distinct: set[bytes] = set()
+    for row in rows:
+        distinct.add((row + 0.0).tobytes())  # -0 becomes 0
+        if len(distinct) >= k:
+            return []
+    return [f"only {len(distinct)} of the {len(rows)} rows differ: {k} groups cannot be told apart"]
+
+
+def few_groups(labels: Any, k: int) -> list[str]:
+    """Return a warning where groups that were asked for hold nothing."""
+    import numpy as np
+
+    n_found = len(np.unique(labels))
+    return [] if n_found == k else [f"{n_found} groups were found of the {k} that were asked for"]
 
 
 def run_method(
@@ -205,8 +224,12 @@ def run_method(
     plot: Path | None,
     json: bool,
     image_shape: tuple[int, ...] | None = None,
+    reading: list[str] | None = None,
 ) -> None:
-    """Fit one of ``METHODS`` to rows, report, write and draw; ``image_shape`` goes to those that know images."""
+    """Fit one of ``METHODS`` to rows, report, write and draw.
+
+    ``image_shape`` goes to those that know images; ``reading`` says what was guessed of the file.
+    """
     import time
     import warnings
 
@@ -225,10 +248,10 @@ def run_method(
         fitted.fit(rows)
         fit_s = time.perf_counter() - started
         agreed = seed_stability(fitted, rows, n_seeds=seeds) if seeds > 1 else None
-    said = list(dict.fromkeys(str(w.message) for w in caught))
+    found = np.asarray(fitted.labels_)
+    said = [*dict.fromkeys(str(w.message) for w in caught), *few_rows(rows, n_clusters), *few_groups(found, n_clusters)]
     for message in said:
         say(f"warning: {message}")
-    found = np.asarray(fitted.labels_)
     subspaces = getattr(fitted, "bases_", None)
     if subspaces is None:
         subspaces = found_subspaces(rows, found, dim)
@@ -243,7 +266,7 @@ def run_method(
         stability=agreed,
         random_state=seed,
     )
-    told |= {"params": _plain(fitted), "seconds": round(fit_s, 3), "warnings": said}
+    told |= {"params": _plain(fitted), "seconds": round(fit_s, 3), "warnings": said, "reading": reading or []}
     if compare:
         others = compare_methods(rows, truth, n_clusters, without=method, given=given, dim=dim)
         told["compared"] = [_summary(method, told), *others]
@@ -278,7 +301,7 @@ def _read(source: Path, labels: Path | None, member, label_member, column, label
     """Return rows (n, d), their ids and their true classes; the last two may be None."""
     import numpy as np
 
-    from polyspan.io import EmbeddingReader, read_array, read_members
+    from polyspan.io import EmbeddingReader, as_vector, read_array, read_labels, read_members
 
     ids = truth = None
     tables, texts = (".parquet", ".arrow", ".feather"), (".csv", ".tsv")
@@ -304,7 +327,7 @@ def _read(source: Path, labels: Path | None, member, label_member, column, label
     else:
         X = read_array(source, member=member)
         if label_member is not None:
-            truth = _vector(read_members(source, [label_member])[label_member], label_member)
+            truth = as_vector(source, read_members(source, [label_member])[label_member], f"member {label_member}")
     if labels is not None:
         truth = read_labels(labels, ids)
     if truth is not None and len(truth) != len(X):
@@ -317,7 +340,7 @@ def _read_text_table(source: Path, label_column: str | None) -> tuple[Any, Any, 
     """Return the rows of a .csv or .tsv file, its column ``id`` and its classes; a class is never a feature."""
     import numpy as np
 
-    from polyspan.io import read_array, read_csv, read_text
+    from polyspan.io import check_cells, read_array, read_csv, read_text
 
     header = read_text(source, max_bytes=TEXT_BYTES).split("\n", 1)[0].rstrip("\r")
     names = [cell.strip().strip('"') for cell in header.split("\t" if source.suffix == ".tsv" else ",")]
@@ -330,6 +353,9 @@ def _read_text_table(source: Path, label_column: str | None) -> tuple[Any, Any, 
     if label_column is None and "id" not in names:
         return read_array(source), None, None
     table = read_csv(source, max_bytes=TEXT_BYTES)
+    for name in ("id", label_column):
+        if name in table:
+            check_cells(source, table[name], name, distinct=name == "id")
     truth = None if label_column is None else np.array(table.pop(label_column))
     ids = np.array(table.pop("id")) if "id" in table else None
     if not table:
@@ -356,36 +382,6 @@ def _numbers(source: Path, name: str, cells: list[str]) -> Any:
         row = int(np.flatnonzero(~np.isfinite(values))[0])
         raise WrongContent(source, found=cells[row], expected="finite numbers", where=f"row {row}, column {name}")
     return values
-
-
-def _vector(values: Any, name: str) -> Any:
-    """Return a vector; one that MATLAB made a row or a column of is a vector too."""
-    if values.ndim == 2 and 1 in values.shape:
-        values = values.ravel()
-    if values.ndim != 1:
-        raise ValueError(f"--label-member must name one label a row, got {name} of shape {values.shape}")
-    return values
-
-
-def read_labels(path: Path, ids: Any) -> Any:
-    """Return true classes in the order of the rows; a table with ids is joined with those of the rows."""
-    import numpy as np
-
-    from polyspan.errors import WrongContent
-    from polyspan.io import read_array, read_csv
-
-    if path.suffix not in (".csv", ".tsv"):
-        return read_array(path, ndim=1, dtype=np.int64)
-    table = read_csv(path)
-    if "label" not in table:
-        raise WrongContent(path, found=f"columns {', '.join(table)}", expected="a column label")
-    if ids is None or "id" not in table:
-        return np.array(table["label"])
-    by_id = dict(zip(table["id"], table["label"], strict=True))
-    missing = [i for i in ids if str(i) not in by_id]
-    if missing:
-        raise WrongContent(path, found=f"no label of {str(missing[0])!r}", expected="one for each id of the rows")
-    return np.array([by_id[str(i)] for i in ids])
 
 
 def pixels_in_rows(X: Any, *, unit: bool = False) -> Any:
@@ -505,6 +501,7 @@ def _number(value: Any) -> str:
 
 def _table(told: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("method", told["method"]), ("points", f"{told['n']} of {told['n_features']} features")]
+    rows += [("reading", note) for note in told["reading"]]
     for group in told["clusters"]:
         text = f"{group['size']} points, rank {group['rank']}, {group['residual_share']:.3f} outside"
         rows.append((f"cluster {group['label']}", text))

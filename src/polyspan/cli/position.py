@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from ._output import show_json, show_table
+from ._output import say, show_json, show_table
+from .cluster import check_places
 
 
 def fit(
@@ -53,11 +54,10 @@ def fit(
     """
     from polyspan.cluster import PositionalDisentangler
     from polyspan.cluster.position_plots import plot_position
-    from polyspan.io import digest_file, picture_path
+    from polyspan.io import digest_file
 
-    if plot is not None:
-        picture_path(plot)
-    X = _read(features, member)
+    check_places(plot, read=(features,), out=out)
+    X = _read(features, member, grid)
     targets = targets or ("cosine" if method == "leace" else "row_col")
     made = PositionalDisentangler(rounds, method=method, targets=targets, order=order, alpha=alpha)
     made.fit(X, grid=grid)
@@ -104,10 +104,9 @@ def apply(
     from polyspan.cluster import PositionalDisentangler
     from polyspan.io import digest_file, transform_file, write_array
 
-    if out.resolve() == features.resolve():
-        raise ValueError(f"--out must be another file than the features, got {out}")
+    check_places(read=(features, fitted), out=out)
     made = PositionalDisentangler.load(fitted)
-    X = _read(features, member)
+    X = _read(features, member, grid, rows=True)
     if X.ndim == 2:
         d = made.n_features_in_
         transform_file(features, out, made.transform, dim=d, member=member, fingerprint=digest_file(fitted))
@@ -126,12 +125,14 @@ def score(
 ) -> None:
     """Measure how well position can be told from features: R² of ridge regression on images it has not seen.
 
+    Two images are enough to measure; of fewer than eight it is said that the number hangs on chance.
+
     Parameters
     ----------
     features : Path
         Features as for fit.
     cleaned : Path
-        The same features after apply, to compare with.
+        The same features after apply, in the same shape, to compare with.
     grid : tuple[int, int]
         Height and width in patches; left out, a square.
     member : str
@@ -140,17 +141,37 @@ def score(
         Print the report as JSON.
     """
     from polyspan.cluster import position_r2
+    from polyspan.cluster.positional_disentangling import LEAST_IMAGES
 
-    told = {"r2": position_r2(_read(features, member), grid=grid)}
+    X = _read(features, member, grid)
+    told: dict[str, Any] = {"images": len(X), "r2": position_r2(X, grid=grid)}
     if cleaned is not None:
-        told["r2_cleaned"] = position_r2(_read(cleaned, member), grid=grid)
-    _show(told, json)
+        Y = _read(cleaned, member, grid)
+        if Y.shape != X.shape:
+            raise ValueError(
+                f"--cleaned must have the shape of the features, {X.shape} in {features.name}, "
+                f"got {Y.shape} in {cleaned.name}"
+            )
+        told["r2_cleaned"] = position_r2(Y, grid=grid)
+    few = f"R² of {len(X)} images hangs on chance: give at least {LEAST_IMAGES}"
+    if len(X) < LEAST_IMAGES:
+        say(f"warning: {few}")
+    _show(told | ({"warnings": [few] if len(X) < LEAST_IMAGES else []} if json else {}), json)
 
 
-def _read(path: Path, member: str | None) -> Any:
+def _read(path: Path, member: str | None, grid: tuple[int, int] | None, *, rows: bool = False) -> Any:
+    """Return features of patches, (images, h, w, d) or (images, patches, d), or also rows (n, d) where they will do."""
     from polyspan.io import read_array
 
-    return read_array(path, member=member, ndim=None)
+    X = read_array(path, member=member, ndim=None)
+    if X.ndim not in (3, 4) and not (rows and X.ndim == 2):
+        also = " or rows (n, d)" if rows else ""
+        raise ValueError(
+            f"features must be (images, h, w, d) or (images, patches, d){also}, got shape {X.shape} in {path}"
+        )
+    if grid is not None and X.ndim == 4 and tuple(grid) != X.shape[1:3]:
+        raise ValueError(f"--grid must be that of the features, {X.shape[1:3]}, or be left out, got {tuple(grid)}")
+    return X
 
 
 def _show(told: dict[str, Any], json: bool) -> None:

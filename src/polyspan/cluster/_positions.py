@@ -99,6 +99,8 @@ def as_patches(X: Any, positions: Any, grid: Any) -> Patches:
         if where.shape[:-1] not in ((n,), (n_images, n)):
             raise ValueError(f"positions must have shape ({n}, p) or ({n_images}, {n}, p), got {where.shape}")
         return Patches(X, where, n_images * n, width, n_images, _extent(where))
+    if X.ndim == 4 and grid is not None and tuple(grid) != X.shape[1:3]:
+        raise ValueError(f"grid must be {X.shape[1:3]}, as X has it, or None, got {tuple(grid)}")
     h, w = X.shape[1:-1] if X.ndim == 4 else _grid(n, grid)
     where = grid_positions(h, w)
     return Patches(X, where, n_images * n, width, n_images, np.array([[0.0, 0.0], [1.0, 1.0]]))
