@@ -147,6 +147,16 @@ def test_equal_seeds_give_equal_atoms_and_more_atoms_than_rows_are_filled_up():
     np.testing.assert_allclose(np.linalg.norm(one.components_, axis=1), 1)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("n", "d", "atoms", "s"), [(9, 5, 30, 3), (6, 3, 20, 3), (5, 2, 8, 2)])
+def test_atoms_that_depend_on_one_another_leave_all_finite(n, d, atoms, s, dtype):
+    for seed in range(10):
+        X = np.random.default_rng(seed).normal(size=(n, d)) * np.logspace(0, -3, d)
+        made = SparseDictionary(atoms, s, init="random", random_state=seed, max_iter=8).fit(X.astype(dtype))
+        assert np.isfinite(made.components_).all()
+        assert np.isfinite(made.transform(X.astype(dtype))).all()
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

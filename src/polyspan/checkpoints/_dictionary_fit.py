@@ -214,13 +214,19 @@ def _rows(codes: Tensor) -> int:
 
 
 def _conjugate_gradients(gram: Tensor, target: Tensor, codes: Tensor, kept: Tensor, steps: int) -> Tensor:
-    """Take steps towards each row's least squares on its support; the error of no row rises."""
+    """Take steps towards each row's least squares on its support; the error of no row rises.
+
+    Along a way whose curvature is lost in rounding, as of atoms that depend on one another, no step is taken: all that
+    is left of the gradient there is rounding too, and the step would have any length.
+    """
     rest = torch.where(kept, target - codes @ gram, 0)
     way, size = rest, rest.square().sum(dim=1, keepdim=True)
-    tiny = math.sqrt(torch.finfo(size.dtype).tiny)
+    tiny, flat = math.sqrt(torch.finfo(size.dtype).tiny), len(gram) * torch.finfo(size.dtype).eps
     for _ in range(steps):
         pulled = torch.where(kept, way @ gram, 0)
-        rate = size / (way * pulled).sum(dim=1, keepdim=True).clamp(min=tiny)
+        curvature = (way * pulled).sum(dim=1, keepdim=True)
+        curved = curvature > (flat * way.square().sum(dim=1, keepdim=True)).clamp(min=tiny)
+        rate = torch.where(curved, size / torch.where(curved, curvature, 1), 0)
         codes = codes + rate * way
         rest = rest - rate * pulled
         fresh = rest.square().sum(dim=1, keepdim=True)
