@@ -147,7 +147,7 @@ def test_moments_of_pandas_keep_their_nanoseconds():
         [{"a": 1}],
         ["a", object()],
     ],
-    ids=str,
+    ids=["months", "complex array", "complex", "NumPy complex", "zoned time", "interval", "mapping", "object"],
 )
 def test_values_without_a_key_are_refused_by_name(column):
     with pytest.raises(TypeError, match="a value of column 'c'"):
