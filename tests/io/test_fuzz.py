@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import scipy.io
@@ -90,6 +91,17 @@ def settings(folder):
     (folder / "a.toml").write_text('title = "x"\nsizes = [1, 2.5]\n[part]\nwhen = 2026-01-01\n')
 
 
+def classes(folder):
+    (folder / "a.csv").write_text('id,label\na,1\n"b ""c""",x\n\nd,1\n')
+    np.save(folder / "a.npy", np.arange(6)[:, None])
+    write_array(folder / "a.safetensors", np.arange(6))
+
+
+def labelled(folder):
+    np.savez(folder / "a.npz", images=X.reshape(12, 1, 5), labels=np.arange(12))
+    write_members(folder / "a.safetensors", {"images": X, "y": np.arange(12)})
+
+
 def everything(folder):
     for make in (npy, tensors, parquet, arrow, matlab):
         make(folder)
@@ -99,6 +111,8 @@ def everything(folder):
 READERS = {
     "read_array": (npy, npz, tensors, parquet, arrow, rows),
     "read_members": (members,),
+    "read_labels": (classes,),
+    "read_labelled": (labelled, matlab),
     "read_graph": (matrices, matlab, edges),
     "load_fitted": (fitted,),
     "read_json": (texts,),

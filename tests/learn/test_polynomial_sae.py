@@ -682,7 +682,7 @@ def test_parameters_that_cannot_be_are_refused(options, said):
 def test_rows_that_cannot_be_are_refused(fitted):
     X = activations(50)
     X[30, 2] = np.nan
-    with pytest.raises(ValueError, match="Input X contains NaN"):
+    with pytest.raises(ValueError, match="X must be finite, got NaN or infinity in 1 rows, first in row 30"):
         PolySAE(**SMALL).fit(X)
     with pytest.raises(ValueError, match="X has 5 features, but PolySAE is expecting 8"):
         fitted.transform(np.zeros((3, 5)))
