@@ -80,7 +80,7 @@ def test_classes_beyond_two_to_the_53_stay_apart(files, capsys, suffix):
 def test_floats_that_cannot_tell_neighbouring_classes_are_refused(files, value):
     for suffix in (".npy", ".npz", ".safetensors"):
         write_array(files / f"wide{suffix}", np.where(np.arange(120) == 7, value, 1.0))
-        with pytest.raises(WrongContent, match=r"row 7: found a float .*integers where classes lie beyond 2\^53"):
+        with pytest.raises(WrongContent, match=r"row 7: found .*float64.*integers from 9007199254740992"):
             evaluate([files / "X.npy"], labels=files / f"wide{suffix}")
 
 

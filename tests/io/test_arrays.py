@@ -210,6 +210,34 @@ def test_integers_are_asked_for_by_dtype(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
+@pytest.mark.parametrize(("stored", "first"), [(np.float32, 2**24), (np.float64, 2**53)])
+def test_floats_that_may_stand_for_their_neighbours_are_no_integers(tmp_path, suffix, stored, first):
+    path = tmp_path / f"y{suffix}"
+    for value in (first, -first, first * 4):
+        write_array(path, np.array([1, value], dtype=stored))
+        with pytest.raises(
+            WrongContent, match=rf"row 1: found .*{np.dtype(stored)}.*neighbours.*integers from {first}"
+        ):
+            read_array(path, ndim=1, dtype=np.int64)
+    write_array(path, np.array([first - 1, 1 - first], dtype=stored))
+    assert read_array(path, ndim=1, dtype=np.int64).tolist() == [first - 1, 1 - first]
+    write_array(path, np.array([first, first + 1, -first - 1]))
+    assert read_array(path, ndim=1, dtype=np.int64).tolist() == [first, first + 1, -first - 1]
+
+
+def test_integers_of_a_text_keep_all_their_digits(tmp_path):
+    path = tmp_path / "ids.csv"
+    path.write_text("id\n9007199254740993\n-9223372036854775808\n7\n")
+    assert read_array(path, dtype=np.int64).ravel().tolist() == [9007199254740993, -9223372036854775808, 7]
+    path.write_text("9007199254740993\n7.5\n")
+    with pytest.raises(WrongContent, match=r"row 1: found 7\.5"):
+        read_array(path, dtype=np.int64)
+    path.write_text("9007199254740993\n7.0\n")
+    with pytest.raises(WrongContent, match=r"row 0: .*neighbours"):
+        read_array(path, dtype=np.int64)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
 def test_booleans_are_numbers_where_that_is_asked_for(tmp_path, suffix):
     mask = np.array([[True, False], [False, True]])
     path = tmp_path / f"m{suffix}"

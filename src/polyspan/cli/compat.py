@@ -127,26 +127,7 @@ def _read_labels(path: Path) -> Any:
         found = found[:, 0]
     if found.ndim != 1:
         raise WrongContent(path, found=f"shape {found.shape}", expected="one class a row: (n,) or (n, 1)")
-    far = (found > 2**53) | (found < -(2**53))
-    if far.any() and not _holds_integers(path):
-        row = int(np.flatnonzero(far)[0])
-        raise WrongContent(
-            path,
-            found=f"a float {found[row]}, which may stand for its neighbours too",
-            expected="integers where classes lie beyond 2^53",
-            where=f"row {row}",
-        )
     return found
-
-
-def _holds_integers(path: Path) -> bool:
-    """Tell whether the only array of a file is stored as integers; those of a text are read as floats."""
-    from polyspan.io import inspect_file, read_members
-
-    suffix = path.suffix.lower()
-    if suffix == ".npy":
-        return "int" in inspect_file(path)["dtype"]
-    return suffix in (".npz", ".safetensors", ".mat") and next(iter(read_members(path).values())).dtype.kind in "iu"
 
 
 def embed(

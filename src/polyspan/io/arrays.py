@@ -13,7 +13,7 @@ import numpy as np
 
 from polyspan.errors import CorruptFile, WrongContent
 
-from . import _mat, _tables
+from . import _csv, _mat, _tables
 from ._door import PathLike, check_budget, suffix_of
 from ._slabs import (
     TENSOR_TYPES,
@@ -32,7 +32,7 @@ from ._slabs import (
 )
 from .atomic import atomic_path
 from .digest import digest_array
-from .text import dump_json, read_text
+from .text import dump_json
 
 log = logging.getLogger("polyspan.io")
 
@@ -72,7 +72,8 @@ def read_array(
         The number of dimensions that is asked for; with 1 or 2 no side may be 0. ``None`` takes any.
     dtype : dtype, optional
         Left out: float32 and float64 stay, narrower floats (bfloat16 too), int8, int16 and their unsigned kin become
-        float32, wider integers float64. An integer dtype accepts whole numbers only, for labels and indices.
+        float32, wider integers float64. An integer dtype accepts whole numbers only, for labels and indices,
+        and no floats from where on they cannot hold every one (2^53 for float64).
     mmap : bool
         Map the file instead of reading it wherever its bytes are the result. A map is never writable.
     finite : bool
@@ -97,7 +98,7 @@ def read_array(
     if suffix in _tables.TABLES:
         raw = _read_vectors(path, column, max_bytes)
     elif suffix in TEXTS:
-        raw = _read_csv(path)
+        raw = _csv.read_csv(path, dtype is not None and np.dtype(dtype).kind in "iu")
     elif suffix in FVECS:
         slab = fvecs_slab(path)
         raw = fvecs_rows(slab)
@@ -184,7 +185,11 @@ def _convert(path: PathLike, raw: np.ndarray, dtype: Any, finite: bool, max_byte
 
 
 def _whole(path: PathLike, raw: np.ndarray, target: np.dtype) -> np.ndarray:
-    """Return the numbers as integers; a fraction, or one that does not fit, is ``WrongContent``."""
+    """Return the numbers as integers; a fraction, or one that does not fit, is ``WrongContent``.
+
+    So is a float from where on its kind no longer holds every whole number (2^53 for float64): it may have been
+    rounded from another, and two labels or ids would have become one.
+    """
     limits = np.iinfo(target)
     if raw.dtype == np.float16:
         # Its infinity would compare as equal to the limits, which it cannot hold.
@@ -192,6 +197,16 @@ def _whole(path: PathLike, raw: np.ndarray, target: np.dtype) -> np.ndarray:
     if raw.dtype.kind == "f":
         with np.errstate(invalid="ignore"):
             bad = ~((raw == np.floor(raw)) & (raw >= limits.min) & (raw <= limits.max))
+            apart = 2 ** (np.finfo(raw.dtype).nmant + 1)
+            far = ~bad & ~(np.abs(raw) < apart)
+        if not bad.any() and far.any():
+            at = tuple(int(i[0]) for i in np.nonzero(far)) if raw.ndim else ()
+            raise WrongContent(
+                path,
+                found=f"{raw[at]} as a {raw.dtype}, which may stand for its neighbours too",
+                expected=f"integers from {apart} on",
+                where=f"row {at[0]}" if at else "",
+            )
     else:
         bad = (raw < limits.min) | (raw > limits.max)
     if bad.any():
@@ -250,42 +265,6 @@ def _read_vectors(path: PathLike, column: str | None, max_bytes: int | None) -> 
         if done != len(made):
             raise CorruptFile(path, found=f"{done} rows", expected=f"{len(made)}, as its footer says")
     return made
-
-
-def _read_csv(path: PathLike) -> np.ndarray:
-    """Return the numbers of a text table; a first line that is no number is a header."""
-    suffix = Path(path).suffix.lower()
-    delimiter = "\t" if suffix == ".tsv" else ","
-    rows: list[np.ndarray] = []
-    for number, line in enumerate(read_text(path, max_bytes=2**30).split("\n"), start=1):
-        if not line.strip():
-            continue
-        cells = line.split(delimiter)
-        try:
-            values = np.array([float(cell) for cell in cells])
-        except ValueError:
-            if number == 1:
-                continue
-            bad = next(i for i, cell in enumerate(cells) if not _is_number(cell))
-            raise WrongContent(
-                path, found=repr(cells[bad][:40]), expected="a number", where=f"line {number}, column {bad}"
-            ) from None
-        if rows and len(values) != len(rows[0]):
-            raise WrongContent(
-                path, found=f"{len(values)} numbers", expected=f"{len(rows[0])} as in row 0", where=f"line {number}"
-            )
-        rows.append(values)
-    if not rows:
-        raise WrongContent(path, found="no row of numbers", expected="at least one")
-    return np.stack(rows)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
 
 
 def _read_mat_member(path: PathLike, member: str | None, max_bytes: int | None) -> np.ndarray:
