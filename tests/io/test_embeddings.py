@@ -230,7 +230,7 @@ def run(source, target, fn, **options):
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    monkeypatch.setattr("polyspan.io.embeddings.SYNC_BYTES", 1)
+    monkeypatch.setattr("polyspan.io.transforming.SYNC_BYTES", 1)
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -345,7 +345,7 @@ def test_a_failed_sync_leaves_the_target_and_the_next_run_ends_it(tmp_path, monk
 
 WORK = """
 import sys, time, numpy as np
-import polyspan.io.embeddings as e
+import polyspan.io.transforming as e
 e.SYNC_BYTES = 1
 Q = np.load(sys.argv[3])
 def fn(rows):

@@ -1,3 +1,4 @@
+from ._adjacency import Graph as Graph
 from ._mat import read_mat as read_mat
 from ._sparse import check_sparse as check_sparse
 from .arrays import read_array as read_array
@@ -15,19 +16,17 @@ from .atomic import sweep_temporaries as sweep_temporaries
 from .columns import write_columns as write_columns
 from .digest import digest_array as digest_array
 from .digest import digest_file as digest_file
+from .embedding_writing import EmbeddingWriter as EmbeddingWriter
 from .embeddings import EmbeddingBatch as EmbeddingBatch
 from .embeddings import EmbeddingReader as EmbeddingReader
-from .embeddings import EmbeddingWriter as EmbeddingWriter
 from .embeddings import text_batches as text_batches
-from .embeddings import transform_file as transform_file
 from .fitted import Fitted as Fitted
 from .fitted import classes_of as classes_of
 from .fitted import constructor_params as constructor_params
 from .fitted import header_classes as header_classes
 from .fitted import load_fitted as load_fitted
 from .fitted import save_fitted as save_fitted
-from .graphs import Graph as Graph
-from .graphs import as_graph as as_graph
+from .graph_objects import as_graph as as_graph
 from .graphs import read_graph as read_graph
 from .idx import read_idx as read_idx
 from .inspect import inspect_file as inspect_file
@@ -63,3 +62,4 @@ from .torch_tensors import ShardedState as ShardedState
 from .torch_tensors import TensorEntry as TensorEntry
 from .torch_tensors import tensor_bytes as tensor_bytes
 from .torch_tensors import write_tensor_file as write_tensor_file
+from .transforming import transform_file as transform_file

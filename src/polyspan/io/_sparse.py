@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from polyspan.errors import CorruptFile, WrongContent
 
 from ._door import PathLike, check_budget
+from ._slabs import check_numbers, npz_slabs
 
 
 def check_sparse(matrix: Any, path: PathLike | None = None) -> sp.csr_array:
@@ -71,3 +72,66 @@ def refusal(path: PathLike | None, found: str, expected: str, where: str = "", n
     if path is not None:
         return WrongContent(path, found=found, expected=expected, where=where)
     return ValueError(f"{name} must be {expected}, got {found}" + (f" at {where}" if where else ""))
+
+
+def read_npz_sparse(path: PathLike, there: list[str], prefix: str, max_bytes: int | None) -> Any:
+    """Return the sparse matrix whose parts are members of a .npz file, with the checks that SciPy leaves out."""
+    parts = {"data", "shape"} | ({"indices", "indptr"} if prefix + "indptr" in there else {"row", "col"})
+    if prefix + "offsets" in there:
+        parts = {"data", "shape", "offsets"}
+    missing = sorted(prefix + part for part in parts if prefix + part not in there)
+    if missing:
+        raise WrongContent(
+            path, found=f"no member {missing[0]!r} among {', '.join(sorted(there)[:20])}",
+            expected="a matrix of scipy.sparse.save_npz",
+        )  # fmt: skip
+    slabs = npz_slabs(path, [prefix + part for part in sorted(parts)], max_bytes)
+    arrays = {}
+    for name, slab in slabs.items():
+        part = name.removeprefix(prefix)
+        check_numbers(slab, booleans=part == "data")
+        if part != "data" and (slab.dtype.kind not in "iu" or len(slab.shape) != 1):
+            raise WrongContent(
+                path, found=f"{slab.dtype} {slab.shape}", expected="1-d integers", where=f"member {name}"
+            )
+        arrays[part] = slab.read(max_bytes).astype(slab.dtype.newbyteorder("="), copy=False)
+    kind = _npz_format(path, there, prefix, parts)
+    shape = tuple(int(side) for side in arrays["shape"])
+    if len(shape) != 2 or min(shape) < 0:
+        raise WrongContent(path, found=f"shape {shape}", expected="two sides", where=f"member {prefix}shape")
+    if max(shape) > 2**40:
+        raise CorruptFile(path, found=f"shape {shape}", expected="sides that fit", where=f"member {prefix}shape")
+    return _assemble(path, kind, shape, arrays)
+
+
+def _assemble(path: PathLike, kind: str, shape: Any, arrays: dict[str, Any]) -> Any:
+    data = arrays["data"]
+    try:
+        if kind == "coo":
+            made = sp.coo_array((data, (arrays["row"], arrays["col"])), shape=shape)
+        elif kind == "dia":
+            made = sp.dia_array((data, arrays["offsets"]), shape=shape)
+        else:
+            indices, indptr = (arrays[part].astype(np.int64, copy=False) for part in ("indices", "indptr"))
+            # A side larger than the pointers is refused by SciPy before it allocates.
+            makers: dict[str, Any] = {"csr": sp.csr_array, "csc": sp.csc_array, "bsr": sp.bsr_array}
+            made = makers[kind]((data, indices, indptr), shape=shape)
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
+        raise CorruptFile(path, found=str(error), expected="valid sparse indices") from error
+    return made
+
+
+def _npz_format(path: PathLike, there: list[str], prefix: str, parts: set[str]) -> str:
+    """Return the sparse format that a file names, as far as it agrees with the members."""
+    usual = "dia" if "offsets" in parts else ("csr" if "indptr" in parts else "coo")
+    if prefix + "format" not in there:
+        return usual
+    slab = npz_slabs(path, [prefix + "format"], None)[prefix + "format"]
+    if slab.dtype.kind not in "SU" or slab.shape != () or slab.nbytes > 64:
+        raise WrongContent(path, found=f"format of dtype {slab.dtype}", expected="csr, csc, coo, bsr or dia")
+    value = slab.read(None)[()]
+    name = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
+    allowed = {"csr": ("csr", "csc", "bsr"), "coo": ("coo",), "dia": ("dia",)}[usual]
+    if name not in allowed:
+        raise WrongContent(path, found=f"format {name!r}", expected=" or ".join(allowed), where="member format")
+    return name

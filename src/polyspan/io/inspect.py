@@ -9,12 +9,13 @@ from polyspan.errors import FileError
 
 from . import _tables
 from ._door import PathLike, file_size, refuse_pickled_suffix
+from ._edge_lists import EDGE_TEXTS
 from ._mat import CLASSES, mat_variables
 from ._slabs import Slab, npy_slab, npz_slabs, tensor_slabs
 from .arrays import FVECS, check_finite, read_array, read_members
 from .embeddings import EmbeddingReader
 from .fitted import load_fitted
-from .graphs import EDGE_TEXTS, read_graph
+from .graphs import read_graph
 from .idx import read_idx
 from .text import read_csv, read_json, read_jsonl, read_toml
 

@@ -11,10 +11,10 @@ import numpy as np
 from polyspan.errors import WrongContent
 
 from ._door import PathLike, suffix_of
+from ._edge_lists import LABELS
 from ._mat import mat_names
 from ._slabs import npz_names, tensor_slabs
 from .arrays import MEMBERS, read_array
-from .graphs import LABELS
 from .text import read_csv, read_text
 
 LABEL_TABLES = (".csv", ".tsv")

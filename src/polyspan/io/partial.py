@@ -12,8 +12,9 @@ from polyspan.errors import CorruptFile, UnreadableFile
 from ._door import PathLike, told
 from ._slabs import npy_header
 from .atomic import make_folder, sync_folder
-from .embeddings import SYNC_BYTES, finite_rows, lock_partial, shaped_rows, write_at
+from .embedding_writing import finite_rows, shaped_rows
 from .text import parse_json, read_lines
+from .transforming import SYNC_BYTES, lock_partial, write_at
 
 
 class PartialRows:

@@ -20,7 +20,8 @@ from ._door import PathLike, open_binary, told
 from ._slabs import BLOCK, npy_header, npz_heads, tensor_slabs
 from .arrays import CODES, table_writer
 from .atomic import atomic_path
-from .embeddings import BATCH_ROWS, EmbeddingReader, EmbeddingWriter
+from .embedding_writing import EmbeddingWriter
+from .embeddings import BATCH_ROWS, EmbeddingReader
 from .text import dump_json, parse_json
 
 
