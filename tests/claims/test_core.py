@@ -243,6 +243,8 @@ def test_a_claim_killed_in_the_middle_goes_on_and_ends_the_same(tmp_path):
         "polyspan.cli",
         "claim",
         "canonicalize",
+        "--seeds",
+        "3",
         "--json",
         "--out",
         str(tmp_path / "evidence"),
