@@ -225,7 +225,9 @@ def test_list_and_show_tell_what_there_is(capsys):
     assert run(["list", "attributed", "graph", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["slug"] == "s2cag"
     assert run(["list", "--working"]) == 0
-    assert "canonicalize" in capsys.readouterr().out
+    names, *rows = capsys.readouterr().out.splitlines()
+    assert names == "system\tstatus\tfamily\twhat it does"
+    assert "canonicalize\tworking\talign" in {row.rsplit("\t", 1)[0] for row in rows}
     assert run(["show", "GCR"]) == 0
     assert "arXiv:2308.01547" in capsys.readouterr().out
     assert run(["show", "canonicalize", "--json"]) == 0

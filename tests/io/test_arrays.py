@@ -237,6 +237,17 @@ def test_integers_of_a_text_keep_all_their_digits(tmp_path):
         read_array(path, dtype=np.int64)
 
 
+def test_a_number_that_is_none_is_named_by_its_place_on_every_axis(tmp_path):
+    array = np.zeros((4, 3, 5, 2))
+    array[2, 1, 4, 0] = np.nan
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(WrongContent, match=r"row 2, index \(1, 4, 0\): found nan"):
+        read_array(tmp_path / "a.npy", ndim=None)
+    np.save(tmp_path / "a.npy", array[:, 1, :, 0])
+    with pytest.raises(WrongContent, match="row 2, column 4: found nan"):
+        read_array(tmp_path / "a.npy")
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
 def test_booleans_are_numbers_where_that_is_asked_for(tmp_path, suffix):
     mask = np.array([[True, False], [False, True]])

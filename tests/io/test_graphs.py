@@ -212,7 +212,11 @@ def test_attributes_and_labels_by_row(tmp_path):
         np.testing.assert_array_equal(found.attributes, FEATURES)
         assert found.adjacency[[2]].nnz == 0
     edges.write_text("0,9\n")
-    with pytest.raises(WrongContent, match="nodes that 4 rows can belong to"):
+    with pytest.raises(WrongContent, match=r"nodes that the 4 rows of .* can belong to$"):
+        read_graph(edges, attributes=tmp_path / "x.npy")
+    edges.write_text("0,5\n1,4\n")
+    write_array(tmp_path / "x.npy", np.ones((3, 6)))
+    with pytest.raises(WrongContent, match=r"the 3 rows of .*x\.npy can belong to; is it transposed\?"):
         read_graph(edges, attributes=tmp_path / "x.npy")
 
 

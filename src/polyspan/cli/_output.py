@@ -33,9 +33,9 @@ def _plain(value: Any) -> Any:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on stdout: drawn in a terminal, tab-separated in a pipe."""
+    """Print a table on stdout: drawn in a terminal, tab-separated in a pipe, names first where rows need them."""
     if not sys.stdout.isatty():
-        for row in rows:
+        for row in ([columns] if len(columns) > 2 else []) + list(rows):
             print("\t".join(row))
         return
     from rich.console import Console

@@ -5,7 +5,6 @@ from io import StringIO
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.sparse as sp
 
 from polyspan.errors import WrongContent
 
@@ -156,9 +155,9 @@ def join_edges(path, edges: _Edges, attributes, labels, names, rules) -> Graph:
                 path, found=f"{len(unknown)} unknown nodes: {shown}", expected=f"ids of {attributes or labels}"
             )
     else:
-        by_row = [len(rows) if not sp.issparse(rows) else rows.shape[0] for _, rows, _ in parts if rows is not None]
+        by_row = [(source, rows.shape) for source, rows, _ in parts if rows is not None]
         if by_row:
-            ids = _numbered(path, seen, by_row[0])
+            ids = _numbered(path, seen, *by_row[0])
     n = len(ids)
     A = from_edges(
         np.searchsorted(ids, edges.first), np.searchsorted(ids, edges.second), edges.weights, n, path=path, **rules
@@ -169,23 +168,24 @@ def join_edges(path, edges: _Edges, attributes, labels, names, rules) -> Graph:
     return Graph(A, X, y, ids)
 
 
-def _numbered(path: PathLike, seen: np.ndarray, n_rows: int) -> np.ndarray:
-    """Return the ids of n_rows rows that carry none: 0..n-1 or 1..n where all ids lie there, else the sorted ids.
+def _numbered(path: PathLike, seen: np.ndarray, source: PathLike, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the ids of rows of ``source`` that carry none: 0..n-1 or 1..n where all ids lie there, else the sorted.
 
     Names have no order that rows could be in: item10 comes before item2 in one and after it in another.
     """
     if seen.dtype.kind != "i":
         raise WrongContent(path, found=f"nodes with names such as {seen[0]}", expected="a column id beside their rows")
-    low, high = int(seen[0]), int(seen[-1])
+    low, high, n_rows = int(seen[0]), int(seen[-1]), shape[0]
     if low >= 0 and high < n_rows:
         return np.arange(n_rows)
     if low >= 1 and high <= n_rows:
         return np.arange(1, n_rows + 1)
     if len(seen) != n_rows:
+        turned = len(shape) > 1 and (shape[1] == len(seen) or (low >= 0 and high <= shape[1]))
         raise WrongContent(
             path,
             found=f"{len(seen)} nodes, {seen[0]} to {seen[-1]}",
-            expected=f"nodes that {n_rows} rows can belong to",
+            expected=f"nodes that the {n_rows} rows of {source} can belong to" + ("; is it transposed?" * turned),
         )
     return seen
 

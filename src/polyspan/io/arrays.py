@@ -230,7 +230,10 @@ def check_finite(path: PathLike, array: np.ndarray, first: int = 0) -> None:
         if not fine:
             flat = block.reshape(len(block), -1)
             row, place = (int(i[0]) for i in np.nonzero(~np.isfinite(flat)))
-            where = f"row {first + start + row}" + (f", column {place}" if array.ndim > 1 else "")
+            inner = tuple(int(i) for i in np.unravel_index(place, array.shape[1:])) if array.ndim > 1 else ()
+            where = f"row {first + start + row}"
+            if inner:
+                where += f", column {place}" if len(inner) == 1 else f", index {inner}"
             raise WrongContent(path, found=str(flat[row, place]), expected="finite numbers", where=where)
 
 
