@@ -419,3 +419,31 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
         peaks.append(json.loads(ran.stdout))
         sizes.append(source.stat().st_size)
     assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 8
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".parquet"])
+def test_half_precision_stays_half_precision_unless_another_is_asked_for(tmp_path, suffix):
+    halves = X.astype(np.float16)
+    source = write_array(tmp_path / f"a{suffix}", halves)
+    run(source, tmp_path / f"b{suffix}", lambda rows: rows @ Q)
+    assert EmbeddingReader(tmp_path / f"b{suffix}").stored_dtype == "float16"
+    expected = (halves.astype(np.float32) @ Q).astype(np.float16)
+    np.testing.assert_array_equal(read_array(tmp_path / f"b{suffix}"), expected.astype(np.float32))
+    run(source, tmp_path / f"c{suffix}", lambda rows: rows @ Q, dtype=np.float32)
+    np.testing.assert_array_equal(read_array(tmp_path / f"c{suffix}"), halves.astype(np.float32) @ Q)
+    run(source, tmp_path / "d.fvecs", lambda rows: (rows @ Q).astype(np.float32))
+    assert EmbeddingReader(tmp_path / "d.fvecs").stored_dtype == "float32"
+
+
+def test_a_number_that_the_stored_width_cannot_hold_is_refused_by_row(tmp_path):
+    source = write_array(tmp_path / "a.npy", np.ones((40, 4), dtype=np.float16))
+
+    def fn(rows):
+        made = rows[:, :4].astype(np.float32)
+        made[7] = 1e5
+        return made
+
+    with pytest.raises(ValueError, match="float16 can hold, got 100000 at row 7"):
+        run(source, tmp_path / "b.npy", fn)
+    with pytest.raises(ValueError, match="dtype must be float16, float32 or float64, got int8"):
+        run(source, tmp_path / "c.npy", lambda rows: rows, dtype=np.int8)

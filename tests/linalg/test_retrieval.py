@@ -86,3 +86,31 @@ def test_arguments_out_of_range_are_named(kwargs, message):
         top_k(np.eye(5), np.eye(5), **kwargs)
     with pytest.raises(ValueError, match="one width"):
         top_k(np.eye(5), np.eye(4), 1)
+    with pytest.raises(ValueError, match="k must be between 1 and 5, got True"):
+        top_k(np.eye(5), np.eye(5), True)
+    with pytest.raises(ValueError, match="queries must hold at least one row"):
+        top_k(np.eye(5)[:0], np.eye(5), 1)
+    with pytest.raises(ValueError, match="exclude must be one a query, 5, got 3"):
+        top_k(np.eye(5), np.eye(5), 1, exclude=np.arange(3))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("as_array", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_is_named_and_never_found(metric, as_array, value):
+    rng = np.random.default_rng(5)
+    Q, G = np.abs(rng.normal(size=(9, 6))), np.abs(rng.normal(size=(40, 6)))
+    for name, rows, row in (("queries", Q, 7), ("gallery", G, 23)):
+        kept = rows[row, 2]
+        rows[row, 2] = value
+        with pytest.raises(ValueError, match=f"{name} must be finite, got NaN or infinity in row {row}"):
+            top_k(as_array(Q), as_array(G), 3, metric=metric, block_rows=11, query_rows=4)
+        rows[row, 2] = kept
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, torch.as_tensor])
+def test_rows_whose_squares_overflow_are_no_zero_rows(as_array):
+    G = np.eye(5, dtype=np.float32)
+    G[3] *= 1e30
+    with pytest.raises(ValueError, match="must have finite products"):
+        top_k(as_array(np.eye(5, dtype=np.float32)), as_array(G), 2)

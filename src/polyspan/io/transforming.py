@@ -34,6 +34,7 @@ def transform_file(
     id_column: str | None = None,
     member: str | None = None,
     target_column: str | None = None,
+    dtype: Any = None,
     fingerprint: str = "",
     journal: PathLike | None = None,
     resume: bool = True,
@@ -63,6 +64,9 @@ def transform_file(
         Where the vectors and ids stand in the source.
     target_column : str, optional
         Name of the target's column or member; left out, as in the source, or ``vector``.
+    dtype : dtype, optional
+        float16, float32 or float64, in which results are stored; left out, float16 where the source stores that and the
+        target can, else as ``fn`` gives them.
     fingerprint : str
         What ``fn`` is, such as the digest of the map's file; a journal of other work is refused.
     journal : path-like, optional
@@ -75,8 +79,8 @@ def transform_file(
     Raises
     ------
     ValueError
-        ``fn`` gives another shape, or NaN or infinity (the row is named); or the journal is of other work (what
-        differs is named).
+        ``fn`` gives another shape, NaN or infinity, or a number beyond ``dtype`` (the row is named); or the journal is
+        of other work (what differs is named).
     UnreadableFile, CorruptFile, UntrustedFile, WrongContent, TooLarge
         About the source; UnreadableFile also where the target cannot be written, or another run is writing it.
     """
@@ -88,6 +92,8 @@ def transform_file(
     if suffix != ".npy" and journal is not None:
         raise ValueError(f"journal is for a .npy target, got {journal} for {suffix}")
     reader = EmbeddingReader(source, column=column, member=member, id_column=id_column, batch_rows=batch_rows)
+    if dtype is None and reader.stored_dtype == "float16" and suffix != ".fvecs":
+        dtype = np.float16
 
     def results(start: int) -> Iterator[tuple[EmbeddingBatch, np.ndarray]]:
         with contextlib.closing(reader.batches(start)) as batches:
@@ -97,7 +103,7 @@ def transform_file(
                     raise ValueError(
                         f"fn must keep the number of rows, {len(batch.rows)}, got {len(made)} at row {batch.start}"
                     )
-                yield batch, made
+                yield batch, made if dtype is None else _stored_as(np.dtype(dtype), made, batch.start)
                 if progress is not None:
                     progress(batch.start + len(made), reader.n_rows)
 
@@ -119,6 +125,20 @@ def transform_file(
                 behind = stack.enter_context(Behind(writer.write))
             behind(made, batch.ids if with_ids else None)
     return reader.n_rows
+
+
+def _stored_as(dtype: np.dtype, rows: np.ndarray, first: int) -> np.ndarray:
+    """Return rows in another float width; a finite number that is none there is refused."""
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        raise ValueError(f"dtype must be float16, float32 or float64, got {dtype}")
+    with np.errstate(over="ignore"):
+        made = rows.astype(dtype, copy=False)
+    if made.itemsize < rows.itemsize:
+        lost = np.flatnonzero((np.isinf(made) & np.isfinite(rows)).any(axis=1))
+        if len(lost):
+            most = np.abs(rows[lost[0]]).max()
+            raise ValueError(f"fn must give numbers that {dtype} can hold, got {most:g} at row {first + lost[0]}")
+    return made
 
 
 def _to_npy(reader, target, results, dim, fingerprint, journal, resume) -> None:

@@ -1,5 +1,6 @@
 """Exact nearest neighbours by blocks, and the scores that judge a ranking."""
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,8 @@ def top_k(
     Raises
     ------
     ValueError
-        Widths differ, k is out of range or the metric is unknown.
+        Widths differ, there is no query, k is out of range, ``exclude`` is not one a query, the metric is unknown, or
+        rows or their products are not finite.
 
     Notes
     -----
@@ -54,25 +56,45 @@ def top_k(
         raise ValueError(
             f"queries and gallery must be 2-d of one width, got {tuple(queries.shape)} and {tuple(gallery.shape)}"
         )
+    if not queries.shape[0]:
+        raise ValueError(f"queries must hold at least one row, got shape {tuple(queries.shape)}")
     room = gallery.shape[0] - (exclude is not None)
-    if not 1 <= k <= room:
-        raise ValueError(f"k must be between 1 and {room}, got {k}")
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= room:
+        raise ValueError(f"k must be between 1 and {room}, got {k!r}")
+    if exclude is not None and len(exclude) != queries.shape[0]:
+        raise ValueError(f"exclude must be one a query, {queries.shape[0]}, got {len(exclude)}")
     if metric not in METRICS:
         raise ValueError(f"metric must be 'cosine', 'dot' or 'euclidean', got {metric!r}")
     xp = namespace(queries, gallery)
-    found = [
-        _block_top_k(
-            xp,
-            queries[i : i + query_rows],
-            gallery,
-            k,
-            metric,
-            block_rows,
-            None if exclude is None else exclude[i : i + query_rows],
-        )
-        for i in range(0, queries.shape[0], query_rows)
-    ]
-    return Neighbours(*(xp.concat([part[i] for part in found], axis=0) for i in range(2)))
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused below
+        found = [
+            _block_top_k(
+                xp,
+                queries[i : i + query_rows],
+                gallery,
+                k,
+                metric,
+                block_rows,
+                None if exclude is None else exclude[i : i + query_rows],
+            )
+            for i in range(0, queries.shape[0], query_rows)
+        ]
+    indices, scores = (xp.concat([part[i] for part in found], axis=0) for i in range(2))
+    # What is not finite sorts before all else, so that one look at the end suffices.
+    if not bool(xp.all(xp.isfinite(scores))):
+        _refuse(xp, queries, gallery, block_rows)
+    return Neighbours(indices, scores)
+
+
+def _refuse(xp: Any, queries: Any, gallery: Any, block_rows: int) -> None:
+    """Raise ValueError that names the first row which is not finite, or says that products overflow."""
+    for name, rows in (("queries", queries), ("gallery", gallery)):
+        for start in range(0, rows.shape[0], block_rows):
+            fine = xp.all(xp.isfinite(widen(rows[start : start + block_rows])[0]), axis=1)
+            if not bool(xp.all(fine)):
+                row = start + int(xp.nonzero(~fine)[0][0])
+                raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
+    raise ValueError("queries and gallery must have finite products, got rows whose squares or products overflow")
 
 
 def _block_top_k(xp, queries, gallery, k, metric, block_rows, exclude):
@@ -120,7 +142,9 @@ def _largest(scores, k):
 
 def _unit(xp, X):
     norms = xp.linalg.vector_norm(X, axis=-1, keepdims=True)
-    return X / xp.where(norms > 0, norms, xp.ones_like(norms))
+    # A length that overflowed would make a row of zeros: not a number is found out.
+    norms = xp.where(xp.isfinite(norms), norms, xp.asarray(xp.nan, dtype=norms.dtype))
+    return X / xp.where(norms == 0, xp.ones_like(norms), norms)
 
 
 def recall_at_k(found: Any, relevant: Any) -> float:
