@@ -168,6 +168,7 @@ irreps = "2x0e+2x1o+2x2e"
 for layer, widths in (
     (GauntTensorProduct(irreps, irreps, weights="per_degree", paths="all"), (18, 18)),
     (GauntTensorProduct(irreps, irreps, method="separable"), (18, 18)),
+    (GauntTensorProduct(irreps, irreps, method="fourier", paths="all"), (18, 18)),
     (GauntManyBody(irreps), (18,)),
     (GauntConvolution(irreps, 2), (18, 3)),
 ):
@@ -188,6 +189,10 @@ def test_layers_compile_in_one_graph_with_their_gradients():
     # In a process of its own: the type checks of the tests cannot be compiled.
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
     assert done.stdout == "same\n", done.stderr
+
+
+def kinds(x, elements):
+    return GauntManyBody("4x0e", num_elements=2, dtype=D)(x, elements)
 
 
 def test_functions_refuse_what_they_cannot_use():
@@ -223,11 +228,140 @@ def test_functions_refuse_what_they_cannot_use():
         (lambda: GauntManyBody("2x0e", "1x0e"), "irreps_out must have the multiplicity of irreps_in, 2"),
         (lambda: GauntManyBody("2x0e", dtype=D)(x), "x must end in 2 components"),
         (lambda: GauntManyBody("4x0e", num_elements=2, dtype=D)(x), "elements must be given"),
+        (lambda: kinds(x, torch.tensor([0, 1, 2])), r"elements must lie in \[0, 2\), got 2"),
+        (lambda: kinds(x, torch.tensor([0, -1, 1])), r"elements must lie in \[0, 2\), got -1"),
+        (lambda: kinds(x, torch.tensor([0.0, 1, 1])), "elements must hold integers, got torch.float32"),
+        (lambda: kinds(x, torch.tensor([True, False, True])), "elements must hold integers, got torch.bool"),
+        (lambda: kinds(x, torch.tensor([0, 1])), r"elements must broadcast to the batch \(3,\), got shape \(2,\)"),
+        (lambda: kinds(x, torch.tensor([[0, 1, 1]])), r"elements must broadcast to the batch \(3,\)"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
     steered = GauntConvolution("1x0e", 1, method="rotated", dtype=D)
-    with pytest.raises(ValueError, match="vectors must not need gradients"):
-        steered(x[:, :1], x[:, :3].requires_grad_())
+    for derive in (
+        lambda v: steered(x[:, :1], v.clone().requires_grad_()),
+        lambda v: torch.func.grad(lambda v: steered(x[:, :1], v).sum())(v),
+        lambda v: torch.func.jvp(lambda v: steered(x[:, :1], v), (v,), (torch.ones_like(v),)),
+    ):
+        with pytest.raises(ValueError, match="vectors must not need derivatives"):
+            derive(x[:, :3])
+    steered(x[:, :1].clone().requires_grad_(), x[:, :3]).sum().backward()
+    with pytest.raises(TypeError, match="x and y must both be tensors, or both arrays, got Tensor and ndarray"):
+        gaunt_tensor_product(x, x.numpy(), 1, 1)
     with pytest.raises(ValueError, match="product must have weights='none'"):
         equivalent_e3nn_product(GauntTensorProduct("1x0e", "1x0e", weights="shared"))
+
+
+def test_harmonics_of_a_direction_do_not_depend_on_the_length_of_the_vector():
+    v = draw(6, 3)
+    for dtype, sizes in ((D, (1e-300, 1e-160, 1e200)), (torch.float32, (1e-36, 1e-25, 1e25))):
+        expected = real_spherical_harmonics(v.to(dtype), 3)
+        for size in sizes:
+            torch.testing.assert_close(real_spherical_harmonics((v * size).to(dtype), 3), expected)
+
+
+def test_second_derivatives_are_finite_where_an_edge_has_length_zero():
+    v = torch.cat([torch.zeros(1, 3, dtype=D), draw(2, 3)])
+    layer = GauntConvolution(full(2, 2), 3, dtype=D)
+    x = draw(3, 18)
+
+    def loss(v):
+        return layer(x, v).pow(2).sum()
+
+    both = torch.autograd.functional.hessian(loss, v)
+    assert torch.isfinite(both).all()
+    torch.testing.assert_close(torch.func.hessian(loss)(v), both)
+    # Each edge acts for itself, so the others' are what they are without it.
+    torch.testing.assert_close(
+        both[1:, :, 1:], torch.autograd.functional.hessian(lambda v: layer(x[1:], v).pow(2).sum(), v[1:])
+    )
+    # Of weights too, as when forces are a part of the loss.
+    leaf = v.clone().requires_grad_()
+    force = torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
+    force.pow(2).sum().backward()
+    assert torch.isfinite(layer.weight.grad).all()
+    assert torch.isfinite(leaf.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_kinds_of_nodes_may_be_any_integers_and_broadcast(dtype):
+    layer = GauntManyBody(full(1, 3), num_elements=3, dtype=D)
+    with torch.no_grad():
+        layer.weight.copy_(draw(*layer.weight.shape, seed=2))
+    x, elements = draw(4, 5, 12), torch.tensor([0, 2, 1, 1, 0])
+    expected = torch.stack([layer(frame, elements) for frame in x])
+    torch.testing.assert_close(layer(x, elements.to(dtype)), expected)
+    torch.testing.assert_close(torch.vmap(layer)(x, elements.expand(4, 5)), expected)
+    torch.testing.assert_close(torch.vmap(layer)(x.transpose(0, 1), elements).transpose(0, 1), expected)
+
+
+def test_features_without_memory_get_shapes():
+    irreps, x, v = full(2, 8), torch.empty(700, 72, device="meta"), torch.empty(700, 3, device="meta")
+    assert GauntTensorProduct(irreps, irreps, device="meta")(x, x).shape == (700, 200)
+    assert GauntManyBody(irreps, device="meta")(x).shape == (700, 72)
+    assert GauntConvolution(irreps, 2, device="meta")(x, v).is_meta
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">f4", np.longdouble])
+def test_arrays_of_any_order_of_bytes_strides_and_rights_are_multiplied(dtype):
+    x, y = draw(6, 9).numpy().astype(dtype), draw(6, 4, seed=1).numpy().astype(dtype)
+    width = np.float32 if dtype == ">f4" else np.float64
+    expected = gaunt_tensor_product(x.astype(width), y.astype(width), 2, 1)
+    assert expected.dtype == width
+    x.flags.writeable = y.flags.writeable = False
+    np.testing.assert_array_equal(gaunt_tensor_product(x, y, 2, 1), expected)
+    turned = gaunt_tensor_product(x.astype(width)[::-1], np.asfortranarray(y.astype(width)[::-1]), 2, 1)
+    np.testing.assert_allclose(turned, expected[::-1], rtol=1e-5 if width == np.float32 else 1e-13, atol=1e-7)
+
+
+def differentiated(f, x, change):
+    """Compare what torch.func makes of a function with autograd, rows with batches, and all with one another."""
+
+    def loss(x):
+        return f(x).pow(3).sum()
+
+    leaf = x.clone().requires_grad_()
+    slope = torch.autograd.grad(loss(leaf), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(x), slope)
+    torch.testing.assert_close(torch.vmap(f)(x), f(x))
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(x), slope)
+    z, moved = torch.func.jvp(f, (x,), (change,))
+    torch.testing.assert_close(z, f(x))
+    torch.testing.assert_close(moved, torch.autograd.functional.jvp(f, x, change)[1])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, change)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(f(dual)).tangent, moved)
+    along = torch.autograd.functional.vhp(loss, x, change)[1]
+    torch.testing.assert_close(torch.func.jvp(torch.func.grad(loss), (x,), (change,))[1], along)
+    torch.testing.assert_close(torch.func.grad(lambda x: torch.func.jvp(loss, (x,), (change,))[1])(x), along)
+
+
+@pytest.mark.parametrize("route", ["dense", "separable"])
+@pytest.mark.parametrize("layout", ["e3nn", "channels"])
+def test_transforms_of_powers_give_what_autograd_and_loops_give(route, layout):
+    layer = GauntManyBody(full(2, 3), full(3, 3), method=route, layout=layout, dtype=D)
+    shape = (5, 27) if layout == "e3nn" else (5, 3, 9)
+    x = draw(*shape)
+    differentiated(layer, x, draw(*shape, seed=1))
+
+    def loss(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (x,)).pow(2).sum()
+
+    torch.testing.assert_close(
+        torch.func.grad(loss)(layer.weight.detach()), torch.autograd.grad(loss(layer.weight), layer.weight)[0]
+    )
+
+
+@pytest.mark.parametrize("options", [{"method": route} for route in (*ROUTES, "rotated")] + [{"paths": "all"}], ids=str)
+def test_transforms_of_convolutions_give_what_autograd_and_loops_give(options):
+    layer = GauntConvolution(full(2, 3), 2, dtype=D, **options)
+    x, v = draw(5, 27), draw(5, 3, seed=2)
+    messages = torch.vmap(layer)(x, v)
+    torch.testing.assert_close(messages, layer(x, v))
+    if options.get("method") == "rotated":
+        torch.testing.assert_close(
+            torch.func.jvp(lambda x: layer(x, v), (x,), (draw(5, 27, seed=1),))[1], layer(draw(5, 27, seed=1), v)
+        )
+        return
+    joint = torch.cat([x, v], dim=1)
+    differentiated(lambda j: layer(j[..., :27], j[..., 27:]), joint, draw(5, 30, seed=1))

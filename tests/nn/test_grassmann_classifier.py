@@ -149,3 +149,18 @@ def test_bad_input_is_named(data):
         GrassmannClassifier(2).fit(X, y)
     with pytest.warns(UserWarning, match="fewer independent features"):
         GrassmannClassifier(4, max_iter=2, random_state=0).fit(data.train[:10], y[:10] % 4)
+    with pytest.raises(ValueError, match=r"n_components must be an integer, or one for each class, got 2\.5"):
+        GrassmannClassifier(2.5).fit(data.train, y)
+
+
+@pytest.mark.parametrize(("dtype", "sizes"), [(np.float64, (1e-200, 1e200, 1e300)), (np.float32, (1e-30, 1e30))])
+def test_rows_count_by_direction_whatever_their_length(data, dtype, sizes):
+    X, y = data.train.astype(dtype), data.train_labels
+    kept = {"n_components": 3, "max_iter": 8, "random_state": 0}
+    expected = GrassmannClassifier(**kept).fit(X, y)
+    for size in sizes:
+        scaled = (X.astype(np.float64) * size).astype(dtype)
+        found = GrassmannClassifier(**kept).fit(scaled, y)
+        np.testing.assert_allclose(projector(found.bases_), projector(expected.bases_), atol=1e-3)
+        np.testing.assert_allclose(found.predict_proba(scaled), expected.predict_proba(X), atol=1e-3)
+        np.testing.assert_allclose(found.residual(scaled), expected.residual(X), atol=1e-3)

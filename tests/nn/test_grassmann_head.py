@@ -269,8 +269,9 @@ def test_bad_arguments_are_named():
         GrassmannHead(8, 3, [1, 2])
     with pytest.warns(UserWarning, match="rank=5 is more than half of in_features=8"):
         GrassmannHead(8, 3, 5)
-    with pytest.raises(ValueError, match="gamma must be positive, got 0"):
-        GrassmannHead(8, 3, 2, gamma=0.0)
+    for gamma in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"gamma must be positive and finite, got {gamma}"):
+            GrassmannHead(8, 3, 2, gamma=gamma)
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         GrassmannHead(8, 0, 2)
     head = GrassmannHead(8, 3, 2)
@@ -280,3 +281,63 @@ def test_bad_arguments_are_named():
         head.reset_from_features(np.ones((4, 8)), np.array([0, 1, 2, 3]))
     with pytest.raises(ValueError, match=r"y must hold integers in \[0, 3\)"):
         head.reset_from_features(np.ones((4, 8)), np.zeros(4))
+    with pytest.raises(ValueError, match=r"x must be real \(\*batch, 8\), got torch.float32 of shape \(4, 7\)"):
+        head(torch.ones(4, 7))
+    X = np.ones((30, 8))
+    X[[3, 20], 5] = np.nan, np.inf
+    with pytest.raises(ValueError, match=r"X must be finite, got NaN or infinity in 2 rows, such as \[3, 20\]"):
+        head.reset_from_features(X, np.arange(30) % 3, block_rows=7)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_whole_numbers_are_features_too(dtype):
+    head = GrassmannHead(10, 4, 3, generator=seeded())
+    x = (10 * features()).abs().to(dtype)
+    for call in (head, head.project, head.residual):
+        torch.testing.assert_close(call(x), call(x.float()), rtol=0, atol=0)
+        assert call(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-25, 1e25, 1e37])
+def test_rows_of_any_length_have_the_logits_of_their_direction(size):
+    head = GrassmannHead(10, 4, 3, generator=seeded())
+    x = features().sign() * torch.arange(1.0, 11.0) / 16
+    mixed = x.clone()
+    mixed[::2] = (mixed[::2].double() * size).float()
+    tolerance = {"atol": 1e-3 if size < 1e-38 else 1e-5, "rtol": 0}
+    torch.testing.assert_close(head(mixed), head(x), **tolerance)
+    torch.testing.assert_close(head.project(mixed), head.project(x), **tolerance)
+    mixed[5] = 0
+    with pytest.raises(ValueError, match=r"no all-zero or non-finite feature row, got 1, at rows \[5\]"):
+        head(mixed)
+
+
+def test_second_derivatives_are_finite_where_a_shadow_or_a_feature_is_zero():
+    head = GrassmannHead(5, 3, 2, zero_features="ignore", dtype=torch.float64, generator=seeded())
+    with torch.no_grad():
+        head.weight[0] = torch.eye(5, dtype=torch.float64)[:2]
+    across = torch.eye(5, dtype=torch.float64)[4:]
+    x = torch.cat([across, torch.zeros(1, 5, dtype=torch.float64), features(2, 5, dtype=torch.float64)])
+    assert head(x)[0, 0] == 0
+
+    def loss(x):
+        return head(x).sin().sum()
+
+    both = torch.autograd.functional.hessian(loss, x)
+    assert torch.isfinite(both).all()
+    torch.testing.assert_close(torch.func.hessian(loss)(x), both)
+    torch.testing.assert_close(both[2:, :, 2:], torch.autograd.functional.hessian(loss, x[2:]))
+    leaf = x.clone().requires_grad_()
+    slope = torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
+    slope.square().sum().backward()
+    assert torch.isfinite(head.weight.grad).all()
+
+
+def test_a_state_in_half_precision_that_is_assigned_becomes_float32():
+    head = GrassmannHead(8, 3, 2, generator=seeded())
+    state = {"weight": head.weight.detach().half()}
+    head.load_state_dict(state, assign=True)
+    assert head.weight.dtype == torch.float32
+    assert type(head.weight) is GrassmannParameter
+    torch.testing.assert_close(head.weight @ head.weight.mT, torch.eye(2).expand(3, 2, 2), atol=2e-3, rtol=0)
+    RiemannianSGD(head.parameters())

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from polyspan.linalg import grassmann_exp, grassmann_tangent, subspace_distance
-from polyspan.nn import GrassmannHead, GrassmannParameter, RiemannianAdam, RiemannianSGD, grassmann_groups
+from polyspan.nn import (
+    GrassmannHead,
+    GrassmannParameter,
+    RiemannianAdam,
+    RiemannianSGD,
+    grassmann_groups,
+    grassmann_optim,
+)
 
 
 def seeded(seed=0):
@@ -229,3 +236,72 @@ def test_bad_groups_are_refused():
     with pytest.raises(ValueError, match="gradients of a Grassmann parameter must be finite"):
         RiemannianSGD(head.parameters()).step()
     assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("make", [RiemannianSGD, RiemannianAdam])
+def test_a_gradient_that_is_not_finite_spoils_neither_the_subspaces_nor_what_comes_after(make):
+    heads = [problem()[0] for _ in range(2)]
+    optimisers = [make(head.parameters(), lr=0.02) for head in heads]
+    weight = heads[0].weight
+    gradients = torch.randn(3, *weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+    for i, gradient in enumerate(gradients):
+        for head, optimiser in zip(heads, optimisers, strict=True):
+            head.weight.grad = gradient.clone()
+            optimiser.step()
+        spoilt = gradient.clone()
+        spoilt[i, 0, i] = float("nan") if i % 2 else float("inf")
+        heads[0].weight.grad = spoilt
+        with pytest.raises(ValueError, match="gradients of a Grassmann parameter must be finite"):
+            optimisers[0].step()
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
+def test_bases_that_are_not_orthonormal_are_refused():
+    for W in (torch.randn(3, 2, 8), 1.01 * torch.eye(8)[:2].expand(3, 2, 8), torch.full((3, 2, 8), float("nan"))):
+        for params in (
+            [GrassmannParameter(W.clone())],
+            [{"params": [nn.Parameter(W.clone())], "manifold": "grassmann"}],
+        ):
+            with pytest.raises(ValueError, match="must have orthonormal rows, got some that are off by"):
+                RiemannianSGD(params)
+    padded = torch.eye(8)[:3].clone()
+    padded[1] = 0
+    RiemannianAdam([GrassmannParameter(padded)])
+    RiemannianSGD([GrassmannParameter(torch.empty(3, 2, 8, device="meta"))])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.0},
+        {"nesterov": True},
+        {"dampening": 0.3},
+        {"maximize": True},
+        {"transport": False},
+        {"transport": False, "nesterov": True},
+        {"transport": False, "momentum": 0.0},
+    ],
+    ids=str,
+)
+def test_steps_in_blocks_are_the_formula(options, monkeypatch):
+    monkeypatch.setattr(grassmann_optim, "BLOCK_FLOATS", 60)
+    g = torch.Generator().manual_seed(1)
+    start = torch.linalg.qr(torch.randn(7, 9, 2, generator=g, dtype=torch.float64))[0].mT.contiguous()
+    p, S = GrassmannParameter(start.clone()), start.mT.clone()
+    optimiser = RiemannianSGD([p], lr=0.3, reorthonormalise_every=0, **options)
+    assert len(grassmann_optim._blocks(start)) == 3
+    mu, M = options.get("momentum", 0.9), None
+    for _ in range(4):
+        p.grad = torch.randn(7, 2, 9, generator=g, dtype=torch.float64)
+        E = -p.grad.mT if options.get("maximize") else p.grad.mT
+        optimiser.step()
+        M = E if M is None else mu * M + (1 - options.get("dampening", 0.0)) * E
+        G = E if not mu else E + mu * M if options.get("nesterov") else M
+        G = G - S @ (S.mT @ G)
+        if options.get("transport", True):
+            M = M - S @ (S.mT @ M)
+        U, s, Vh = torch.linalg.svd(G, full_matrices=False)
+        angle = (0.3 * s).unsqueeze(-2)
+        S = (S @ Vh.mT * angle.cos() - U * angle.sin()) @ Vh
+    torch.testing.assert_close(p.detach().mT, S, atol=1e-12, rtol=0)

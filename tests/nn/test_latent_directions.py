@@ -1,4 +1,6 @@
 import copy
+import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -375,3 +377,65 @@ def test_bad_training_is_refused():
             train_autoencoder(model, images, steps, generator=gen())
     with pytest.raises(ValueError, match="latent_dim must be at least 1, got 0"):
         StyleGenerator((4, 3), 0)
+
+
+class Lively(nn.Module):
+    """A generator that is random, and counts, in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.affine, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8)
+        self.drop, self.out = nn.Dropout(0.5), nn.Linear(8, 9)
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters()):
+                parameter.normal_(generator=gen(i))
+
+    def forward(self, w):
+        return self.out(self.drop(self.norm(self.affine(w)))).unflatten(-1, (3, 3))
+
+
+def test_a_generator_in_training_is_looked_at_as_in_evaluation_and_left_as_it_was():
+    generator = Lively()
+    project_model(generator, "affine", 3)
+    generator.train()
+    generator.drop.eval()
+    still = copy.deepcopy(generator).eval()
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    latents = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    direction = torch.eye(6)[0]
+
+    def seen(model):
+        found = discover_directions(model, method="jacobian", latents=latents)
+        yield found["affine"].vectors
+        yield traverse(model, latents, direction, [0.0, 1.0], "affine")
+        yield direction_strengths(model, "affine", found["affine"], latents)
+        for measure in (perceptual_path_length, partial(interpretable_path_length, directions=found)):
+            yield torch.tensor(measure(model, latents=latents, rng=torch.Generator().manual_seed(2)))
+
+    for mine, expected in zip(seen(generator), seen(still), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=0)
+    assert [module.training for module in generator.modules()] == [m is not generator.drop for m in generator.modules()]
+    for name, value in generator.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_latents_that_are_not_finite_and_gains_that_are_none_are_refused():
+    model = Lively().eval()
+    project_model(model, "affine", 3)
+    latents = torch.zeros(4, 6)
+    latents[2, 1] = float("nan")
+    found = discover_directions(model)
+    for call in (
+        lambda: discover_directions(model, "affine", "jacobian", latents=latents),
+        lambda: discover_directions(model, "affine", "ganspace-pca", latents=latents),
+        lambda: perceptual_path_length(model, latents, rng=torch.Generator()),
+        lambda: interpretable_path_length(model, found, latents, rng=torch.Generator()),
+    ):
+        with pytest.raises(ValueError, match="latents must be finite, got NaN or infinity"):
+            call()
+    state = {"affine.weight": torch.randn(8, 6, generator=torch.Generator().manual_seed(0))}
+    for gain in (-1.0, 0.0, math.inf, "median"):
+        with pytest.raises(ValueError, match="gain must be 'mean', 'learned' or a finite number above 0"):
+            project_weights(state, "*", 2, gain=gain)
+    with pytest.raises(ValueError, match=r"affine\.weight: weight must be dequantised first, got torch\.float8"):
+        project_weights({"affine.weight": torch.ones(8, 6).to(torch.float8_e4m3fn)}, "*", 2)

@@ -1036,3 +1036,22 @@ def test_the_nearest_rotation_in_n_dimensions_has_a_forward_derivative(n):
 
     over = torch.func.grad(lambda x: torch.func.jvp(loss, (x,), (change,))[1])(x)
     torch.testing.assert_close(over, torch.autograd.functional.vhp(loss, x, change)[1])
+
+
+@pytest.mark.parametrize("kind", ["datetime64[s]", "timedelta64[s]", object, str])
+def test_arrays_of_dates_texts_and_objects_are_refused(kind):
+    for f, x in pairs_of_forms():
+        with pytest.raises(TypeError, match="arrays must hold real numbers, got"):
+            f(np.rint(x).astype(kind))
+    R = np.stack([EYE] * 3).astype(int).astype(kind)
+    with pytest.raises(TypeError, match="arrays must hold real numbers, got"):
+        geodesic_distance(R, R)
+
+
+def test_errors_of_predictions_that_are_not_finite_are_not_summed_up():
+    R = rotations(9)
+    R[[1, 4, 5, 6, 7, 8]] = np.nan
+    with pytest.raises(ValueError, match=r"must be finite, got NaN or infinity in 6 rows: \[1, 4, 5, 6, 7\] \.\.\."):
+        rotation_errors(R, rotations(9))
+    with pytest.raises(TypeError, match="expected arrays of one kind"):
+        continuity_breaks([EYE, EYE], "rotation6d")

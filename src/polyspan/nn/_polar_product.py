@@ -69,7 +69,7 @@ class PolarProduct(TableModule):
         a, b = torch.atan2(v[..., 0], v[..., 2]), torch.atan2(torch.hypot(v[..., 0], v[..., 2]), v[..., 1])
         x = self._tilt(self._spin(x, a, "first"), b, "first")
         # A vector without a direction has the scalar part alone.
-        whole = (torch.linalg.vector_norm(v, dim=-1) > 0)[..., None, None]
+        whole = (v != 0).any(dim=-1)[..., None, None]
         scalar = torch.tensor([part.l == 0 for part in self.irreps[1]], device=x.device)
         g = torch.where(whole | scalar, filters, 0.0) @ self.table("zonal")
         batch = torch.broadcast_shapes(x.shape[:-1], g.shape[:-1])

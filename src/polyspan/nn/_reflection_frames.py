@@ -1,5 +1,6 @@
 """Orthonormal frames out of Householder reflections, and the reflections that give a wanted frame."""
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -71,6 +72,8 @@ def leading(weight: Tensor, rank: int) -> Leading:
             f"weight must be a matrix of floats, got shape {tuple(weight.shape)} and {weight.dtype}; flatten kernels, "
             "and dequantise integers, first"
         )
+    if weight.dtype.itemsize < 2:
+        raise ValueError(f"weight must be dequantised first, got {weight.dtype}")
     check_rank(rank, *weight.shape)
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("weight must be finite, got NaN or infinity")
@@ -93,6 +96,14 @@ def check_rank(rank: int, rows: int, columns: int) -> None:
     """Refuse a rank that a matrix (rows, columns) cannot have."""
     if not 1 <= rank <= min(rows, columns):
         raise ValueError(f"rank must be between 1 and {min(rows, columns)}, the smaller side of the matrix, got {rank}")
+
+
+def check_gain(gain: str | float | int) -> None:
+    """Refuse a gain that is no name and no positive number."""
+    if isinstance(gain, str) and gain in ("mean", "learned"):
+        return
+    if isinstance(gain, str) or not 0 < gain < math.inf:
+        raise ValueError(f"gain must be 'mean', 'learned' or a finite number above 0, got {gain!r}")
 
 
 class Start(NamedTuple):

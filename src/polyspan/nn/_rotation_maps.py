@@ -22,9 +22,17 @@ NEARLY_HALF_TURN = 2.0**-10
 
 
 def native(x: Any) -> Any:
-    """Bring NumPy arrays to the machine's byte order, and longdouble, for which LAPACK has no functions, to float64."""
+    """Bring NumPy arrays to the machine's byte order, and longdouble, for which LAPACK has no functions, to float64.
+
+    Raises
+    ------
+    TypeError
+        An array holds dates, texts or objects, which NumPy would turn into numbers.
+    """
     if is_torch(x):
         return x
+    if x.dtype.kind not in "biufc":
+        raise TypeError(f"arrays must hold real numbers, got {x.dtype}")
     if x.dtype.kind == "f" and x.dtype.itemsize > 8:
         # What leaves the range becomes infinite, which is refused by name.
         with np.errstate(over="ignore"):

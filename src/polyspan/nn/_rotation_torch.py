@@ -1,6 +1,6 @@
-"""Derivatives of two maps to rotations, for torch; kept apart so that NumPy users never import torch.
+"""Derivatives of the maps to rotations, for torch; kept apart so that NumPy users never import torch.
 
-Both have a backward and, outside captured graphs, a forward derivative, written with differentiable operations on what
+All have a backward and, outside captured graphs, a forward derivative, written with differentiable operations on what
 they saved, so that second derivatives are true as well, in whichever order of the two modes.
 """
 
@@ -60,7 +60,16 @@ def _of_outer_levels(ctx: Any) -> list[Any]:
     torch switches forward mode off in ``jvp``, where a second derivative, forward over forward, would be 0 unnoticed;
     switched on again, it must not see the level's own tangents.
     """
-    return [forward_ad.unpack_dual(saved).primal for saved in ctx.saved_tensors]
+    return [_primal(saved) for saved in ctx.saved_tensors]
+
+
+def _primal(x: Any) -> Any:
+    """Return a tensor without tangents of the current level; torch does not take them off a batch made by vmap."""
+    functorch = torch._C._functorch
+    if not functorch.is_batchedtensor(x):
+        return forward_ad.unpack_dual(x).primal
+    inner = _primal(functorch.get_unwrapped(x))
+    return functorch._add_batch_dim(inner, functorch.maybe_get_bdim(x), functorch.maybe_get_level(x))
 
 
 class Frame(torch.autograd.Function):
@@ -176,7 +185,7 @@ def nearest_in_n(M: Any) -> Any:
 
 
 class PolarBothWays(Polar):
-    """``Polar`` of square matrices with its first forward derivative: the map of ``backward``, its own transpose."""
+    """``Polar`` of square matrices with its forward derivative too: the map of ``backward``, its own transpose."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -184,11 +193,41 @@ class PolarBothWays(Polar):
         ctx.save_for_forward(inputs[0], *output)
 
     @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, None]:
+        return _turned_in_n(*ctx.saved_tensors, grads[0]), None
+
+    @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, None, None]:
         with forward_ad._set_fwd_grad_enabled(True):
-            M, Q, V, s = _of_outer_levels(ctx)
-            H, inner = Q.mT @ M, Q.mT @ tangents[0]
-            return Q @ _Turn.apply(inner - inner.mT, (H + H.mT) / 2, V, s), None, None
+            return _turned_in_n(*_of_outer_levels(ctx), tangents[0]), None, None
+
+
+def _turned_in_n(M: Any, Q: Any, V: Any, s: Any, E: Any) -> Any:
+    """Change of Q for a change E of square M, and gradient in M for a gradient E in Q."""
+    H, inner = Q.mT @ M, Q.mT @ E
+    return Q @ TurnBothWays.apply(inner - inner.mT, (H + H.mT) / 2, V, s)
+
+
+class TurnBothWays(_Turn):
+    """``_Turn``, the W of H W + W H = K, with its forward derivative: that of K - dH W - W dH."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _Turn.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, Any, None, None]:
+        H, V, s, W = ctx.saved_tensors
+        turn = TurnBothWays.apply((grads[0] - grads[0].mT) / 2, H, V, s)
+        return turn, turn @ W + W @ turn, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            H, V, s, W = _of_outer_levels(ctx)
+            dK, dH = (torch.zeros_like(H) if t is None else t for t in tangents[:2])
+            return TurnBothWays.apply(dK - dH @ W - W @ dH, H, V, s)
 
 
 def _turned(M: Any, R: Any, E: Any) -> Any:

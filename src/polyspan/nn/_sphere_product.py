@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -104,9 +105,21 @@ def transformed(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     # What torch itself asks before it applies a Function.
-    return torch._C._are_functorch_transforms_active() or any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+    return torch._C._are_functorch_transforms_active() or any(t is not None and has_tangent(t) for t in tensors)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Say whether a forward derivative is being taken along a tensor."""
+    # Looked for only where some level can hold it, which is many times faster.
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def without_autocast(x: Tensor) -> Any:
+    """Return a context in which autocast of the tensor's device, which may have none, is off."""
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device_type=device, enabled=False)
 
 
 def _forward(
@@ -167,10 +180,11 @@ def _apply(x: Tensor, y: Tensor, shape: Shape, lead: tuple[int, ...], tables: tu
 
 def sphere_product(x: Tensor, y: Tensor, shape: Shape, tables: tuple[Tensor, ...]) -> Tensor:
     """Multiply coefficients (*batch, D1) and (*batch, D2), broadcast as torch does, into (*batch, D3)."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device_type=device, enabled=False):
-            return sphere_product(x, y, shape, tables)
+    with without_autocast(x):
+        return _sphere_product(x, y, shape, tables)
+
+
+def _sphere_product(x: Tensor, y: Tensor, shape: Shape, tables: tuple[Tensor, ...]) -> Tensor:
     if x.shape[:-1] == y.shape[:-1]:
         batch = x.shape[:-1]
     else:

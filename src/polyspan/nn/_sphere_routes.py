@@ -5,6 +5,7 @@ weights of the grid are folded into the tables, for products as cube roots, one 
 serve the product and, with their roles exchanged, all its derivatives.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -48,13 +49,14 @@ class Axis(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a route must know of a product beside its tables."""
+    """What a route must know of a product beside its tables; ``torus`` is the size of the Fourier route's grid."""
 
     method: str
     kind: str
     degree: int
     n_tables: int
     chunks: tuple[tuple[tuple[int, int], ...], ...]
+    torus: tuple[int, int]
 
     def turned(self, order: tuple[int, int, int]) -> "Shape":
         """Return the shape with the three functions in another order."""
@@ -75,7 +77,8 @@ def build(
     """
     made = [_TABLES[method](axis, degree, kind == "bracket", share) for axis, share in zip(axes, shares, strict=True)]
     chunks = tuple(_chunks(axis.lmax) for axis in axes)
-    return Shape(method, kind, degree, len(made[0]), chunks), [table for tables in made for table in tables]
+    shape = Shape(method, kind, degree, len(made[0]), chunks, torus_size(degree))
+    return shape, [table for tables in made for table in tables]
 
 
 def table_bytes(method: str, kind: str, axes: tuple[Axis, Axis, Axis], degree: int, itemsize: int) -> int:
@@ -179,7 +182,7 @@ _TABLES = {"dense": _dense_tables, "separable": _separable_tables, "fourier": _f
 def n_nodes(shape: Shape) -> int:
     """Return the number of grid values of one function."""
     if shape.method == "fourier":
-        return torus_size(shape.degree)[0] * torus_size(shape.degree)[1]
+        return math.prod(shape.torus)
     return (shape.degree // 2 + 1) * (shape.degree + 1)
 
 
@@ -196,7 +199,7 @@ def to_grid(x: Tensor, shape: Shape, position: int, tables: tuple[Tensor, ...], 
         ordered = x.T.index_select(0, gather)
         return torch.cat([_spread(ordered, tables[i], tables[j], shape.chunks[position]) for i, j in parts])
     fields = (5,) if part == "value" else (6, 7)
-    return torch.stack([_torus(x, tables, torch.view_as_complex(tables[i]), shape.degree) for i in fields]).squeeze(0)
+    return torch.stack([_torus(x, tables, torch.view_as_complex(tables[i]), shape.torus) for i in fields]).squeeze(0)
 
 
 def _spread(ordered: Tensor, latitude: Tensor, wave: Tensor, chunks: tuple[tuple[int, int], ...]) -> Tensor:
@@ -212,10 +215,10 @@ def _spread(ordered: Tensor, latitude: Tensor, wave: Tensor, chunks: tuple[tuple
     return wave.T @ torch.cat(made).view(-1, n_b * rows)
 
 
-def _torus(x: Tensor, tables: tuple[Tensor, ...], series: Tensor, degree: int) -> Tensor:
+def _torus(x: Tensor, tables: tuple[Tensor, ...], series: Tensor, size: tuple[int, int]) -> Tensor:
     """Return values on the torus (rows, n_theta, n_psi) from the two-dimensional Fourier series."""
     plus, minus = tables[:2]
-    n, m = torus_size(degree)
+    n, m = size
     n_m, _, n_l = series.shape
     rows, lmax = len(x), n_l - 1
     negative = x.T[minus.flatten()].view(n_m, n_l, rows)

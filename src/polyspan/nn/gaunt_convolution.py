@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ._gaunt_paths import harmonic_scale, pack, spread
 from ._irreps import Irrep, read_irreps, write_irreps
 from ._polar_product import PolarProduct
+from ._sphere_product import has_tangent
 from .gaunt_product import GauntTensorProduct
 from .spherical_transform import real_spherical_harmonics
 
@@ -22,7 +23,7 @@ class GauntConvolution(nn.Module):
     coefficients of :math:`f_x g`. Summing messages over neighbours is left to the caller, as is the radial network
     that gives the weights. ``method="rotated"`` turns every edge to the pole first, where the filter does not depend on
     the longitude and all orders m part; angles have no gradient at the pole itself, so this route refuses directions
-    that need one. Source: catalogue entry ``gaunt``.
+    that need one, backward or forward. Source: catalogue entry ``gaunt``.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ class GauntConvolution(nn.Module):
         Raises
         ------
         ValueError
-            A shape is another, a value is not finite if checked, or directions need gradients in the rotated route.
+            A shape is another, a value is not finite if checked, or directions need derivatives in the rotated route.
         """
         if vectors.shape[-1:] != (3,):
             raise ValueError(f"vectors must end in 3 components, got shape {tuple(vectors.shape)}")
@@ -135,8 +136,8 @@ class GauntConvolution(nn.Module):
         product = self.product
         first = product._unpack(product._read(x, product._in1, "x"), product._in1)
         if self.polar is not None:
-            if vectors.requires_grad:
-                raise ValueError("vectors must not need gradients with method='rotated'; the other routes give them")
+            if vectors.requires_grad or has_tangent(vectors):
+                raise ValueError("vectors must not need derivatives with method='rotated'; the other routes give them")
             w1, w2, w3 = product._split_weights(weight, first.dtype)
             if w1 is not None:
                 first = first * spread(w1, product._in1)

@@ -5,12 +5,13 @@ import warnings
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from ._gaunt_paths import LAYOUTS, NORMALIZATIONS, WEIGHTS, harmonic_scale, pack, unpack
 from ._irreps import Irrep, check_channels, read_irreps, width, write_irreps
-from ._sphere_product import TableModule, choose_method, transformed
+from ._rotation_torch import as_numpy
+from ._sphere_product import TableModule, choose_method, transformed, without_autocast
 from ._sphere_routes import CACHE_FLOATS, LEAST_ROWS, Axis, Shape, build, from_grid, n_nodes, to_grid
 
 
@@ -179,23 +180,20 @@ class GauntManyBody(TableModule):
         if self.layout == "e3nn":
             wide = unpack(wide, self._in)
         rows = wide.reshape(-1, size)
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device_type=device, enabled=False):
-                made = _apply(rows, self._shape, self.correlation, self.tables)
-        else:
+        with without_autocast(rows):
             made = _apply(rows, self._shape, self.correlation, self.tables)
         return made.reshape(self.correlation, *wide.shape[:-1], made.shape[-1])
 
     def forward(
-        self, x: Float[Tensor, "*batch d"], elements: Int[Tensor, "*nodes"] | None = None
+        self, x: Float[Tensor, "*batch d"], elements: Shaped[Tensor, "*nodes"] | None = None
     ) -> Float[Tensor, "*batch d2"]:
         r"""Return the weighted powers of features, with the kind (\*batch,) of every node where there are several.
 
         Raises
         ------
         ValueError
-            A width is not that of the irreps, or kinds are missing or not asked for.
+            A width is not that of the irreps; kinds are missing or not asked for, are no integers, do not broadcast to
+            the batch, or one is none of the kinds (told where that needs no wait, on the CPU).
         """
         if (elements is None) != (self.num_elements is None):
             raise ValueError(
@@ -206,7 +204,11 @@ class GauntManyBody(TableModule):
         if self.weight is not None:
             weight = self.weight.to(made.dtype)
             # (n, *batch or 1, mul or 1, irreps)
-            weight = weight[0] if elements is None else weight[elements].movedim(-3, 0)
+            weight = (
+                weight[0]
+                if elements is None
+                else weight[_kinds(elements, len(weight), made.shape[1:-2])].movedim(-3, 0)
+            )
             places = [i for i, part in enumerate(self._out) for _ in range(2 * part.l + 1)]
             weight = weight[..., places]
             if elements is None:
@@ -217,3 +219,18 @@ class GauntManyBody(TableModule):
 
     def extra_repr(self) -> str:
         return f"{self.irreps_in} -> {self.irreps_out}, correlation={self.correlation}, method={self.method!r}"
+
+
+def _kinds(elements: Tensor, num: int, batch: tuple[int, ...]) -> Tensor:
+    """Check the kinds of nodes, and return them as indices."""
+    if elements.is_floating_point() or elements.is_complex() or elements.dtype == torch.bool:
+        raise ValueError(f"elements must hold integers, got {elements.dtype}")
+    lead = batch[len(batch) - elements.dim() :]
+    if elements.dim() > len(batch) or any(k not in (1, n) for k, n in zip(elements.shape, lead, strict=True)):
+        raise ValueError(f"elements must broadcast to the batch {tuple(batch)}, got shape {tuple(elements.shape)}")
+    seen = as_numpy(elements)
+    if seen is not None and seen[0].size:
+        least, most = int(seen[0].min()), int(seen[0].max())
+        if least < 0 or most >= num:
+            raise ValueError(f"elements must lie in [0, {num}), got {least if least < 0 else most}")
+    return elements.long()[(None,) * (len(batch) - elements.dim())]

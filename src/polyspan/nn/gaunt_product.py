@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from functools import lru_cache
 from itertools import product as pairs_of
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from polyspan.errors import require
 
+from ._gaunt_cache import as_tensor, cached_product
 from ._gaunt_paths import (
     LAYOUTS,
     MODES,
@@ -444,33 +444,6 @@ def equivalent_e3nn_product(product: GauntTensorProduct) -> Any:
     return twin.to(product.compute_dtype)
 
 
-def _cached(*key: Any) -> SphereProduct:
-    """Return the product for degrees, kind, method, normalisation, dtype and device, made once."""
-    # Tables that a mode makes, such as that of fake tensors, are of no use outside of it.
-    if type(torch.empty(0, device="cpu")) is not Tensor:
-        return _made(*key)
-    with torch.inference_mode(False):
-        return _kept(*key)
-
-
-@lru_cache(maxsize=32)
-def _kept(*key: Any) -> SphereProduct:
-    return _made(*key)
-
-
-def _made(
-    degrees: tuple[int, int, int], kind: str, method: str, normalization: str, dtype: Any, device: str
-) -> SphereProduct:
-    parts = [tuple(Irrep(1, l, (-1) ** l) for l in range(lmax + 1)) for lmax in degrees]
-    axes = (
-        axis_of(parts[0], normalization),
-        axis_of(parts[1], normalization),
-        axis_of(parts[2], normalization, out=True),
-    )
-    taken = choose_method(method, axes, (kind,), dtype)
-    return SphereProduct(axes, kind, taken, device=torch.device(device), dtype=dtype)
-
-
 def gaunt_tensor_product(
     x: Any,
     y: Any,
@@ -504,7 +477,9 @@ def gaunt_tensor_product(
     Raises
     ------
     ValueError
-        A degree is negative, or a width is not that of its degree.
+        A degree is negative, a width is not that of its degree, or there are no floats.
+    TypeError
+        One is a tensor, and the other is none.
     """
     lmax_out = lmax1 + lmax2 if lmax_out is None else lmax_out
     for name, l in (("lmax1", lmax1), ("lmax2", lmax2), ("lmax_out", lmax_out)):
@@ -513,7 +488,9 @@ def gaunt_tensor_product(
     one_of("normalization", normalization, NORMALIZATIONS)
     one_of("method", method, METHODS)
     arrays = not isinstance(x, Tensor)
-    a, b = (torch.as_tensor(np.asarray(t)) if not isinstance(t, Tensor) else t for t in (x, y))
+    if arrays == isinstance(y, Tensor):
+        raise TypeError(f"x and y must both be tensors, or both arrays, got {type(x).__name__} and {type(y).__name__}")
+    a, b = (as_tensor(x, "x"), as_tensor(y, "y")) if arrays else (x, y)
     for name, t, l in (("x", a, lmax1), ("y", b, lmax2)):
         if t.shape[-1:] != ((l + 1) ** 2,):
             raise ValueError(f"{name} must end in {(l + 1) ** 2} components for degree {l}, got shape {tuple(t.shape)}")
@@ -527,7 +504,7 @@ def gaunt_tensor_product(
         )
     kept = min(lmax_out, lmax1 + lmax2)
     kind = "bracket" if bracket else "gaunt"
-    term = _cached((lmax1, lmax2, kept), kind, method, normalization, wide, str(a.device))
+    term = cached_product((lmax1, lmax2, kept), kind, method, normalization, wide, str(a.device))
     z = term(a.to(wide), b.to(wide)).to(dtype)
     if kept < lmax_out:
         z = nn.functional.pad(z, (0, (lmax_out + 1) ** 2 - (kept + 1) ** 2))

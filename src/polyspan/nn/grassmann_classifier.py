@@ -291,7 +291,10 @@ class GrassmannClassifier(ClassifierMixin, BaseEstimator):
         from polyspan.nn import GrassmannHead
         from polyspan.run import pick_device
 
-        ranks = [int(r) for r in np.atleast_1d(np.asarray(self.n_components))]
+        wanted = np.atleast_1d(np.asarray(self.n_components))
+        if wanted.dtype.kind not in "iu":
+            raise ValueError(f"n_components must be an integer, or one for each class, got {self.n_components!r}")
+        ranks = wanted.tolist()
         rank = ranks[0] if np.ndim(self.n_components) == 0 else ranks
         if not max(ranks) < d:
             raise ValueError(f"n_components must be below n_features = {d}, got n_components={self.n_components}")
@@ -411,8 +414,14 @@ def _generator(rng: Any):
 
 
 def _tensor(rows: Any):
-    """Rows of an array, a memory map or a CSR matrix as a tensor of their own memory."""
+    """Rows of an array, a memory map or a CSR matrix as a tensor of their own memory.
+
+    Directions count alone, so rows whose squares would leave the range of floats are divided by their largest entry.
+    """
     import torch
 
-    rows = rows.toarray() if hasattr(rows, "toarray") else rows
-    return torch.as_tensor(np.array(rows))
+    rows = np.array(rows.toarray() if hasattr(rows, "toarray") else rows)
+    info, size = np.finfo(rows.dtype), np.abs(rows).max(axis=1, initial=0)
+    odd = (size > 0) & ((size < info.tiny**0.25) | (size > info.max**0.25))
+    rows[odd] /= size[odd, None]
+    return torch.from_numpy(rows)

@@ -1,22 +1,24 @@
 """Classification head whose classes are subspaces, not vectors; and how to put it on a model that has a linear one."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from operator import index
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from polyspan.linalg import nearest_isometry, orthonormal_basis, principal_angles
 
-from .grassmann_optim import GrassmannParameter
-
-DRIFT = 1e-3
+from ._class_directions import leading_directions, refuse_unless_finite
+from ._lengths import safe_length, shadow_length
+from .grassmann_optim import DRIFT, GrassmannParameter
 
 
 class GrassmannHead(nn.Module):
@@ -48,7 +50,8 @@ class GrassmannHead(nn.Module):
         Scale features to length 1 first.
     zero_features : {"error", "ignore"}, default="error"
         What to do with feature rows that are all zero or not finite: a ValueError that names them, which waits for an
-        accelerator at each call and is left out of compiled and exported graphs; or let logits of 0, or NaN, pass.
+        accelerator at each call, is left out of compiled and exported graphs, and must be "ignore" inside
+        ``torch.vmap``; or let logits of 0, or NaN, pass.
     generator : torch.Generator, optional
         Source of the random subspaces; torch's global one where not given.
 
@@ -77,8 +80,8 @@ class GrassmannHead(nn.Module):
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         self.ranks = _check_ranks(rank, in_features, num_classes)
-        if not gamma > 0:
-            raise ValueError(f"gamma must be positive, got {gamma}")
+        if not 0 < gamma < math.inf:
+            raise ValueError(f"gamma must be positive and finite, got {gamma}")
         if init not in ("random", "pca"):
             raise ValueError(f"init must be 'random' or 'pca', got {init!r}")
         if zero_features not in ("error", "ignore"):
@@ -117,26 +120,30 @@ class GrassmannHead(nn.Module):
         """Bases (C, d, k) with orthonormal columns, a view of the parameter."""
         return self.weight.mT
 
-    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch C"]:
-        """Return the logits of features ``x``."""
+    def forward(self, x: Real[Tensor, "*batch d"]) -> Float[Tensor, "*batch C"]:
+        """Return the logits of features ``x``; integers count as floats of the width of the bases."""
+        x = self._read(x)
         return self._shadows(x)[0].to(x.dtype)
 
-    def project(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch C k"]:
+    def project(self, x: Real[Tensor, "*batch d"]) -> Float[Tensor, "*batch C k"]:
         """Return the coordinates of (unit) features in every class's basis; coordinates beyond a class's rank are 0."""
+        x = self._read(x)
         _, inner, norm = self._shadows(x)
         if self.normalize:
             inner = inner / torch.where(norm > 0, norm, 1.0).unsqueeze(-1)
         return inner.to(x.dtype)
 
-    def residual(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch C"]:
+    def residual(self, x: Real[Tensor, "*batch d"]) -> Float[Tensor, "*batch C"]:
         """Return the length of the part of (unit) features outside every class's subspace: an out-of-class score.
 
         In [0, 1] with ``normalize``, the sine of the angle to the subspace. Computed in float64, correct to about 1e-7
         for float32 bases.
         """
+        x = self._read(x)
         wide = x.double()
         if self.normalize:
-            wide = F.normalize(wide, dim=-1)
+            norm = safe_length(wide)
+            wide = wide / torch.where(norm > 0, norm, 1.0)
         inside = self.project(wide).square().sum(-1)
         return (wide.square().sum(-1, keepdim=True) - inside).clamp(min=0).sqrt().to(x.dtype)
 
@@ -154,19 +161,24 @@ class GrassmannHead(nn.Module):
                         out[row, cols, : min(a, b)] = principal_angles(self.bases[row, :, :a], right)
         return out
 
+    def _read(self, x: Tensor) -> Tensor:
+        """Check the width of features, and return them as floats."""
+        if x.shape[-1:] != (self.in_features,) or x.is_complex():
+            raise ValueError(f"x must be real (*batch, {self.in_features}), got {x.dtype} of shape {tuple(x.shape)}")
+        return x if x.is_floating_point() else x.to(self.weight.dtype)
+
     def _shadows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, inner products with every basis vector (*batch, C, k), and feature lengths (*batch, 1)."""
         if self._needs_features:
             raise RuntimeError("init='pca' needs reset_from_features(X, y) before the head is used")
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         x, weight = x.to(dtype), self.weight.to(dtype)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        norm = shadow_length(x).unsqueeze(-1)
         if self.zero_features == "error" and not torch.compiler.is_compiling():
-            _check_rows(norm)
+            x, norm = _checked_rows(x, norm)
         inner = F.linear(x, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
-        # vector_norm has gradient 0 at 0, where the root of a sum of squares has none. One product with every basis
-        # vector and a division afterwards cost less than normalising the features.
-        logits = torch.linalg.vector_norm(inner.to(dtype), dim=-1) * self.gamma
+        # One product with every basis vector and a division afterwards cost less than normalising the features.
+        logits = shadow_length(inner.to(dtype)) * self.gamma
         if self.normalize:
             logits = logits / torch.where(norm > 0, norm, 1.0)
         return logits, inner, norm
@@ -193,10 +205,11 @@ class GrassmannHead(nn.Module):
             )
         if labels.dtype.kind not in "iu" or (len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes):
             raise ValueError(f"y must hold integers in [0, {self.num_classes}), got {np.unique(labels)[:10]} ...")
+        refuse_unless_finite(X, block_rows)
         short = []
         rows = torch.zeros(self.weight.shape, dtype=torch.float64)
         for c, k in enumerate(self.ranks):
-            found = _leading_directions(X, np.flatnonzero(labels == c), k, self.normalize, block_rows)
+            found = leading_directions(X, np.flatnonzero(labels == c), k, self.normalize, block_rows)
             if len(found) < k:
                 short.append(c)
                 device = "cpu" if generator is None else generator.device
@@ -287,7 +300,11 @@ class GrassmannHead(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if f"{prefix}weight" in state_dict and "weight" in self._parameters and not self.weight.is_meta:
+        kept = self._parameters.get("weight")
+        if kept is not None and kept.dtype not in (torch.float32, torch.float64):
+            # A state that was assigned; half precision cannot hold an orthonormal basis.
+            self.weight = GrassmannParameter(kept.detach().float(), kept.requires_grad)
+        if f"{prefix}weight" in state_dict and kept is not None and not self.weight.is_meta:
             if not torch.isfinite(self.weight).all():
                 error_msgs.append(f"{prefix}weight must be finite, got NaN or infinity")
                 return
@@ -476,7 +493,7 @@ def _find_linear(model: nn.Module) -> str:
 
 
 def _check_ranks(rank: Any, d: int, n_classes: int) -> tuple[int, ...]:
-    ranks = tuple(int(r) for r in rank) if isinstance(rank, Sequence) else (int(rank),) * n_classes
+    ranks = tuple(map(index, rank)) if isinstance(rank, Sequence) else (index(rank),) * n_classes
     if len(ranks) != n_classes:
         raise ValueError(f"rank must be one int or one for each of num_classes={n_classes}, got {len(ranks)}")
     wrong = [r for r in ranks if not 1 <= r < d]
@@ -491,46 +508,18 @@ def _check_ranks(rank: Any, d: int, n_classes: int) -> tuple[int, ...]:
     return ranks
 
 
-def _check_rows(norm: Tensor) -> None:
-    wrong = ~((norm > 0) & torch.isfinite(norm)).flatten()
+def _checked_rows(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Refuse rows without a direction; scale those whose squares only leave the range of floats."""
+    odd = ~((norm > 0) & torch.isfinite(norm))
+    if not odd.any():
+        return x, norm
+    size = x.detach().abs().amax(dim=-1, keepdim=True)
+    wrong = ~((size > 0) & torch.isfinite(size)).flatten()
     if wrong.any():
         rows = wrong.nonzero().flatten()[:10].tolist()
         raise ValueError(
             f"x must have no all-zero or non-finite feature row, got {int(wrong.sum())}, at rows {rows}; "
             "zero_features='ignore' lets them pass"
         )
-
-
-def _leading_directions(X: Any, members: np.ndarray, k: int, normalize: bool, block_rows: int) -> Tensor:
-    """Up to k orthonormal rows (r, d) that span most of a class's features; fewer where these have lower rank."""
-    d = X.shape[1]
-    narrow = len(members) <= d
-    gram = torch.zeros(d, d, dtype=torch.float64)
-    block = torch.zeros(0, d, dtype=torch.float64)
-    for start in range(0, len(members), max(block_rows, d)):
-        block = _rows(X, members[start : start + max(block_rows, d)])
-        if normalize:
-            block = F.normalize(block, dim=1)
-        if not narrow:
-            gram += block.T @ block
-    if narrow:
-        _, s, Vh = torch.linalg.svd(block, full_matrices=False)
-    else:
-        values, vectors = torch.linalg.eigh(gram)
-        s, Vh = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1).T
-    # Below this share a direction is rounding error of float32 features.
-    found = int((s > 1e-6 * s.max()).sum()) if len(s) and s.max() > 0 else 0
-    rows = Vh[: min(k, found)]
-    if not len(rows):
-        return rows.reshape(0, d)
-    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    return rows * torch.where(largest < 0, -1.0, 1.0)
-
-
-def _rows(X: Any, index: np.ndarray) -> Tensor:
-    """Rows of a tensor, an array, a memory map or a CSR matrix, as float64 on the CPU."""
-    if isinstance(X, Tensor):
-        return X[torch.as_tensor(index, device=X.device)].to("cpu", torch.float64)
-    taken = X[index]
-    taken = taken.toarray() if hasattr(taken, "toarray") else taken
-    return torch.as_tensor(np.asarray(taken, dtype=np.float64))
+    x = x / torch.where(odd, size, 1.0)
+    return x, safe_length(x)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._reflection_frames import check_rank, compose, frame, start_from
+from ._reflection_frames import check_gain, check_rank, compose, frame, start_from
 
 INITS = ("from_weight", "random")
 
@@ -48,7 +48,7 @@ class LowRankOrthogonal(nn.Module):
 
     def __init__(self, rank: int = 10, *, gain: str | float | int = "mean", flatten: bool = False):
         super().__init__()
-        _check_gain(gain)
+        check_gain(gain)
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         self.rank, self.gain, self.flatten = rank, gain, flatten
@@ -146,7 +146,7 @@ class HouseholderProjector(nn.Module):
     ):
         super().__init__()
         check_rank(rank, out_features, in_features)
-        _check_gain(gain)
+        check_gain(gain)
         if init not in INITS:
             raise ValueError(f"init must be one of {INITS}, got {init!r}")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
@@ -263,10 +263,3 @@ class HouseholderProjector(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"gain={self.gain_kind!r}, bias={self.bias is not None}"
         )
-
-
-def _check_gain(gain: str | float | int) -> None:
-    if isinstance(gain, str) and gain in ("mean", "learned"):
-        return
-    if isinstance(gain, str) or not 0 < gain < math.inf:
-        raise ValueError(f"gain must be 'mean', 'learned' or a finite number above 0, got {gain!r}")

@@ -82,6 +82,8 @@ def discover_directions(
     if method in ("ganspace-pca", "jacobian") and (latents is None or latents.ndim != 2 or len(latents) < 2):
         got = None if latents is None else tuple(latents.shape)
         raise ValueError(f"latents must hold a sample (n, d) of at least two for {method!r}, got {got}")
+    if latents is not None and not bool(torch.isfinite(latents).all()):
+        raise ValueError("latents must be finite, got NaN or infinity")
     found = {}
     for name in names:
         if method == "householder":
@@ -128,11 +130,24 @@ def _by_jacobian(model: nn.Module, name: str, start: Tensor, latents: Tensor) ->
         with _shifted(model, name, t @ start.to(t)):
             return model(latents).flatten(1)
 
-    columns = [torch.func.jvp(moved, (zero,), (unit,))[1] for unit in torch.eye(len(start)).to(zero)]
+    with _at_rest(model):
+        columns = [torch.func.jvp(moved, (zero,), (unit,))[1] for unit in torch.eye(len(start)).to(zero)]
     J = torch.stack([column.flatten() for column in columns])
     values, turn = torch.linalg.eigh(J.double() @ J.double().mT / len(latents))
     vectors = turn.flip(-1).mT.to(start) @ start
     return Directions(fix_signs(vectors.mT).mT, values.flip(-1).clamp(min=0).sqrt().to(start))
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Generator[None]:
+    """Put a model in evaluation mode while inside: pictures must neither be random nor change running statistics."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -173,6 +188,8 @@ def traverse(
 ) -> Tensor:
     r"""Return the pictures (t, n, \*shape) of latents moved by t amounts along a direction, at one layer only.
 
+    All functions here run the generator in evaluation mode, and leave the mode as it was.
+
     Parameters
     ----------
     generator : torch.nn.Module
@@ -194,7 +211,7 @@ def traverse(
         raise ValueError(f"direction must have the size {latents.shape[-1]} of the latents, got {len(direction)}")
     made = []
     for t in torch.as_tensor(amounts).to(latents):
-        with _shifted(generator, layer, t * direction.to(latents)):
+        with _at_rest(generator), _shifted(generator, layer, t * direction.to(latents)):
             made.append(generator(latents))
     if not made:
         raise ValueError("amounts must hold at least one number, got none")
@@ -243,7 +260,9 @@ def perceptual_path_length(
     for rows in torch.arange(n).split(batch_size):
         a, b = latents[rows], latents[partners[rows]]
         at = torch.lerp(a, b, t[rows])
-        lengths.append(distance(generator(at), generator(at + eps * (b - a))) / eps**2)
+        with _at_rest(generator):
+            before, after = generator(at), generator(at + eps * (b - a))
+        lengths.append(distance(before, after) / eps**2)
     return _trimmed_mean(torch.cat(lengths))
 
 
@@ -303,7 +322,8 @@ def direction_strengths(
     step : float, default=1.0
         In units of the latent.
     """
-    at = generator(latents)
+    with _at_rest(generator):
+        at = generator(latents)
     moved = [traverse(generator, latents, v, [float(step)], layer)[0] - at for v in directions.vectors]
     return torch.stack([change.square().mean().sqrt() for change in moved])
 
@@ -311,6 +331,8 @@ def direction_strengths(
 def _check_sample(latents: Tensor, eps: float) -> None:
     if len(latents) < 2:
         raise ValueError(f"latents must be a sample of at least two, got {len(latents)}")
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError("latents must be finite, got NaN or infinity")
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be above 0 and finite, got {eps}")
 

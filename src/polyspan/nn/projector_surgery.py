@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from polyspan.linalg import principal_angles
 
 from ._model_surgery import replace_module
-from ._reflection_frames import compose, frame, leading, start_from
+from ._reflection_frames import check_gain, compose, frame, leading, start_from
 from .householder_projector import HouseholderProjector, LowRankOrthogonal
 
 PATTERN = "*.affine|*.modulation"
@@ -157,6 +157,7 @@ def project_weights(
     ValueError
         As for :func:`project_model`.
     """
+    check_gain(gain)
     names = [name for name in state if _fits(name, pattern)]
     if not names:
         raise ValueError(_none(pattern, [n for n, v in state.items() if isinstance(v, Tensor) and v.ndim == 2]))

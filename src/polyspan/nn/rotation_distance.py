@@ -24,7 +24,8 @@ def geodesic_distance(R: Any, S: Any) -> Float[Any, "*b"]:
     in the skew part of R'S; with a gradient :math:`\operatorname{atan2}(|\omega|, \operatorname{tr}R^\top S-1)`. It is
     accurate to rounding from 0 on, where the arc cosine of the trace loses half of the digits; towards half turns what
     R and S are off rotations counts up to 32 times, about 5e-6 in float32. The gradient, of length 1 elsewhere, is 0 at
-    equality and at half turns, where none is defined. Meaningful for rotations only.
+    equality and at half turns, where none is defined. Derivatives of it are true for n up to 3; for n > 3, where every
+    singular value that the distance is made of is a double one, they are NaN. Meaningful for rotations only.
 
     Parameters
     ----------
@@ -154,12 +155,18 @@ def rotation_errors(predicted: Any, target: Any) -> RotationErrors:
     Raises
     ------
     ValueError
-        There are no rotations.
+        There are no rotations, or one is not finite.
     """
     angles = detached(geodesic_distance(predicted, target))
     degrees = np.rad2deg(np.asarray(angles.cpu().double() if is_torch(angles) else angles, dtype=np.float64)).ravel()
     if not len(degrees):
         raise ValueError("predicted and target must hold at least one rotation, got none")
+    wrong = np.flatnonzero(~np.isfinite(degrees))
+    if len(wrong):
+        raise ValueError(
+            f"predicted and target must be finite, got NaN or infinity in {len(wrong)} rows: {wrong[:5].tolist()}"
+            + (" ..." if len(wrong) > 5 else "")
+        )
     return RotationErrors(
         float(degrees.mean()),
         float(np.median(degrees)),
@@ -192,6 +199,7 @@ def continuity_breaks(path: Any, representation: str, *, factor: float = 10.0, *
     """
     if representation not in REPRESENTATIONS:
         raise ValueError(f"representation must be one of {REPRESENTATIONS}, got {representation!r}")
+    namespace(path)
     if path.ndim != 3:
         raise ValueError(f"path must be (n, 3, 3), got shape {tuple(path.shape)}")
     numbers = getattr(rotation, f"matrix_to_{representation}")(path, **options)

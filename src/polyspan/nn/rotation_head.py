@@ -31,8 +31,8 @@ class RotationHead(nn.Module):
     ----------
     in_features : int
     representation : {"6d", "5d", "9d", "quaternion", "axis-angle", "euler"}, default="6d"
-        "9d" is the nearest rotation to a free matrix, by SVD: slower, often a little more accurate. For n other than 3
-        it has one forward derivative, with any number of backward ones around it; for n = 3 all have both at will.
+        "9d" is the nearest rotation to a free matrix: slower, often a little more accurate. All have derivatives of
+        every order, backward, forward and mixed.
     n : int, default=3
         Dimension of the rotations; other than 3, only "6d" (n(n-1) numbers) and "9d" (n² numbers) are possible.
     convention : {"columns", "rows", "interleaved"}, default="columns"

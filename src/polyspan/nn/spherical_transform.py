@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ._lengths import safe_length
 from ._sphere import harmonics_at, sphere_grid
 from ._sphere_product import TableModule, choose_method
 from ._sphere_routes import Axis, build, from_grid, to_grid
@@ -43,7 +44,10 @@ def real_spherical_harmonics(vectors: Float[Tensor, "*batch xyz"], lmax: int) ->
         raise ValueError(f"vectors must end in 3 components, got shape {tuple(vectors.shape)}")
     dtype = vectors.dtype
     v = vectors.to(torch.promote_types(dtype, torch.float32))
-    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    # Divided by the largest entry, a constant that cancels, so that no square leaves the range of floats.
+    size = v.detach().abs().amax(dim=-1, keepdim=True)
+    v = v / torch.where(size < torch.finfo(v.dtype).tiny, 1.0, size)
+    length = safe_length(v)
     x, y, z = (v / torch.where(length > 0, length, 1.0)).unbind(-1)
     # Kept homogeneous in the vector, so that the zero vector gives zeros.
     square = x * x + y * y + z * z
