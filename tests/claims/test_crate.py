@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from polyspan.claims import measure, measure_claim
+from polyspan.claims import measure_claim
 from polyspan.claims.crate import CLAIM, Pictures, crops, on_digits, planted, recipe, transformer, trial, untrained
 from polyspan.io import write_members
 from polyspan.nn import CRATE
@@ -15,10 +15,11 @@ def few(seed, steps=6, vit=False):
 
 
 def test_without_training_the_learnt_subspaces_are_like_turned_ones():
-    control = measure(CLAIM, CLAIM.control)
-    assert control.verdict == "fails"
-    assert abs(control.means["method"]) < 0.03
-    assert abs(control.means["baseline"]) < 0.03
+    """One seed; that the verdict is "fails" over several is asked of every claim's control elsewhere."""
+    arms = trial(CLAIM.worlds[CLAIM.control](0), 0)
+    assert abs(arms["method"]) < 0.03
+    assert abs(arms["baseline"]) < 0.03
+    assert arms["method"] - arms["baseline"] < CLAIM.margin
 
 
 def test_training_makes_rates_fall_but_most_of_it_within_turned_subspaces_too():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from polyspan.claims import measure, measure_claim
+from polyspan.claims import measure_claim
 from polyspan.claims.mhs_vm import (
     CLAIM,
     Pictures,
@@ -25,10 +25,11 @@ def few(seed, *, dear=False, dense=False):
     return data._replace(recipe=recipe(3, 8, 8, 1, 2, 2, 1, dear))
 
 
-def test_where_any_pixel_tells_the_class_nothing_is_gained():
-    control = measure(CLAIM, CLAIM.control, seeds=3)
-    assert control.verdict == "fails"
-    assert min(control.means["method"], control.means["baseline"]) > 0.98
+def test_where_any_pixel_tells_the_class_both_arms_are_right_and_nothing_is_gained():
+    """One seed; that the verdict is "fails" over several is asked of every claim's control elsewhere."""
+    arms = trial(shades(0), 0)
+    assert min(arms["method"], arms["baseline"]) > 0.98
+    assert arms["method"] - arms["baseline"] < CLAIM.margin
 
 
 def test_on_digits_both_arms_learn_and_the_method_is_smaller_and_no_better():

@@ -35,8 +35,9 @@ def test_train_writes_measures_and_draws_and_report_says_the_same(files, capsys)
     assert (files / "maps.png").stat().st_size > 2000
     report(out, data=files / "x.npy", where="input")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("1\t")
-    assert lines[2] == "pictures\t60"
+    assert lines[0].startswith("layer\t")
+    assert lines[1].startswith("1\t")
+    assert lines[3] == "pictures\t60"
 
 
 def test_what_does_not_fit_is_said(files):
@@ -54,7 +55,7 @@ def test_what_does_not_fit_is_said(files):
     with pytest.raises(ValueError, match=r"pictures must be .* at least one .*, got shape \(0, 8, 8\)"):
         train(files / "none.npy", labels=files / "y.npy", out=files / "m.safetensors", **FEW)
     np.save(files / "wide.npy", np.zeros((60, 2), dtype=int))
-    with pytest.raises(WrongContent, match=r"shape \(60, 2\); expected one label a picture: \(n,\) or \(n, 1\)"):
+    with pytest.raises(WrongContent, match=r"shape \(60, 2\); expected one label a row, \(n,\) or \(n, 1\)"):
         train(files / "x.npy", labels=files / "wide.npy", out=files / "m.safetensors", **FEW)
     for target in ({"out": files / "m.txt"}, {"checkpoint": files / "c.txt"}, {"plot": files / "p.txt"}):
         with pytest.raises(ValueError, match=f"--{next(iter(target))} must end in"):
@@ -109,3 +110,18 @@ def test_a_report_refuses_pictures_of_another_shape_with_as_many_pixels(files):
     assert not (files / "maps.png").exists()
     with pytest.raises(ValueError, match="--maps must end in"):
         report(out, data=files / "x.npy", maps=files / "maps.txt")
+
+
+def test_a_table_of_named_classes_teaches_the_same_as_numbers_and_the_names_are_kept(files, capsys):
+    y = np.load(files / "y.npy")
+    (files / "names.csv").write_text("label\n" + "".join(f"{('dark', 'lit')[k]}\n" for k in y))
+    found = {}
+    for labels in ("y.npy", "names.csv"):
+        train(files / "x.npy", labels=files / labels, out=files / f"{labels}.safetensors", json=True, **FEW)
+        found[labels] = json.loads(capsys.readouterr().out)
+    assert found["names.csv"]["layers"] == found["y.npy"]["layers"]
+    assert found["names.csv"]["accuracy"] == found["y.npy"]["accuracy"]
+    assert CrateClassifier.load(files / "names.csv.safetensors").classes_.tolist() == ["dark", "lit"]
+    (files / "one.csv").write_text("label\n" + "lit\n" * 60)
+    with pytest.raises(ValueError, match="must be of at least 2 classes, got only lit; no other is among the labels"):
+        train(files / "x.npy", labels=files / "one.csv", out=files / "m.safetensors", **FEW)

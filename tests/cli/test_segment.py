@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from polyspan.cli.segment import predict, train
+from polyspan.errors import CorruptFile, WrongContent
 from polyspan.nn import Segmenter
 
 FEW = {"widths": "16,16", "states": 2, "patch": 2, "steps": 40, "batch_size": 8, "rate": 2e-2, "device": "cpu"}
@@ -105,3 +106,73 @@ def test_boolean_masks_and_masks_with_one_channel_teach_the_same(files, capsys):
     assert written == (files / "bool.safetensors").read_bytes() == (files / "channel.safetensors").read_bytes()
     predict(files / "y.safetensors", data=files / "x.npy", out=files / "p.npy", masks=files / "bool.npy", json=True)
     assert "Dice, all pixels" in capsys.readouterr().out
+
+
+@pytest.fixture
+def folders(files):
+    """The pictures and masks of the arrays as files in two folders, masks with the ending of the ISIC set."""
+    image = pytest.importorskip("PIL.Image")
+    X, y = np.load(files / "x.npy"), np.load(files / "y.npy")
+    for name in ("pictures", "masks"):
+        (files / name).mkdir()
+    low, high = X.min(), X.max()
+    for i, (picture, mask) in enumerate(zip(X, y, strict=True)):
+        grey = ((picture - low) / (high - low) * 255).astype(np.uint8)
+        image.fromarray(grey).save(files / "pictures" / f"a{i:02}.png")
+        image.fromarray((255 * (mask > 0)).astype(np.uint8)).save(files / "masks" / f"a{i:02}_segmentation.png")
+    return files
+
+
+def test_folders_of_pictures_teach_the_same_as_arrays_of_them(folders, capsys):
+    image = pytest.importorskip("PIL.Image")
+    X = np.stack([np.asarray(image.open(path)) for path in sorted((folders / "pictures").iterdir())])
+    np.save(folders / "read.npy", X.astype(np.float32) / np.float32(255))
+    for source, masks, out in (("read.npy", "y.npy", "array"), ("pictures", "masks", "folder")):
+        train(folders / source, masks=folders / masks, out=folders / f"{out}.safetensors", **FEW)
+    assert (folders / "array.safetensors").read_bytes() == (folders / "folder.safetensors").read_bytes()
+    capsys.readouterr()
+    predict(folders / "folder.safetensors", data=folders / "pictures", masks=folders / "masks", out=folders / "p.npy")
+    predict(folders / "array.safetensors", data=folders / "read.npy", masks=folders / "y.npy", out=folders / "q.npy")
+    np.testing.assert_array_equal(np.load(folders / "p.npy"), np.load(folders / "q.npy"))
+    told = capsys.readouterr().out.splitlines()
+    assert told[1 : len(told) // 2] == told[len(told) // 2 + 1 :]
+
+
+def test_pictures_are_brought_to_a_size_and_read_in_colour_where_asked(folders, capsys):
+    out = folders / "m.safetensors"
+    train(folders / "pictures", masks=folders / "masks", out=out, size="6,10", colour=True, **FEW)
+    assert Segmenter.load(out).model.in_channels == 3
+    predict(out, data=folders / "pictures", out=folders / "p.npy", size="6,10")
+    assert np.load(folders / "p.npy").shape[1:] == (6, 10)
+    for size in ("6", "0,3", "6,x", "6,6,6"):
+        with pytest.raises(ValueError, match=f"--size must be two whole numbers, height and width, .*, got '{size}'"):
+            train(folders / "pictures", masks=folders / "masks", out=out, size=size, **FEW)
+    with pytest.raises(ValueError, match=r"--size and --colour are for a folder of pictures, got x\.npy"):
+        train(folders / "x.npy", masks=folders / "y.npy", out=out, size="6,10", **FEW)
+
+
+def test_masks_in_a_folder_that_do_not_fit_are_told_with_their_file(folders):
+    image = pytest.importorskip("PIL.Image")
+
+    def refused(message, kind=ValueError):
+        with pytest.raises(kind, match=message):
+            train(folders / "pictures", masks=folders / "masks", out=folders / "m.safetensors", **FEW)
+
+    first = folders / "masks" / "a00_segmentation.png"
+    kept = first.read_bytes()
+    image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(first)
+    refused(r"masks must be binary, .* got values \[0, 1, 2, 3\] in .*a00_segmentation.png")
+    image.fromarray(np.zeros((8, 9), dtype=np.uint8)).save(first)
+    refused(r"a00_segmentation.png: found 8 by 9 pixels; expected 8 by 8, as a00.png", WrongContent)
+    first.write_bytes(b"no picture")
+    refused("a00_segmentation.png: found .*; expected a picture", CorruptFile)
+    first.unlink()
+    refused(r"masks must hold one mask a picture, .*, got none for a00.png in .*masks")
+    first.write_bytes(kept)
+    (folders / "masks" / "a00_other.png").write_bytes(kept)
+    refused(r"masks must hold one mask a picture, .*, got a00_other.png and a00_segmentation.png for a00.png")
+    for path in (folders / "masks").iterdir():
+        path.unlink()
+    refused(r".*masks must hold pictures .*, got none")
+    image.fromarray(np.zeros((9, 8), dtype=np.uint8)).save(folders / "pictures" / "a00.png")
+    refused(r"pictures must be of one size, or --size be given, got 9 by 8 in a00.png and 8 by 8 in a01.png")

@@ -113,3 +113,47 @@ def test_a_fresh_model_starts_as_ours_does_and_registering_twice_is_harmless():
     assert abs(float(made.model.embedding.weight.detach().std()) - 0.02) < 0.002
     assert made.model.blocks[0].mixing.offset_weight.tolist() == [1] * 6
     assert not made.model.blocks[0].ffn[0].bias.any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_words_that_are_added_can_be_read_and_said(tmp_path, tied):
+    made, ids = grassmann_to_hugging_face(lm(tied=tied)), tokens(2, 5)
+    before = made(ids).logits
+    made.resize_token_embeddings(15, mean_resizing=False)
+    assert made.config.vocab_size == 15
+    torch.testing.assert_close(made(ids).logits[..., :11], before)
+    assert made(torch.full((1, 3), 14)).logits.shape == (1, 3, 15)
+    with pytest.raises(ValueError, match=r"ids must lie in 0..14, got 15"):
+        made(torch.full((1, 3), 15))
+    made.save_pretrained(tmp_path)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(read(ids).logits, made(ids).logits)
+
+
+def test_the_weights_of_a_transformer_are_refused_and_the_names_told(tmp_path):
+    config = transformers.GPT2Config(
+        vocab_size=11, n_positions=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    own = GrassmannLMConfig(11, 8, 1, 4, [1, 2], max_position_embeddings=20)
+    with pytest.raises(ValueError, match=r"language model of planes, missing .*model\.blocks.*transformer\.h"):
+        GrassmannForCausalLM.from_pretrained(tmp_path, config=own)
+    with pytest.raises(ValueError, match="must hold a language model of planes"):
+        GrassmannForSequenceClassification.from_pretrained(tmp_path, config=own)
+
+
+def test_loading_says_what_was_missing_where_asked(tmp_path):
+    grassmann_to_hugging_face(lm()).save_pretrained(tmp_path)
+    read, told = GrassmannForSequenceClassification.from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
+    assert set(told["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    assert read(tokens(2, 5)).logits.shape == (2, 3)
+
+
+def test_labels_of_another_shape_are_refused():
+    made, ids = grassmann_to_hugging_face(lm()), tokens(2, 5)
+    with pytest.raises(ValueError, match=r"labels must have shape \(2, 5\), as input_ids, got \(2, 3\)"):
+        made(ids, labels=ids[:, :3])
+    config = GrassmannLMConfig(11, 8, 1, 4, [1, 2], max_position_embeddings=20, num_labels=3)
+    head = GrassmannForSequenceClassification(config)
+    with pytest.raises(ValueError, match=r"labels must have shape \(2,\), one a text, got \(3,\)"):
+        head(ids, labels=torch.tensor([0, 1, 2]))

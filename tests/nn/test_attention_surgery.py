@@ -1,4 +1,5 @@
 import copy
+import inspect
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from polyspan.nn import (
     replace_with_ulsam,
     replaceable_blocks,
 )
+from polyspan.nn._model_surgery import find_modules
 
 IMAGE = torch.empty(1, 3, 224, 224, device="meta")
 SMALL = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -283,3 +285,9 @@ def test_a_block_that_sees_maps_of_two_widths_is_refused():
 
     with pytest.raises(ValueError, match=r"got 'act' with \[\(1, 4, 3, 3\), \(1, 8, 3, 3\)\]"):
         insert_ulsam(Twice(), "act", torch.ones(1, 4, 3, 3))
+
+
+@pytest.mark.parametrize("targets", [3, [nn.ReLU()]], ids=["number", "module"])
+def test_targets_that_are_no_names_are_refused(targets):
+    with pytest.raises(ValueError, match="targets must be names of modules or a predicate, got"):
+        inspect.unwrap(find_modules)(nn.Sequential(nn.ReLU()), targets, "targets")

@@ -144,7 +144,7 @@ def test_asking_for_low_rates_lowers_them():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"depth": 0}, "depth must be a whole number of at least 1, got 0"),
         ({"learning_rate": -1.0}, "learning_rate must be finite and at least 0, got -1.0"),
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0"),
         ({"optimizer": "sgd"}, "optimizer must be 'adamw' or 'lion', got 'sgd'"),

@@ -303,7 +303,7 @@ def test_lion_follows_its_formula():
         m = 0.99 * m + 0.01 * gradient
         assert loss == 7
     torch.testing.assert_close(theta.detach(), x)
-    with pytest.raises(ValueError, match="betas must each be at least 0 and below 1"):
+    with pytest.raises(ValueError, match="betas must be two numbers, each at least 0 and below 1"):
         Lion([theta], betas=(1.0, 0.5))
     with pytest.raises(ValueError, match="lr and weight_decay must be finite and at least 0, got -1 and 0"):
         Lion([theta], lr=-1, weight_decay=0)
@@ -468,7 +468,7 @@ def test_a_network_is_kept_in_a_file(tmp_path):
         (lambda: CRATEMAE(8, 4, 8, 0, 2), "depth, decoder_depth and channels must be at least 1, got 0, 0 and 3"),
         (
             lambda: CRATEMAE(8, 4, 8, 1, 2)(draw(1, 3, 8, 8), torch.ones(1, 3, dtype=torch.bool)),
-            r"mask must be \(1, 4\), a value a patch, got \(1, 3\)",
+            r"mask must be \(1, 4\), true or false for each patch, got \(1, 3\) of torch.bool",
         ),
         (lambda: layer_report(small(), [], eps2=0.0), "eps2 must be positive and finite, got 0.0"),
         (lambda: layer_report(small(), [], where="end"), "where must be 'half' or 'input', got 'end'"),

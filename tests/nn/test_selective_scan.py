@@ -216,21 +216,27 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("tests_scan", sys.argv[1])
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
-for shape in ({"L": 70}, {"L": 64, "N": 4}, {"L": 129, "G": 3, "b": 1}):
+for shape in ({"L": 70, "D": 4}, {"L": 64, "N": 4, "b": 1}, {"L": 129, "G": 3, "b": 1}):
     parts = tests.problem(**shape)
     for mine, theirs in zip(tests.run("triton", parts), tests.run("loop", parts), strict=True):
         tests.torch.testing.assert_close(mine, theirs)
 print("equal")
+for mine, theirs in zip(*(tests.twice(how, b=1, D=2, L=66) for how in ("triton", "loop")), strict=True):
+    tests.torch.testing.assert_close(mine, theirs)
+given = tuple(x.requires_grad_() for x in tests.problem(b=1, D=2, N=2, L=5).values())
+for check in (tests.torch.autograd.gradcheck, tests.torch.autograd.gradgradcheck):
+    assert check(lambda *x: tests.selective_scan(*x, True, True, backend="triton"), given, fast_mode=True)
+print("twice")
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_text_of_the_gpu_kernels_is_right_in_tritons_interpreter():
+def test_the_text_of_the_gpu_kernels_and_their_double_backward_is_right_in_tritons_interpreter():
     done = subprocess.run(
         [sys.executable, "-c", PROBE, __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+    assert done.stdout.split() == ["equal", "twice"], done.stderr[-2000:]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can prove the GPU kernels")
@@ -247,7 +253,7 @@ def test_on_a_gpu_results_and_gradients_equal_the_cpus(backend):
     [
         ({"u": torch.zeros(2, 6, 0)}, "u must hold at least one step"),
         ({"delta": torch.zeros(2, 6, 149)}, "delta must have the shape of u"),
-        ({"A": torch.zeros(6, 3, dtype=torch.complex64)}, "A must be real"),
+        ({"A": torch.zeros(6, 3, dtype=torch.complex64)}, "A must hold real floats, got torch.complex64"),
         ({"A": torch.zeros(5, 3)}, r"A must have shape \(D, N\)"),
         ({"B": torch.zeros(2, 4, 3, 150)}, "B must have shape .*G a divisor"),
         ({"B": torch.zeros(1, 2, 3, 150)}, "B must have shape"),
@@ -297,15 +303,18 @@ def test_an_empty_batch_has_an_empty_result():
     assert u.grad.shape == u.shape
 
 
+def twice(backend, **shape):
+    """First and second derivatives of every argument."""
+    parts = [x.clone().requires_grad_() for x in problem(**shape).values()]
+    y, last = selective_scan(*parts, True, True, backend=backend)
+    grads = torch.autograd.grad(y.square().sum() + last.pow(3).sum(), parts, create_graph=True)
+    return [*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), parts)]
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_second_derivatives_are_those_of_the_loop(backend):
-    def twice(how):
-        parts = [x.clone().requires_grad_() for x in problem(b=2, D=4, L=70).values()]
-        y, last = selective_scan(*parts, True, True, backend=how)
-        grads = torch.autograd.grad(y.square().sum() + last.pow(3).sum(), parts, create_graph=True)
-        return [*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), parts)]
-
-    for mine, theirs in zip(twice(backend), twice("loop"), strict=True):
+    shape = {"b": 2, "D": 4, "L": 70}
+    for mine, theirs in zip(twice(backend, **shape), twice("loop", **shape), strict=True):
         torch.testing.assert_close(mine, theirs)
     given = tuple(x.requires_grad_() for x in problem(b=1, D=2, N=2, L=5).values())
     assert torch.autograd.gradgradcheck(

@@ -1,5 +1,4 @@
-import subprocess
-import sys
+import inspect
 import warnings
 
 import numpy as np
@@ -254,22 +253,6 @@ def test_it_exports_for_any_batch():
     torch.testing.assert_close(exported(more), module(more))
 
 
-@pytest.mark.slow
-def test_it_compiles_into_one_graph():
-    """In a process of its own, as shapes are not checked there: the checks are no part of a graph."""
-    code = """
-import torch
-from polyspan.nn import ULSAM
-x = torch.randn(3, 12, 7, 6)
-for module in (ULSAM(12, 3), ULSAM(12, 3).eval(), ULSAM(12, 3).eval().fuse()):
-    made = torch.compile(module, backend="aot_eager", fullgraph=True)(x)
-    torch.testing.assert_close(made, module(x))
-print("one graph")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "one graph\n", done.stderr
-
-
 def test_synchronised_batch_norms_take_the_place_of_its_own():
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(trained())
     assert isinstance(converted.scale_norm, nn.SyncBatchNorm)
@@ -421,3 +404,22 @@ def test_a_single_image_of_one_place_trains_too_and_leaves_the_statistics_alone(
     assert (x.grad == 2).all()
     assert all(p.grad is None or (p.grad == 0).all() for p in module.parameters())
     torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)
+
+
+def test_a_state_of_another_shape_is_told_and_changes_nothing():
+    module = ULSAM(12, 3, generator=torch.Generator().manual_seed(0))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    other = {name: value + 1 for name, value in ULSAM(8, 2).state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"shapes of this ULSAM; \(found, expected\): .*'scale': .*; nothing was"):
+        module.load_state_dict({**other, "scale_norm.weight": before["scale_norm.weight"] + 1})
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_facts_of_what_are_no_maps_are_refused():
+    with pytest.raises(ValueError, match=r"maps must be \(batch, groups, \*map\), got shape \(4,\)"):
+        inspect.unwrap(attention_facts)(torch.full((4,), 0.25))
+
+
+def test_images_without_pixels_are_not_drawn(tmp_path):
+    with pytest.raises(ValueError, match=r"images must have at least one pixel, got shape \(2, 0, 8\)"):
+        plot_attention_maps(np.zeros((2, 0, 8)), np.full((2, 1, 2, 2), 0.25), tmp_path / "a.svg")

@@ -33,6 +33,7 @@ adapt = App(name="adapt", help="Small adapters of fine-tuned networks, from chec
 embed_table = App(name="embed-table", help="Learn from tables with categorical columns of many values.")
 sae = App(name="sae", help="Learn sparse features of activations, and how they multiply.")
 segment = App(name="segment", help="Find regions in pictures by multi-head scans.")
+text = App(name="text", help="Small language models that mix tokens by planes.")
 images = App(name="images", help="Mend and search features of images.")
 position = App(name="position", help="Take the position of patches out of dense features.")
 gallery = App(name="gallery", help="The web page of all systems and verdicts.")
@@ -75,6 +76,8 @@ sae.command("polyspan.cli.sae:interactions", name="interactions", help="Rank fea
 sae.command("polyspan.cli.sae:steer", name="steer", help="Write text while features are pushed.")
 segment.command("polyspan.cli.segment:train", name="train", help="Train a network that marks regions in pictures.")
 segment.command("polyspan.cli.segment:predict", name="predict", help="Mark regions in pictures.")
+text.command("polyspan.cli.text:train", name="train", help="Train on a text of your own, and measure rivals beside it.")
+text.command("polyspan.cli.text:score", name="score", help="Measure a trained model on another text.")
 position.command("polyspan.cli.position:fit", name="fit", help="Find what tells position in dense features.")
 position.command("polyspan.cli.position:apply", name="apply", help="Take position out of features.")
 position.command("polyspan.cli.position:score", name="score", help="Measure how well position can be told.")
@@ -97,6 +100,7 @@ for group in (
     cluster,
     images,
     segment,
+    text,
     sae,
     embed_table,
     adapt,

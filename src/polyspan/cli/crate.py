@@ -37,7 +37,8 @@ def train(
     source : Path
         Pictures: an array (.npy) of shape (n, h, w) or (n, channels, h, w).
     labels : Path
-        A whole number for each (.npy), of shape (n,) or (n, 1); at least two classes.
+        A whole number for each (.npy), of shape (n,) or (n, 1), or a table (.csv, .tsv) with a column label; at least
+        two classes.
     out : Path
         The trained network, one .safetensors file.
     dim : int
@@ -73,17 +74,18 @@ def train(
     """
     from sklearn.model_selection import train_test_split
 
+    from polyspan.io import read_labels
     from polyspan.nn import CrateClassifier
 
     check_target(out, "--out", ".safetensors")
     check_target(checkpoint, "--checkpoint", ".safetensors")
     check_drawing(plot, "--plot")
-    X, y = read_pictures(source), _labels(labels)
+    X, y = read_pictures(source), read_labels(labels)
     if len(X) != len(y):
         raise ValueError(f"there must be one label a picture, got {len(X)} pictures and {len(y)} labels")
     n = count_to_measure(len(X), held_out, least=2, why="one of each of two classes to train on")
     kept, test, kept_y, test_y = train_test_split(X, y, test_size=n, random_state=seed)
-    if len(found := {int(label) for label in kept_y}) < 2:
+    if len(found := set(kept_y.tolist())) < 2:
         whole = "no other is among the labels" if len({*found, *y.tolist()}) < 2 else "try another --seed"
         raise ValueError(
             f"the {len(kept)} pictures trained on must be of at least 2 classes, got only {found.pop()}; {whole}"
@@ -145,19 +147,6 @@ def report(
         first = X[:8].reshape(-1, *fitted.image_shape_)
         facts["maps"] = str(plot_masks(first, fitted.attention_maps(X[:8]), maps))
     _show(told, facts, plot, json)
-
-
-def _labels(source: Path) -> Any:
-    """Return labels (n,), whole numbers; a column of them is taken, too."""
-    from polyspan.errors import WrongContent
-    from polyspan.io import read_array
-
-    y = read_array(source, ndim=None, dtype="int64")
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim != 1:
-        raise WrongContent(source, found=f"shape {y.shape}", expected="one label a picture: (n,) or (n, 1)")
-    return y
 
 
 def _show(told: Any, facts: dict[str, Any], plot: Path | None, json: bool) -> None:

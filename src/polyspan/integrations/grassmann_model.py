@@ -98,11 +98,31 @@ class GrassmannPreTrainedModel(transformers.PreTrainedModel):
         elif isinstance(module, CausalGrassmannMixing) and module.offset_weight is not None:
             init.ones_(module.offset_weight)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """Read a model as every Hugging Face model is read, but refuse weights that are all another network's.
+
+        Raises
+        ------
+        ValueError
+            The folder holds weights, and none of them is the network's; missing and unexpected names are listed.
+        """
+        model, told = super().from_pretrained(*args, output_loading_info=True, **options)
+        missing, unexpected = (sorted(told[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+        own = {name for name in model.state_dict() if name.startswith("model.")}
+        if unexpected and own <= {*missing, *(getattr(model, "all_tied_weights_keys", None) or {})}:
+            raise ValueError(
+                f"{args[0] if args else options} must hold a language model of planes, missing {missing}, "
+                f"unexpected {unexpected}"
+            )
+        return (model, told) if output_loading_info else model
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.embedding = value
+        self.model.config["vocab_size"] = self.model.vocab_size
 
 
 class GrassmannForCausalLM(GrassmannPreTrainedModel, transformers.GenerationMixin):
@@ -117,6 +137,13 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, transformers.GenerationMixi
         super().__init__(config)
         self.model = config.network()
         self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the matrix of the logits, None where it is that of the embeddings."""
+        return self.model.head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.head = value
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -139,6 +166,10 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, transformers.GenerationMixi
         logits, after = (found, None) if state is None else found
         loss = None
         if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise ValueError(
+                    f"labels must have shape {tuple(input_ids.shape)}, as input_ids, got {tuple(labels.shape)}"
+                )
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         made = GrassmannLMOutput(loss=loss, logits=logits, state=after)
         return made.to_tuple() if return_dict is False else made
@@ -200,7 +231,13 @@ class GrassmannForSequenceClassification(GrassmannPreTrainedModel):
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         weight = real.unsqueeze(-1).to(h.dtype)
         logits = self.classifier((h * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape[:1]:
+                raise ValueError(
+                    f"labels must have shape {tuple(logits.shape[:1])}, one a text, got {tuple(labels.shape)}"
+                )
+            loss = nn.functional.cross_entropy(logits, labels)
         made = outputs.SequenceClassifierOutput(loss=loss, logits=logits)
         return made.to_tuple() if return_dict is False else made
 

@@ -27,10 +27,13 @@ from .grassmann_lm import LMState as LMState
 from .grassmann_mixing import CausalGrassmannMixing as CausalGrassmannMixing
 from .grassmann_mixing import GrassmannBlock as GrassmannBlock
 from .grassmann_mixing import MixingState as MixingState
+from .grassmann_mixing_plots import plot_losses as plot_losses
+from .grassmann_mixing_plots import plot_reach as plot_reach
 from .grassmann_optim import GrassmannParameter as GrassmannParameter
 from .grassmann_optim import RiemannianAdam as RiemannianAdam
 from .grassmann_optim import RiemannianSGD as RiemannianSGD
 from .grassmann_optim import grassmann_groups as grassmann_groups
+from .grassmann_plots import plot_class_angles as plot_class_angles
 from .grassmann_report import LayerAngles as LayerAngles
 from .grassmann_report import layer_plane_angles as layer_plane_angles
 from .grassmann_report import token_influence as token_influence
@@ -73,6 +76,8 @@ from .rate_reduction_transformer import crate_base as crate_base
 from .rate_reduction_transformer import crate_large as crate_large
 from .rate_reduction_transformer import crate_small as crate_small
 from .rate_reduction_transformer import crate_tiny as crate_tiny
+from .rate_report_plots import plot_layer_rates as plot_layer_rates
+from .rate_report_plots import plot_masks as plot_masks
 from .rotation import axis_angle_to_matrix as axis_angle_to_matrix
 from .rotation import axis_angle_to_quaternion as axis_angle_to_quaternion
 from .rotation import euler_to_matrix as euler_to_matrix
@@ -126,6 +131,8 @@ from .rotation_grid import rotation9d_to_quaternion as rotation9d_to_quaternion
 from .rotation_grid import rotation9d_to_rotation5d as rotation9d_to_rotation5d
 from .rotation_grid import rotation9d_to_rotation6d as rotation9d_to_rotation6d
 from .rotation_head import RotationHead as RotationHead
+from .rotation_kinematics import forward_kinematics as forward_kinematics
+from .rotation_plots import plot_error_along_path as plot_error_along_path
 from .scan_plots import plot_scan_routes as plot_scan_routes
 from .scan_plots import plot_segmentation as plot_segmentation
 from .scan_routes import ScanRoute as ScanRoute
@@ -145,5 +152,7 @@ from .style_autoencoder import StyleAutoencoder as StyleAutoencoder
 from .style_autoencoder import StyleGenerator as StyleGenerator
 from .style_autoencoder import train_autoencoder as train_autoencoder
 from .subspace_attention import ULSAM as ULSAM
+from .subspace_attention_plots import plot_attention_maps as plot_attention_maps
 from .text_training import score_next_token as score_next_token
 from .text_training import train_next_token as train_next_token
+from .traversal_plots import plot_traversals as plot_traversals

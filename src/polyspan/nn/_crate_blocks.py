@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ._rate_attention import SubspaceSelfAttention, empty_linear, fill_linear
+from ._rate_attention import SubspaceSelfAttention, check_tokens, empty_linear, fill_linear
 from ._sparsifying import SparsifyingISTA
 
 
@@ -72,6 +72,7 @@ class CRATEBlock(nn.Module):
         self, x: Float[Tensor, "*batch t d"], mask: Bool[Tensor, "*batch t"] | None = None
     ) -> Float[Tensor, "*batch t d"]:
         """Return the tokens after the first half."""
+        check_tokens(x, self.attention.dim, mask)
         z = self.attention_norm(x)
         return (x if self.attention.step == "published" else z) + self.attention(z, mask)
 
@@ -131,5 +132,6 @@ class CRATEDecoderBlock(nn.Module):
         self, x: Float[Tensor, "*batch t d"], mask: Bool[Tensor, "*batch t"] | None = None
     ) -> Float[Tensor, "*batch t d"]:
         """Return the tokens after both halves."""
+        check_tokens(x, self.attention.dim, mask)
         y = self.synthesis(self.synthesis_norm(x))
         return y - self.attention(self.attention_norm(y), mask)

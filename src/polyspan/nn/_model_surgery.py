@@ -1,6 +1,6 @@
 """Find modules of a network by name or by a predicate, and put others in their place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
 from torch import nn
@@ -27,7 +27,9 @@ def find_modules(model: nn.Module, where: Where, argument: str) -> dict[str, nn.
         if not found:
             raise ValueError(f"{argument} must choose a module of the model, got a predicate that chooses none")
         return found
-    names = [where] if isinstance(where, str) else list(where)
+    names = [where] if isinstance(where, str) else list(where) if isinstance(where, Iterable) else [where]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{argument} must be names of modules or a predicate, got {where!r}")
     if not names:
         raise ValueError(f"{argument} must name a module of the model, got no name")
     # A shared module stands in named_modules under its first name only.

@@ -1,13 +1,19 @@
 """Images as rows of patches and back, and positions for them."""
 
+from numbers import Integral
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+def pair(size: Any) -> tuple[int, int]:
     """Return a height and a width from one number or two."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    sides = (size, size) if isinstance(size, Integral) else size
+    if not isinstance(sides, tuple | list) or len(sides) != 2 or not all(isinstance(n, Integral) for n in sides):
+        raise ValueError(f"a size must be a whole number or two, height and width, got {size!r}")
+    return int(sides[0]), int(sides[1])
 
 
 def grid_of(image: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:

@@ -158,8 +158,7 @@ class SubspaceSelfAttention(nn.Module):
         self, x: Float[Tensor, "*batch t d"], mask: Bool[Tensor, "*batch t"] | None = None
     ) -> Float[Tensor, "*batch t d"]:
         """Return what is to be added to the tokens; 0 for those where ``mask``, true for real tokens, is false."""
-        if x.shape[-2] == 0:
-            raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
+        check_tokens(x, self.dim, mask)
         w = self.project(x)
         moved = self._rate_step(w, mask) if self.step == "exact" else self._attend(w, mask)
         moved = self._back(moved.transpose(-2, -3).flatten(-2))
@@ -174,6 +173,7 @@ class SubspaceSelfAttention(nn.Module):
         self, x: Float[Tensor, "*batch t d"], mask: Bool[Tensor, "*batch t"] | None = None
     ) -> Float[Tensor, "*batch K t t"]:
         """Return the attention weights, rows summing to 1; with "exact", those that "published" would have."""
+        check_tokens(x, self.dim, mask)
         w = self.project(x)
         logits = self.scale * (w @ w.mT)
         allowed = self._allowed(x.shape[-2], mask, x.device)
@@ -217,6 +217,26 @@ class SubspaceSelfAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, step={self.step!r}"
+
+
+def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None) -> None:
+    """Refuse what are no tokens (*batch, t, dim), one or more, or a mask that is not theirs."""
+    if x.ndim < 2:
+        raise ValueError(f"x must be (*batch, t, {dim}), got shape {tuple(x.shape)}")
+    if x.shape[-1] != dim:
+        raise ValueError(f"x must have width {dim}, got shape {tuple(x.shape)}")
+    if x.shape[-2] == 0:
+        raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
+    if mask is None:
+        return
+    own = x.shape[:-1]
+    # One mask may serve several items of a batch.
+    fits = 1 <= mask.ndim <= len(own) and mask.shape[-1] == own[-1]
+    fits = fits and all(m in (1, n) for m, n in zip(mask.shape[::-1], own[::-1], strict=False))
+    if not fits or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be {tuple(own)}, true for real tokens, of bool, got {tuple(mask.shape)} of {mask.dtype}"
+        )
 
 
 def head_width(dim: int, num_heads: int, head_dim: int | None) -> int:

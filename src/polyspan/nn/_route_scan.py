@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .scan_routes import ScanRoute, scan_routes
+from .scan_routes import PATTERNS, ScanRoute, scan_routes
 from .selective_scan import BACKENDS, scan_time_major
 
 MERGES = ("cv", "sum", "attention")
@@ -49,6 +51,29 @@ def route_indices(routes: Sequence[ScanRoute], device: Any) -> tuple[Tensor, Ten
     return there.to(device), back.to(device)
 
 
+@lru_cache(maxsize=64)
+def _named_indices(h: int, w: int, patterns: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    return route_indices([scan_routes(h, w, pattern) for pattern in patterns], "cpu")
+
+
+def _fresh_indices(h: int, w: int, patterns: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    there, back = _named_indices(h, w, tuple(patterns))
+    return there.to(device, copy=True), back.to(device, copy=True)
+
+
+def _index_shapes(h: int, w: int, patterns: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    heads, K = len(patterns), 2 * len(PATTERNS[patterns[0]](2, 2))
+    how: dict[str, Any] = {"dtype": torch.int64, "device": device}
+    return torch.empty(heads * K, h * w, **how), torch.empty(K, heads, h * w, **how)
+
+
+# An operator, so that compiled and exported graphs hold one node in the place of NumPy's work on routes.
+_library = torch.library.Library("polyspan", "FRAGMENT")
+_library.define("scan_route_indices(SymInt h, SymInt w, str[] patterns, Device device) -> (Tensor, Tensor)")
+_library.impl("scan_route_indices", _fresh_indices, "CompositeExplicitAutograd")
+torch.library.register_fake("polyspan::scan_route_indices", _index_shapes, lib=_library)
+
+
 def to_routes(x: Float[Tensor, "heads L b d"], there: Int[Tensor, "groups L"]) -> Float[Tensor, "groups L b d"]:
     """Read every head's image along each of its routes."""
     rows = x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]).index_select(0, there.flatten())
@@ -81,7 +106,9 @@ class RouteScan(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if not patterns:
+        if isinstance(patterns, str):
+            raise ValueError(f"patterns must be a sequence of patterns, got {patterns!r}")
+        if not len(patterns):
             raise ValueError("patterns must hold at least one pattern, got none")
         if d_state < 1:
             raise ValueError(f"d_state must be at least 1, got {d_state}")
@@ -147,6 +174,8 @@ class RouteScan(nn.Module):
 
     def _gathers(self, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():  # tensors of a trace must not outlive it
+            if all(isinstance(pattern, str) for pattern in self.patterns):
+                return torch.ops.polyspan.scan_route_indices(h, w, list(self.patterns), device)
             return route_indices(self.routes(h, w), device)
         key = (h, w, device)
         if key not in self._indices:
@@ -198,8 +227,9 @@ def _count(pattern: Any) -> int:
     """How many routes a pattern has; a callable is asked for those of a 2 by 2 grid."""
     if isinstance(pattern, str) or callable(pattern):
         return len(scan_routes(2, 2, pattern).order)
-    shape = getattr(pattern, "shape", None)
-    if shape is None or len(shape) not in (1, 2):
+    listed = isinstance(pattern, list | tuple)
+    shape: tuple[int, ...] = np.shape(pattern) if listed else tuple(getattr(pattern, "shape", ()))
+    if len(shape) not in (1, 2):
         raise ValueError(f"patterns must hold names, callables or arrays of cells, got {type(pattern).__name__}")
     return 1 if len(shape) == 1 else shape[0]
 

@@ -90,6 +90,8 @@ class SparsifyingISTA(nn.Module):
 
     def codes(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch m"]:
         """Return the sparse code of each token after ``n_steps`` steps."""
+        if y.shape[-1:] != (self.dim,):
+            raise ValueError(f"y must have width {self.dim}, got shape {tuple(y.shape)}")
         D, z = self.weight, y if self.readout is None else None
         for _ in range(self.n_steps):
             # One product with D' for both terms of the gradient: two products a step in place of three.

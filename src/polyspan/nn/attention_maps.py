@@ -33,6 +33,8 @@ def attention_facts(maps: Float[Tensor, "batch groups *map"]) -> AttentionFacts:
     ValueError
         There is no map, or one is negative or does not sum to 1.
     """
+    if maps.ndim < 3:
+        raise ValueError(f"maps must be (batch, groups, *map), got shape {tuple(maps.shape)}")
     A = maps.detach().to(torch.promote_types(maps.dtype, torch.float32)).flatten(2)
     if not A.numel():
         raise ValueError(f"maps must hold at least one map, got shape {tuple(maps.shape)}")

@@ -1,6 +1,7 @@
 """Classify small images with a rate-reduction transformer behind scikit-learn's interface."""
 
 import math
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,12 @@ class CrateClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def _check_parameters(self) -> None:
-        for name in ("dim", "depth", "n_heads", "max_iter", "batch_size", "checkpoint_every"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay", "shift"):
+        counts = dict.fromkeys(("dim", "depth", "n_heads", "max_iter", "batch_size", "checkpoint_every"), 1)
+        for name, least in (counts | {"shift": 0}).items():
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
+        for name in ("learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
         for name in ("warmup", "label_smoothing"):
@@ -330,7 +333,7 @@ class CrateClassifier(ClassifierMixin, BaseEstimator):
 
 def _flat(X: Any) -> Any:
     """Flatten images to rows; what is no array of images passes, to be refused where all input is checked."""
-    return X.reshape(len(X), -1) if getattr(X, "ndim", 0) > 2 else X
+    return X.reshape(len(X), math.prod(X.shape[1:])) if getattr(X, "ndim", 0) > 2 else X
 
 
 def _with_channels(shape: tuple[int, ...]) -> tuple[int, ...]:

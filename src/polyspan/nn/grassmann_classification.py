@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .grassmann_mixing import CausalGrassmannMixing, GrassmannBlock, check_mask, reset_linears
+from .grassmann_mixing import CausalGrassmannMixing, GrassmannBlock, check_mask, check_tokens, reset_linears
 
 
 class GrassmannSequenceClassifier(nn.Module):
@@ -80,8 +80,7 @@ class GrassmannSequenceClassifier(nn.Module):
         self, x: Float[Tensor, "*batch t features"], attention_mask: Tensor | None = None
     ) -> Float[Tensor, "*batch C"]:
         """Return logits (*batch, num_classes); the mask (*batch, t) is True or 1 where a token is real."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have width {self.in_features}, got {x.shape[-1]}")
+        check_tokens(x, self.in_features)
         real = check_mask(attention_mask, x, x.shape[:-1])
         h = self.projection(x)
         for block in self.blocks:
@@ -132,6 +131,7 @@ class GrassmannPairHead(nn.Module):
         super().__init__()
         _check_sizes(in_features, num_classes)
         place: dict[str, Any] = {"device": torch.get_default_device() if device is None else device, "dtype": dtype}
+        self.in_features = in_features
         options: dict[str, Any] = {"num_heads": num_heads, "generator": generator} | (mixing or {})
         self.projection = nn.utils.skip_init(nn.Linear, in_features, d_model, **place)
         self.mixing = CausalGrassmannMixing(d_model, r, (1,), dropout, **options, **place)
@@ -143,6 +143,14 @@ class GrassmannPairHead(nn.Module):
         self, first: Float[Tensor, "*batch features"], second: Float[Tensor, "*batch features"]
     ) -> Float[Tensor, "*batch C"]:
         """Return logits (*batch, num_classes) of pairs of embeddings."""
+        if first.shape != second.shape:
+            raise ValueError(
+                "first and second must be as large as each other, "
+                f"got shapes {tuple(first.shape)} and {tuple(second.shape)}"
+            )
+        if first.shape[-1:] != (self.in_features,):
+            width = first.shape[-1] if first.ndim else "a number"
+            raise ValueError(f"first and second must have width {self.in_features}, got {width}")
         h = self.projection(torch.stack([first, second], dim=-2))
         return self.classifier(self.mixing(h).flatten(-2))
 

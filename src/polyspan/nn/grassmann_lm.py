@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyspan.errors import WrongContent
 from polyspan.io import load_fitted, save_fitted
 
-from .grassmann_mixing import OFFSETS, GrassmannBlock, MixingState, check_mask, reset_linears
+from .grassmann_mixing import OFFSETS, GrassmannBlock, MixingState, check_dropout, check_mask, reset_linears
 
 POSITIONS = ("learned", "none")
 
@@ -38,6 +38,13 @@ def offsets_by_layer(offsets: Sequence[Any], num_layers: int) -> list[tuple[int,
             raise ValueError(f"offsets must be integers, or num_layers={num_layers} sequences of them, got {offsets}")
         return [tuple(o) for o in offsets]
     return [tuple(offsets)] * num_layers
+
+
+def as_ids(ids: Tensor) -> Tensor:
+    """Return token ids (b, t) as int64; of any width of integers, and of no other kind."""
+    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"ids must be integers of shape (b, t), got shape {tuple(ids.shape)} of {ids.dtype}")
+    return ids.long()
 
 
 class GrassmannLM(nn.Module):
@@ -115,11 +122,12 @@ class GrassmannLM(nn.Module):
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, got {positions!r}")
+        check_dropout(dropout)
         if mixing and not mixing.get("causal", True):
             raise ValueError("mixing must be causal in a language model, got causal=False")
         place: dict[str, Any] = {"device": torch.get_default_device() if device is None else device, "dtype": dtype}
         layers = offsets_by_layer(offsets, num_layers)
-        self.vocab_size, self.d_model, self.max_length, self.check = vocab_size, d_model, max_length, check
+        self.d_model, self.max_length, self.check = d_model, max_length, check
         self.config: dict[str, Any] = {
             "vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers, "r": r,
             "offsets": [list(o) for o in layers], "dropout": float(dropout), "ffn": ffn, "max_length": max_length,
@@ -140,6 +148,11 @@ class GrassmannLM(nn.Module):
                 reset_linears(part, generator)
         self.receptive_field = sum(max(o) for o in layers)
 
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are: rows of the embedding."""
+        return self.embedding.num_embeddings
+
     def init_state(self, batch: int = 1) -> LMState:
         """Return the state before the first token, for so many texts."""
         blocks: Any = self.blocks
@@ -147,10 +160,13 @@ class GrassmannLM(nn.Module):
         return LMState(layers, torch.zeros(batch, dtype=torch.long, device=self.embedding.weight.device), 0)
 
     def hidden(
-        self, ids: Int[Tensor, "b t"], attention_mask: Tensor | None = None, state: LMState | None = None
+        self, ids: Integer[Tensor, "b t"], attention_mask: Tensor | None = None, state: LMState | None = None
     ) -> Float[Tensor, "b t d"] | tuple[Float[Tensor, "b t d"], LMState]:
         """Return what the logits are made of, after the last LayerNorm; arguments as of :meth:`forward`."""
+        ids = as_ids(ids)
         t, past = ids.shape[1], 0 if state is None else state.length
+        if state is not None:
+            self._check_state(state, len(ids))
         if self.positions is not None and past + t > self.max_length:
             raise ValueError(f"ids must end within max_length={self.max_length} positions, got {past} and {t} more")
         if self.check and not torch.compiler.is_compiling() and not ids.is_meta and ids.numel():
@@ -176,12 +192,18 @@ class GrassmannLM(nn.Module):
             after.append(left)
         return self.norm(h), LMState(tuple(after), state.position + real.sum(dim=1), past + t)
 
+    def _check_state(self, state: LMState, batch: int) -> None:
+        if len(state.layers) != len(self.blocks):
+            raise ValueError(f"state must hold {len(self.blocks)} layers, got {len(state.layers)}")
+        if len(state.position) != batch:
+            raise ValueError(f"state must be of {batch} texts, as ids, got one of {len(state.position)}")
+
     def logits(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
         """Turn what :meth:`hidden` returns into logits of the next token."""
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
     def forward(
-        self, ids: Int[Tensor, "b t"], attention_mask: Tensor | None = None, state: LMState | None = None
+        self, ids: Integer[Tensor, "b t"], attention_mask: Tensor | None = None, state: LMState | None = None
     ) -> Float[Tensor, "b t vocab"] | tuple[Float[Tensor, "b t vocab"], LMState]:
         """Return logits of the token after each; with a state, go on from it and return the state after, too.
 
@@ -203,27 +225,28 @@ class GrassmannLM(nn.Module):
         h, after = found
         return self.logits(h), after
 
-    def loss(self, ids: Int[Tensor, "b t"], attention_mask: Tensor | None = None) -> Float[Tensor, ""]:
+    def loss(self, ids: Integer[Tensor, "b t"], attention_mask: Tensor | None = None) -> Float[Tensor, ""]:
         """Return the mean cross-entropy, in nats, of every real token after the first given those before it."""
+        ids = as_ids(ids)
         if ids.shape[1] < 2:
             raise ValueError(f"ids must hold at least 2 tokens a text, got {ids.shape[1]}")
         real = check_mask(attention_mask, ids, ids.shape)
         logits = self(ids, attention_mask)[:, :-1]
-        each = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten().long(), reduction="none")
+        each = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         counted = (real[:, 1:] & real[:, :-1]).flatten()
         return (each * counted).sum() / counted.sum().clamp(min=1)
 
     @torch.no_grad()
     def stream(
         self,
-        ids: Int[Tensor, "b t"],
+        ids: Integer[Tensor, "b t"],
         attention_mask: Tensor | None = None,
         *,
         temperature: float | int = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
         truncate: bool = False,
-    ) -> Iterator[Int[Tensor, "b"]]:
+    ) -> Iterator[Integer[Tensor, "b"]]:
         """Yield one next token (b,) a text after another, without end where ``positions`` is "none".
 
         Each costs the same, whatever was read before. Dropout is off between the start and each token.
@@ -253,6 +276,7 @@ class GrassmannLM(nn.Module):
             raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
         if top_k is not None and not 1 <= top_k <= self.vocab_size:
             raise ValueError(f"top_k must be between 1 and {self.vocab_size}, got {top_k}")
+        ids = as_ids(ids)
         if ids.shape[1] < 1:
             raise ValueError("ids must hold at least one token a text, got none")
         real = check_mask(attention_mask, ids, ids.shape)
@@ -281,9 +305,10 @@ class GrassmannLM(nn.Module):
             yield token
 
     def generate(
-        self, ids: Int[Tensor, "b t"], num_tokens: int, attention_mask: Tensor | None = None, **options: Any
-    ) -> Int[Tensor, "b longer"]:
+        self, ids: Integer[Tensor, "b t"], num_tokens: int, attention_mask: Tensor | None = None, **options: Any
+    ) -> Integer[Tensor, "b longer"]:
         """Return the texts with so many tokens more; options as of :meth:`stream`."""
+        as_ids(ids)
         if num_tokens < 0:
             raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
         source = self.stream(ids, attention_mask, **options)

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +33,27 @@ class MixingState(NamedTuple):
     valid: Tensor
 
 
-def check_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
-    """Return offsets as a tuple, after looking at them."""
-    found = tuple(offsets)
-    if not found or len(set(found)) < len(found) or any(not isinstance(o, int) or o < 1 for o in found):
-        raise ValueError(f"offsets must be distinct integers of at least 1, one or more, got {found}")
-    return found
+def check_offsets(offsets: Any) -> tuple[int, ...]:
+    """Return offsets as a tuple of plain integers, after looking at them."""
+    found = tuple(offsets) if isinstance(offsets, Iterable) else ()
+    whole = all(isinstance(o, Integral) and not isinstance(o, bool) and o >= 1 for o in found)
+    if not found or not whole or len(set(found)) < len(found):
+        raise ValueError(f"offsets must be distinct integers of at least 1, one or more, got {offsets}")
+    return tuple(int(o) for o in found)
+
+
+def check_dropout(dropout: float | int) -> None:
+    """Refuse a share that leaves nothing, or that is none."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+
+
+def check_tokens(x: Tensor, width: int) -> None:
+    """Refuse what is no sequence of tokens of this width."""
+    if x.ndim < 2:
+        raise ValueError(f"x must be (*batch, t, {width}), got shape {tuple(x.shape)}")
+    if x.shape[-1] != width:
+        raise ValueError(f"x must have width {width}, got {x.shape[-1]}")
 
 
 def check_mask(mask: Tensor | None, x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -142,8 +158,7 @@ class CausalGrassmannMixing(nn.Module):
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
         if gate not in GATES:
             raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        check_dropout(dropout)
         self.d_model, self.r, self.num_heads = d_model, r, num_heads
         self.offsets = check_offsets(offsets)
         self.reach = max(self.offsets)
@@ -197,8 +212,7 @@ class CausalGrassmannMixing(nn.Module):
         ValueError
             A shape does not fit, or a state is given and the layer is not causal.
         """
-        if x.shape[-1] != self.d_model:
-            raise ValueError(f"x must have width {self.d_model}, got {x.shape[-1]}")
+        check_tokens(x, self.d_model)
         if state is not None and not self.causal:
             raise ValueError("state must be None where causal is False, got a state")
         t = x.shape[-2]
@@ -217,6 +231,8 @@ class CausalGrassmannMixing(nn.Module):
             expected = (*x.shape[:-2], self.reach, self.r)
             if state.past.shape != expected:
                 raise ValueError(f"state must hold a past of shape {expected}, got {tuple(state.past.shape)}")
+            if state.valid.shape != expected[:-1]:
+                raise ValueError(f"state must mark a past of shape {expected[:-1]}, got {tuple(state.valid.shape)}")
             z_all = torch.cat([state.past.to(z.dtype), z], dim=-2)
             real_all = torch.cat([state.valid, real], dim=-1)
         g = self._mixed(z, z_all, real_all)

@@ -3,10 +3,10 @@
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
-from .grassmann_lm import GrassmannLM
+from .grassmann_lm import GrassmannLM, as_ids
 from .plucker import plane_angles
 
 
@@ -17,7 +17,7 @@ class LayerAngles(NamedTuple):
     angles: Tensor
 
 
-def token_influence(model: GrassmannLM, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+def token_influence(model: GrassmannLM, ids: Integer[Tensor, "b t"]) -> Float[Tensor, "b t"]:
     """Return how much the last prediction depends on each token: the gradient's length at its embedding.
 
     The gradient is that of the likeliest next token's log-probability. It is zero exactly beyond
@@ -47,7 +47,7 @@ def token_influence(model: GrassmannLM, ids: Int[Tensor, "b t"]) -> Float[Tensor
 
 
 @torch.no_grad()
-def layer_plane_angles(model: GrassmannLM, ids: Int[Tensor, "b t"]) -> list[LayerAngles]:
+def layer_plane_angles(model: GrassmannLM, ids: Integer[Tensor, "b t"]) -> list[LayerAngles]:
     """Return, layer by layer, how far the plane of a token and its partner turns on the way to the next token.
 
     For each offset the larger principal angle between the plane of tokens t and t - offset, and that of t + 1 and
@@ -65,6 +65,7 @@ def layer_plane_angles(model: GrassmannLM, ids: Int[Tensor, "b t"]) -> list[Laye
     ValueError
         The texts are too short.
     """
+    ids = as_ids(ids)
     blocks: Any = model.blocks
     mixings = [block.mixing for block in blocks]
     reach = max(mixing.reach for mixing in mixings)

@@ -68,7 +68,7 @@ def layer_report(
     *,
     eps2: float | int = 0.01,
     where: str = "half",
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     n_random: int = 4,
     seed: int = 0,
     label: str = "",
@@ -90,7 +90,7 @@ def layer_report(
     where : {"half", "input"}, default="half"
         Rates between the layer's halves, tokens normalised without parameters, as the paper says; or of what enters its
         attention, as the authors' code measures. In other modules always after them.
-    layers : sequence of str, optional
+    layers : str or sequence of str, optional
         Names of submodules that return tokens (B, N, d), of any network: a :class:`CRATEBlock`, or another for which
         only ``rate`` and the shares can be told.
     n_random : int, default=4
@@ -112,7 +112,9 @@ def layer_report(
     if where not in ("half", "input"):
         raise ValueError(f"where must be 'half' or 'input', got {where!r}")
     known = dict(model.named_modules())
-    names = [n for n, m in known.items() if isinstance(m, CRATEBlock)] if layers is None else list(layers)
+    names = [n for n, m in known.items() if isinstance(m, CRATEBlock)]
+    if layers is not None:
+        names = [layers] if isinstance(layers, str) else list(layers)
     missing = [name for name in names if name not in known]
     if missing or not names:
         raise ValueError(f"layers must name submodules, got {missing or 'none, and the model has no CRATEBlock'}")
@@ -152,6 +154,7 @@ class _Tap:
     """Hooks on one layer, and the sums of what they saw."""
 
     def __init__(self, name: str, module: nn.Module, eps2: float, where: str, seed: int, n_random: int):
+        self.shown = name or "the model"
         self.name, self.module, self.eps2, self.where = name, module, eps2, where
         self.sums, self.n, self.incoherence = np.zeros(5), 0, math.nan
         self.handles: list[Any] = []
@@ -175,11 +178,11 @@ class _Tap:
 
     def _checked(self, Z: Any) -> Tensor:
         if not isinstance(Z, Tensor) or Z.ndim != 3:
-            raise ValueError(f"{self.name} must return tokens (B, N, d), got {getattr(Z, 'shape', type(Z).__name__)}")
+            raise ValueError(f"{self.shown} must return tokens (B, N, d), got {getattr(Z, 'shape', type(Z).__name__)}")
         if Z.shape[1] < 2:
-            raise ValueError(f"{self.name} must have at least 2 tokens, got {Z.shape[1]}")
+            raise ValueError(f"{self.shown} must have at least 2 tokens, got {Z.shape[1]}")
         if not torch.isfinite(Z).all():
-            raise ValueError(f"{self.name} must have finite tokens, got NaN or infinity")
+            raise ValueError(f"{self.shown} must have finite tokens, got NaN or infinity")
         return Z
 
     def _rates(self, Z: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Optimiser whose every step has one length: the sign of a blended momentum."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,19 +23,26 @@ class Lion(torch.optim.Optimizer):
         Each in [0, 1).
     weight_decay : float, default=0.0
         :math:`\omega` >= 0, decoupled.
+
+    Raises
+    ------
+    ValueError
+        A number is out of range.
+    RuntimeError
+        While stepping: a gradient is sparse.
     """  # noqa: E501 - the formula is one line
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float | int = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: Sequence[float] = (0.9, 0.99),
         weight_decay: float | int = 0.0,
     ):
         if not (0 <= lr < math.inf and 0 <= weight_decay < math.inf):
             raise ValueError(f"lr and weight_decay must be finite and at least 0, got {lr} and {weight_decay}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must each be at least 0 and below 1, got {betas}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers, each at least 0 and below 1, got {betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -50,6 +57,8 @@ class Lion(torch.optim.Optimizer):
             for theta in group["params"]:
                 if theta.grad is None:
                     continue
+                if theta.grad.is_sparse:
+                    raise RuntimeError("Lion takes dense gradients, got a sparse one")
                 state = self.state[theta]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(theta)

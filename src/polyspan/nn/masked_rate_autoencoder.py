@@ -123,6 +123,8 @@ class CRATEMAE(nn.Module):
     ) -> Bool[Tensor, "b n"]:
         """Draw which patches are hidden (true), equally many in each image, on the device of ``generator``."""
         n = self.num_patches if num_patches is None else num_patches
+        if n < 2:
+            raise ValueError(f"num_patches must be at least 2, got {n}")
         hidden = min(max(n - int(n * (1 - self.mask_ratio)), 1), n - 1)
         device = self.cls_token.device if generator is None else generator.device
         order = torch.rand(batch, n, generator=generator, device=device).argsort(dim=1)
@@ -138,8 +140,11 @@ class CRATEMAE(nn.Module):
         """Return the encoder's tokens (B, 1 + N, d), class token first; patches where ``mask`` is true are hidden."""
         check_images(images, self.channels, self.image_size, self.patch_size, free=interpolate_pos_encoding)
         x = self.patch_embedding(patchify(images, self.patch_size))
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"mask must be {tuple(x.shape[:2])}, a value a patch, got {tuple(mask.shape)}")
+        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask must be {tuple(x.shape[:2])}, true or false for each patch, "
+                f"got {tuple(mask.shape)} of {mask.dtype}"
+            )
         hidden = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         x = torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
@@ -174,6 +179,7 @@ class CRATEMAE(nn.Module):
 
     def targets(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n q"]:
         """Return the pixels that are to be predicted, patch by patch."""
+        check_images(images, self.channels, self.image_size, self.patch_size, free=True)
         rows = patchify(images, self.patch_size)
         if not self.norm_pixels:
             return rows
@@ -195,14 +201,27 @@ class CRATEMAE(nn.Module):
             mask = self.draw_mask(len(images), generator, num_patches=n)
         if predicted is None:
             predicted = self(images, mask, interpolate_pos_encoding=interpolate_pos_encoding)
-        error = (predicted - self.targets(images)).square().mean(dim=-1)
+        targets = self.targets(images)
+        if predicted.shape != targets.shape:
+            raise ValueError(
+                f"predicted must have shape {tuple(targets.shape)}, as the patches, got {tuple(predicted.shape)}"
+            )
+        error = (predicted - targets).square().mean(dim=-1)
         return (error * mask).sum() / mask.sum().clamp_min(1)
 
     @torch.no_grad()
-    def complete(self, images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b c h w"]:
+    def complete(
+        self,
+        images: Float[Tensor, "b c h w"],
+        mask: Bool[Tensor, "b n"],
+        *,
+        interpolate_pos_encoding: bool = False,
+    ) -> Float[Tensor, "b c h w"]:
         """Return the images with their hidden patches filled in; with ``norm_pixels``, by their own mean and spread."""
-        rows, made = patchify(images, self.patch_size), self(images, mask)
+        made = self(images, mask, interpolate_pos_encoding=interpolate_pos_encoding)
+        rows, (p, q) = patchify(images, self.patch_size), self.patch_size
         if self.norm_pixels:
             spread, mean = torch.var_mean(rows, dim=-1, keepdim=True)
             made = made * (spread + 1e-6).sqrt() + mean
-        return unpatchify(torch.where(mask[..., None], made, rows), self.grid, self.patch_size)
+        grid = (images.shape[2] // p, images.shape[3] // q)
+        return unpatchify(torch.where(mask[..., None], made, rows), grid, self.patch_size)

@@ -14,6 +14,16 @@ from ._route_scan import RouteScan
 PATTERNS = ("snake", "diagonal", "spiral", "raster")
 
 
+def check_map(x: Tensor, channels: int, *, channels_last: bool = True) -> None:
+    """Refuse what is no feature map of so many channels."""
+    if x.ndim != 4:
+        axes = f"(b, h, w, {channels})" if channels_last else f"(b, {channels}, h, w)"
+        raise ValueError(f"x must be {axes}, got shape {tuple(x.shape)}")
+    found = x.shape[-1] if channels_last else x.shape[1]
+    if found != channels:
+        raise ValueError(f"x must have {channels} channels, got {found}")
+
+
 class MultiHeadScan2d(nn.Module):
     r"""Mix the pixels of a feature map at linear cost: each head scans a subspace of its channels along its own routes.
 
@@ -129,9 +139,8 @@ class MultiHeadScan2d(nn.Module):
 
     def forward(self, x: Float[Tensor, "b p q r"]) -> Float[Tensor, "b p q r"]:
         """Mix a feature map."""
+        check_map(x, self.channels, channels_last=self.channels_last)
         x = x if self.channels_last else x.permute(0, 2, 3, 1)
-        if x.shape[-1] != self.channels:
-            raise ValueError(f"x must have {self.channels} channels, got {x.shape[-1]}")
         y = self.scan(self.to_subspaces(x))
         if self.norm is not None and self.output is not None:
             y = self.output(self.norm(y))
@@ -177,6 +186,7 @@ class _ScanBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Mix a feature map, channels last."""
+        check_map(x, self.channels)
         v, z = self.input(self.input_norm(x)).chunk(2, dim=-1)
         v = F.silu(self.conv(v.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         y = self.norm(self.mix(v)) * F.silu(z)
@@ -253,8 +263,8 @@ class SS2DBlock(_ScanBlock):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        if expand < 1:
-            raise ValueError(f"expand must be at least 1, got {expand}")
+        if channels < 1 or expand < 1:
+            raise ValueError(f"channels and expand must be at least 1, got {channels} and {expand}")
         inner, rank = expand * channels, -(-channels // 16)
         mix = RouteScan(
             inner, 1, ("raster",), d_state, rank, "sum", 0.0, False, backend,

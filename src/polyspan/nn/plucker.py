@@ -34,13 +34,15 @@ def plucker_coordinates(
     Raises
     ------
     ValueError
-        The vectors have fewer than two coordinates, or not as many as one another.
+        The vectors have fewer than two coordinates, not as many as one another, or batches that do not go together.
     """
-    r = u.shape[-1]
-    if r < 2:
-        raise ValueError(f"u must have at least 2 coordinates, got {r}")
-    if v.shape[-1] != r:
-        raise ValueError(f"v must have {r} coordinates, as u, got {v.shape[-1]}")
+    r = _check_coordinates(u)
+    if v.shape[-1:] != (r,):
+        raise ValueError(f"v must have {r} coordinates, as u, got {v.shape[-1] if v.ndim else 'a number'}")
+    try:
+        torch.broadcast_shapes(u.shape, v.shape)
+    except RuntimeError:
+        raise ValueError(f"u and v must go together, got shapes {tuple(u.shape)} and {tuple(v.shape)}") from None
     wide = torch.promote_types(u.dtype, torch.float32)
     i, j = torch.triu_indices(r, r, 1, device=u.device)
     a, b = u.to(wide), v.to(wide)
@@ -72,6 +74,8 @@ def plucker_relations_residual(p: Float[Tensor, "*batch pairs"]) -> Float[Tensor
     ValueError
         The number of coordinates is not r (r - 1) / 2 for any r.
     """
+    if not p.ndim:
+        raise ValueError("p must have r (r - 1) / 2 coordinates for some r, got a number")
     pairs = p.shape[-1]
     r = (1 + round((1 + 8 * pairs) ** 0.5)) // 2
     if pairs < 1 or r * (r - 1) // 2 != pairs:
@@ -102,6 +106,23 @@ def plane_angles(
     ----------
     u, v, other_u, other_v : Tensor of shape (*batch, r)
         r at least 2.
+
+    Raises
+    ------
+    ValueError
+        The vectors have fewer than two coordinates, or differ in shape.
     """
+    _check_coordinates(u)
+    shapes = [tuple(x.shape) for x in (u, v, other_u, other_v)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"all four vectors must have one shape, got {shapes}")
     first, second = (orthonormal_basis(torch.stack(pair, dim=-1)) for pair in ((u, v), (other_u, other_v)))
     return principal_angles(first, second)
+
+
+def _check_coordinates(u: Tensor) -> int:
+    """Return how many coordinates vectors have; planes need two."""
+    r = u.shape[-1] if u.ndim else 0
+    if r < 2:
+        raise ValueError(f"u must have at least 2 coordinates, got {r if u.ndim else 'a number'}")
+    return r

@@ -119,6 +119,8 @@ class CRATE(nn.Module):
                 "depth and channels must be at least 1 and num_classes at least 0, "
                 f"got {depth}, {channels} and {num_classes}"
             )
+        if not 0 <= emb_dropout < 1:
+            raise ValueError(f"emb_dropout must be at least 0 and below 1, got {emb_dropout}")
         self.channels, self.pool, self.causal, self.num_classes = channels, pool, causal, num_classes
         self.gradient_checkpointing = gradient_checkpointing
         self.emb_dropout = float(emb_dropout)
@@ -250,8 +252,11 @@ class CRATE(nn.Module):
 
         In trained networks heads tend to fall on parts of the object; rows of the whole map sum to 1.
         """
+        depth = len(self.blocks)
+        if not -depth <= layer < depth:
+            raise ValueError(f"layer must be between {-depth} and {depth - 1}, got {layer}")
         x = self.embed(images, interpolate_pos_encoding=interpolate_pos_encoding)
-        at = range(len(self.blocks))[layer]
+        at = range(depth)[layer]
         for block in self.blocks[:at]:
             x = block(x)
         block = self.blocks[at]

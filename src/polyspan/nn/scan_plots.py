@@ -83,7 +83,7 @@ def plot_segmentation(
     Raises
     ------
     ValueError
-        The suffix is another, shapes differ, or there is no image.
+        The suffix is another, shapes differ, or there is no image, or one of other than one or three channels.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -95,6 +95,8 @@ def plot_segmentation(
         raise ValueError(
             f"images, masks and shares must agree, got shapes {images.shape}, {masks.shape} and {shares.shape}"
         )
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[1] != 3):
+        raise ValueError(f"images must be (n, h, w) or (n, 3, h, w), got shape {images.shape}")
     if not len(images):
         raise ValueError(f"images must be at least one, got shape {images.shape}")
     n = min(len(images), 8)

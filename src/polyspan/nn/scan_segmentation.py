@@ -76,12 +76,14 @@ def segmentation_scores(masks: Any, predicted: Any) -> SegmentationScores:
     Raises
     ------
     ValueError
-        Shapes differ, there is no image, or a mask is not binary.
+        Shapes differ, there is no image, a mask is not binary, or an answer is NaN.
     """
     true, found = (np.asarray(part) for part in (masks, predicted))
     if true.shape != found.shape or true.ndim != 3 or not true.size:
         raise ValueError(f"masks and predicted must both be (n, h, w), got {true.shape} and {found.shape}")
     true = binary_masks(true)
+    if found.dtype.kind == "f" and (bad := np.isnan(found).any(axis=(1, 2))).any():
+        raise ValueError(f"predicted must hold numbers, got NaN in image {int(bad.argmax())}")
     found = found >= 0.5 if found.dtype.kind == "f" else found > 0
     hit = (true & found).sum(axis=(1, 2))
     size, union = true.sum(axis=(1, 2)) + found.sum(axis=(1, 2)), (true | found).sum(axis=(1, 2))
@@ -131,8 +133,7 @@ class Segmenter(NamedTuple):
         ValueError
             The images have another shape, or hold NaN or infinity, or ``batch_size`` is below 1.
         """
-        if np.ndim(images) not in (3, 4):
-            raise ValueError(f"images must be (n, h, w) or (n, c, h, w), got shape {np.shape(images)}")
+        images = _as_images(images, self.model)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model.eval()
@@ -241,9 +242,10 @@ def train_segmentation(
     NotConverged
         The loss is no longer finite.
     """
-    shape = np.shape(images)
-    if len(shape) not in (3, 4) or not len(images):
-        raise ValueError(f"images must be (n, h, w) or (n, c, h, w), at least one, got shape {shape}")
+    images = _as_images(images, model)
+    shape = images.shape
+    if not len(images):
+        raise ValueError(f"images must be at least one, got shape {shape}")
     masks = np.asarray(masks)
     if masks.shape != (shape[0], *shape[-2:]):
         raise ValueError(f"masks must be {(shape[0], *shape[-2:])}, one an image, got {masks.shape}")
@@ -274,6 +276,22 @@ def train_segmentation(
     device = next(model.parameters()).device
     losses = training.run(Batches(images, (channels, *shape[-2:]), mean, spread, device), masks)
     return Segmenter(model, mean, spread, losses)
+
+
+def _as_images(images: Any, model: MHSUNet) -> np.ndarray:
+    """Return images as an array, a memory map as it is, after looking at its shape and kind."""
+    images = np.asanyarray(images)
+    if images.ndim not in (3, 4):
+        raise ValueError(f"images must be (n, h, w) or (n, c, h, w), got shape {images.shape}")
+    if 0 in images.shape[1:]:
+        raise ValueError(f"images must have at least one pixel, got shape {images.shape}")
+    if images.dtype.kind not in "biuf":
+        raise ValueError(f"images must hold real numbers, got {images.dtype}")
+    channels = images.shape[1] if images.ndim == 4 else 1
+    wanted = model.in_channels
+    if channels != wanted and not (channels == 1 and wanted == 3):
+        raise ValueError(f"images must have {wanted} channel{'s' * (wanted > 1)}, as the network, got {channels}")
+    return images
 
 
 def _scale(images: Any) -> tuple[float, float]:
@@ -325,6 +343,8 @@ def convert_mhs_vm(state: Mapping[str, Any], *, threshold: float | int = 0.5) ->
     ValueError
         These are no weights of such a network; the message names what is missing.
     """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state must map names to weights, got {type(state).__name__}")
     left = {re.sub(r"^(module\.)?(vmunet\.)?", "", name): torch.as_tensor(value) for name, value in state.items()}
     left = {name: value for name, value in left.items() if not name.endswith("mhs.x_ssproj_W")}
 

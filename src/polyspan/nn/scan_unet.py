@@ -1,6 +1,7 @@
 """U-shaped network of scan blocks for segmentation, and the weights of the authors' networks for it."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._bare_layers import bare, draw
-from .multi_head_scan import MHSBlock, SS2DBlock
+from .multi_head_scan import MHSBlock, SS2DBlock, check_map
 
 
 class _Merge(nn.Module):
@@ -38,8 +39,9 @@ class _Expand(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, _ = x.shape
         s = self.scale
-        x = self.linear(x).view(b, h, w, s, s, -1).permute(0, 1, 3, 2, 4, 5)
-        return self.norm(x.reshape(b, h * s, w * s, -1))
+        narrow = self.norm.normalized_shape[0]
+        x = self.linear(x).view(b, h, w, s, s, narrow).permute(0, 1, 3, 2, 4, 5)
+        return self.norm(x.reshape(b, h * s, w * s, narrow))
 
 
 class MHSUNet(nn.Module):
@@ -106,6 +108,8 @@ class MHSUNet(nn.Module):
                 f"in_channels, num_classes and patch_size must be at least 1, got {in_channels}, {num_classes}, "
                 f"{patch_size}"
             )
+        if init_std is not None and not 0 < init_std < math.inf:
+            raise ValueError(f"init_std must be positive and finite, or None, got {init_std}")
         if block not in ("mhs", "ss2d"):
             raise ValueError(f"block must be 'mhs' or 'ss2d', got {block!r}")
         if decoder_depths is None:
@@ -158,10 +162,11 @@ class MHSUNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
         """Return logits (b, classes, h, w)."""
-        if x.shape[1] == 1 and self.in_channels == 3:
+        if x.ndim == 4 and x.shape[1] == 1 and self.in_channels == 3:
             x = x.expand(-1, 3, -1, -1)
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have {self.in_channels} channels, got {x.shape[1]}")
+        check_map(x, self.in_channels, channels_last=False)
+        if 0 in x.shape[2:]:
+            raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
         h, w = x.shape[-2:]
         x = F.pad(x, (0, -w % self.stride, 0, -h % self.stride), mode="replicate")
         x = self.embedding_norm(self.embedding(x).permute(0, 2, 3, 1))

@@ -74,12 +74,19 @@ def selective_scan(
     Raises
     ------
     ValueError
-        Shapes do not belong together, ``A`` is complex, the sequence is empty, or the backend is not known or does not
-        run on this device.
+        Shapes do not belong together, a tensor holds no real floats, the sequence is empty, or the backend is not known
+        or does not run on this device.
     MissingExtra
         The backend's package is not installed.
     """
     _check_shapes(u, delta, A, B, C)
+    for name, x in (("D", D), ("delta_bias", delta_bias)):
+        if x is not None and x.shape != u.shape[1:2]:
+            raise ValueError(
+                f"{name} must have shape {tuple(u.shape[1:2])}, one number a channel, got {tuple(x.shape)}"
+            )
+    if z is not None and z.shape != u.shape:
+        raise ValueError(f"z must have the shape of u, {tuple(u.shape)}, got {tuple(z.shape)}")
     b, channels, L = u.shape
     out_dtype, wide = u.dtype, torch.promote_types(u.dtype, torch.float32)
     u, delta, A, B, C = (x.to(wide) for x in (u, delta, A, B, C))
@@ -149,7 +156,7 @@ def scan_time_major(
     """
     L, G, b, d = u.shape
     N = A.shape[-1]
-    if L > LONG and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and L > LONG:
         seconds = L * G * b * d * N * SECONDS_A_STATE
         warnings.warn(f"sequences of {L:,} steps: a scan takes about {seconds:.0f} s on one core", stacklevel=3)
     how = pick_backend(backend, u.device)
@@ -194,13 +201,16 @@ def _one_group_a_channel(x: Tensor, b: int, channels: int, L: int) -> Tensor:
 
 
 def _check_shapes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
+    if u.ndim != 3:
+        raise ValueError(f"u must have shape (b, D, L), got {tuple(u.shape)}")
+    for name, x in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must hold real floats, got {x.dtype}")
     b, channels, L = u.shape
     if L < 1:
         raise ValueError(f"u must hold at least one step, got shape {tuple(u.shape)}")
     if delta.shape != u.shape:
         raise ValueError(f"delta must have the shape of u, {tuple(u.shape)}, got {tuple(delta.shape)}")
-    if A.is_complex():
-        raise ValueError(f"A must be real, got {A.dtype}")
     if A.ndim != 2 or A.shape[0] != channels or not A.shape[1]:
         raise ValueError(f"A must have shape (D, N) with D = {channels} and N >= 1, got {tuple(A.shape)}")
     N = A.shape[1]

@@ -224,7 +224,7 @@ class ULSAM(_GroupAttention):
         return _Folded(scale, shift, self.point.flatten(1) * gain.unsqueeze(-1), offset)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load as torch does, but where keys are missing or left over (``strict``), say which and change nothing."""
+        """Load as torch does, but where keys or shapes are other ones (``strict``), say which and change nothing."""
         if strict:
             own = self.state_dict()
             missing = [key for key in own if key not in state_dict]
@@ -233,6 +233,15 @@ class ULSAM(_GroupAttention):
                 raise RuntimeError(
                     f"state_dict must have the keys of this ULSAM; missing: {missing}, unexpected: {extra}; "
                     "nothing was loaded"
+                )
+            wrong = {
+                key: (tuple(state_dict[key].shape), tuple(value.shape))
+                for key, value in own.items()
+                if state_dict[key].shape != value.shape
+            }
+            if wrong:
+                raise RuntimeError(
+                    f"state_dict must have the shapes of this ULSAM; (found, expected): {wrong}; nothing was loaded"
                 )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 

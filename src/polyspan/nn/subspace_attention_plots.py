@@ -32,6 +32,8 @@ def plot_attention_maps(images: Any, maps: Any, path: Path | str) -> Path:
     images, maps = (np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=float) for x in (images, maps))
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise ValueError(f"images must be (n, h, w) or (n, h, w, 3), got shape {images.shape}")
+    if 0 in images.shape[1:]:
+        raise ValueError(f"images must have at least one pixel, got shape {images.shape}")
     if maps.ndim != 4 or len(maps) != len(images):
         raise ValueError(f"maps must be ({len(images)}, groups, height, width), got shape {maps.shape}")
     if not 1 <= len(images) <= 12:

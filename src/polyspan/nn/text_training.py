@@ -8,7 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polyspan.errors import NotConverged
 from polyspan.run import progress
+
+CHECKED = 50
+"""After how many updates losses are looked at, which an accelerator has to be waited for."""
 
 
 def train_next_token(
@@ -69,6 +73,8 @@ def train_next_token(
     ------
     ValueError
         An argument is out of range, or the text is shorter than one piece.
+    NotConverged
+        The loss is no longer finite; it is looked at every 50 updates and at the end.
     """
     _check_text(ids, length, counted)
     if steps < 1 or batch_size < 1 or stride < 1 or warmup < 0:
@@ -76,6 +82,14 @@ def train_next_token(
             "steps, batch_size and stride must be at least 1 and warmup at least 0, "
             f"got {steps}, {batch_size}, {stride} and {warmup}"
         )
+    for name, value, least in (
+        ("learning_rate", learning_rate, "positive"),
+        ("weight_decay", weight_decay, "at least 0"),
+    ):
+        if not 0 <= value < math.inf or (value == 0 and least == "positive"):
+            raise ValueError(f"{name} must be {least} and finite, got {value}")
+    if not clip > 0:
+        raise ValueError(f"clip must be positive, got {clip}")
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     optimiser = torch.optim.AdamW(
@@ -97,8 +111,9 @@ def train_next_token(
     for step in progress(range(steps), label="training"):
         starts = stride * torch.randint(pieces, (batch_size, 1), generator=generator).to(ids.device)
         rows = starts + places
-        out = model(ids[rows][:, :-1])
-        loss = _loss(out, ids[rows], None if counted is None else counted[rows], "mean")
+        piece = ids[rows].long()
+        out = model(piece[:, :-1])
+        loss = _loss(out, piece, None if counted is None else counted[rows], "mean")
         if penalty is not None:
             loss = loss + penalty(out)
         optimiser.zero_grad(set_to_none=True)
@@ -109,6 +124,8 @@ def train_next_token(
         losses.append(loss.detach())
         if on_step is not None:
             on_step(step + 1, float(losses[-1]))
+        if (step + 1) % CHECKED == 0 or step + 1 == steps:
+            _check_finite(losses)
     model.eval()
     return torch.stack(losses).tolist()
 
@@ -130,9 +147,11 @@ def score_next_token(
     Raises
     ------
     ValueError
-        The text is shorter than one piece, or no token in it counts.
+        The text is shorter than one piece, no token in it counts, or ``batch_size`` is below 1.
     """
     _check_text(ids, length, counted)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     was_training = model.training
     model.eval()
     starts = torch.arange(0, len(ids) - length, length, device=ids.device)
@@ -141,7 +160,8 @@ def score_next_token(
     for part in starts.split(batch_size):
         rows = part.unsqueeze(1) + places
         marks = None if counted is None else counted[rows]
-        total += float(_loss(model(ids[rows][:, :-1]), ids[rows], marks, "sum"))
+        piece = ids[rows].long()
+        total += float(_loss(model(piece[:, :-1]), piece, marks, "sum"))
         number += part.numel() * length if marks is None else int(marks[:, 1:].sum())
     model.train(was_training)
     if not number:
@@ -151,7 +171,7 @@ def score_next_token(
 
 def _loss(out: Any, ids: Tensor, counted: Tensor | None, reduction: str) -> Tensor:
     logits = getattr(out, "logits", out).flatten(0, 1).float()
-    targets = ids[:, 1:].flatten().long()
+    targets = ids[:, 1:].flatten()
     if counted is not None:
         targets = torch.where(counted[:, 1:].flatten(), targets, -100)
     loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -160,10 +180,19 @@ def _loss(out: Any, ids: Tensor, counted: Tensor | None, reduction: str) -> Tens
     return loss / (targets.numel() if counted is None else counted[:, 1:].sum().clamp(min=1))
 
 
+def _check_finite(losses: list[Tensor]) -> None:
+    bad = ~torch.stack(losses[-CHECKED:]).isfinite()
+    if bool(bad.any()):
+        first = len(losses) - len(bad) + int(bad.int().argmax()) + 1
+        raise NotConverged(f"the loss is no longer finite after {first} updates; lower learning_rate")
+
+
 def _check_text(ids: Tensor, length: int, counted: Tensor | None) -> None:
-    if ids.ndim != 1 or ids.is_floating_point():
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"ids must be one row of integers, got shape {tuple(ids.shape)} of {ids.dtype}")
     if length < 1 or len(ids) <= length:
         raise ValueError(f"length must be at least 1 and below the {len(ids)} tokens of the text, got {length}")
     if counted is not None and counted.shape != ids.shape:
         raise ValueError(f"counted must have shape {tuple(ids.shape)}, got {tuple(counted.shape)}")
+    if counted is not None and counted.dtype != torch.bool:
+        raise ValueError(f"counted must be bool, got {counted.dtype}")
