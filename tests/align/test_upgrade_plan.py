@@ -3,6 +3,7 @@ import pytest
 from scipy.stats import ortho_group
 
 from polyspan.align import IdentityMap, OrthogonalMap, RidgeMap, plan_upgrade
+from polyspan.align.upgrade_plan import StrategyRow, recommend
 from polyspan.align.upgrade_plots import plot_upgrade_plan
 from polyspan.linalg import recall_at_k, top_k
 
@@ -107,6 +108,70 @@ def test_what_is_suspicious_of_a_sample_is_said():
     assert "12 anchors repeat others" in " ".join(
         plan_upgrade(old, new, n_rows=24, candidates={"o": OrthogonalMap()}).warnings
     )
+
+
+def test_recall_in_the_store_is_nearer_to_what_comes_out_than_recall_of_the_sample():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(8000, 12))
+    old, new = (
+        (shared @ rng.normal(size=(12, d)) + 0.8 * rng.normal(size=(8000, d))).astype(np.float32) for d in (24, 32)
+    )
+    sample, asked = np.arange(900), np.arange(900, 1900)
+    plan = plan_upgrade(old[sample], new[sample], n_rows=8000, k=5, candidates={"ridge": RidgeMap(1.0)})
+    true = top_k(new[asked], new, 5, exclude=asked).indices
+    sides = {
+        "gallery": (new[asked], plan.aligners["gallery"].transform(old)),
+        "query": (plan.aligners["query"].transform(new[asked]), old),
+        "stay": (old[asked], old),
+    }
+    for strategy, (queries, gallery) in sides.items():
+        came_out = recall_at_k(top_k(queries, gallery, 5, exclude=asked).indices, true)
+        row = by(plan, strategy)
+        assert abs(row.store_recall - came_out) < 0.06
+        assert row.recall - came_out > 0.1, "a fold has fewer rows to confuse"
+    assert by(plan, "re-embed").store_recall == 1
+
+
+def test_recall_in_a_store_of_the_sample_alone_is_that_among_all_held_out_rows():
+    from sklearn.model_selection import KFold
+
+    old, new = world(2, n=60, noise=0.4)
+    plan = plan_upgrade(old, new, n_rows=60, k=5, candidates={"ridge": RidgeMap(1.0)}, random_state=3)
+    mapped = np.empty_like(new)
+    for fitting, held in KFold(3, shuffle=True, random_state=3).split(old):
+        mapped[held] = RidgeMap(1.0).fit(old[fitting], new[fitting]).transform(old[held])
+    own = np.arange(60)
+    true = top_k(new, new, 5, exclude=own).indices
+    expected = recall_at_k(top_k(new, mapped, 5, exclude=own).indices, true)
+    assert by(plan, "gallery").store_recall == pytest.approx(expected)
+    larger = plan_upgrade(old, new, n_rows=6000, k=5, candidates={"ridge": RidgeMap(1.0)}, random_state=3)
+    assert by(larger, "gallery").store_recall < by(plan, "gallery").store_recall
+    assert by(larger, "gallery").recall == by(plan, "gallery").recall
+    labelled = plan_upgrade(old, new, n_rows=60, k=5, candidates={"ridge": RidgeMap(1.0)}, labels=np.arange(60) % 3)
+    assert {row.store_recall for row in labelled.table} == {None}
+
+
+def test_what_is_recommended_is_judged_for_the_store_where_that_is_known():
+    def row(strategy, recall, share, in_store):
+        return StrategyRow(strategy, "ridge", recall, (recall, recall), share, 9, 1.0, None, in_store)
+
+    def rows(gallery):
+        return [
+            row("re-embed", 1.0, 1.0, 1.0),
+            row("gallery", 0.97, 0.0, gallery),
+            row("stay", 0.5, 0.0, 0.4),
+        ]
+
+    assert recommend(rows(0.97), 0.05)[0] == 1
+    assert recommend(rows(0.80), 0.05)[0] == 0
+    assert recommend(rows(None), 0.05)[0] == 1
+
+
+def test_a_sample_in_which_chance_finds_much_is_said_to_be_small():
+    old, new = world(3, n=60)
+    said = plan_upgrade(old, new, n_rows=60, k=10, candidates={"o": OrthogonalMap()}).warnings
+    assert "any 10 of the 19 others of a fold hold 53% of the true: sample more" in said
+    assert plan_upgrade(old, new, n_rows=60, k=3, candidates={"o": OrthogonalMap()}).warnings == []
 
 
 @pytest.mark.parametrize(

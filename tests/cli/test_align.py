@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from polyspan.align import load_aligner
+from polyspan.cli import run
 from polyspan.cli.align import fit, score
 from polyspan.io import write_array
 
@@ -38,3 +39,67 @@ def test_spaces_of_one_width_or_two_are_aligned_reported_and_scored(files, metho
     shown = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert shown["cosine"].startswith("- before, ") != alike
     assert "nan" not in shown["cosine"]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(120, 6)).astype(np.float32)
+    write_array(tmp_path / "x.npy", rows)
+    write_array(tmp_path / "x.safetensors", rows)
+    write_array(tmp_path / "y.npy", rows @ np.linalg.qr(rng.normal(size=(6, 6)))[0].astype(np.float32))
+    return tmp_path
+
+
+def test_no_result_takes_the_place_of_what_it_is_made_of(pair, capsys):
+    x, y, out = pair / "x.safetensors", pair / "y.npy", pair / "map.safetensors"
+    before = x.read_bytes()
+    (pair / "link.safetensors").symlink_to("x.safetensors")
+    for place in (x, pair / "link.safetensors"):
+        assert run(["align", "fit", str(x), str(y), "--out", str(place)]) == 2
+        assert "must be another file than the vectors" in capsys.readouterr().err
+    assert x.read_bytes() == before
+    fit(x, y, out=out)
+    kept = out.read_bytes()
+    assert run(["align", "apply", str(out), str(x), "--out", str(out)]) == 2
+    assert "must be another file than the map" in capsys.readouterr().err
+    assert out.read_bytes() == kept
+
+
+def test_a_picture_of_no_kind_is_refused_before_a_map_is_written(pair, capsys):
+    assert run(["align", "fit", *map(str, (pair / "x.npy", pair / "y.npy")), "-o", str(pair / "m.safetensors"),
+                "--plot", str(pair / "m.doc")]) == 2  # fmt: skip
+    assert "--plot must end in .svg" in capsys.readouterr().err
+    assert not (pair / "m.safetensors").exists()
+
+
+def test_an_all_zero_row_is_named_by_its_row_in_the_file_that_is_carried(pair, capsys):
+    fit(pair / "x.npy", pair / "y.npy", out=pair / "m.safetensors")
+    rows = np.load(pair / "x.npy")
+    rows[77] = 0
+    write_array(pair / "zero.npy", rows)
+    command = ["align", "apply", str(pair / "m.safetensors"), str(pair / "zero.npy"), "--out", str(pair / "c.npy")]
+    assert run([*command, "--batch-rows", "50"]) == 2
+    assert "zero.npy must have no all-zero row for this map, got one at row 77" in capsys.readouterr().err
+    assert not (pair / "c.npy").exists()
+
+
+def test_anchors_that_are_equal_or_repeated_are_said(pair, capsys):
+    fit(pair / "x.npy", pair / "x.npy", out=pair / "m.safetensors")
+    assert "warning: source and target hold the same vectors" in capsys.readouterr().err
+    for name in ("x", "y"):
+        write_array(pair / f"{name}{name}.npy", np.tile(np.load(pair / f"{name}.npy"), (2, 1)))
+    fit(pair / "xx.npy", pair / "yy.npy", out=pair / "m.safetensors", json=True)
+    caught = capsys.readouterr()
+    assert "warning: 120 of 240 anchors repeat others" in caught.err
+    assert json.loads(caught.out)["warnings"] == [line.removeprefix("warning: ") for line in caught.err.splitlines()]
+    fit(pair / "x.npy", pair / "y.npy", out=pair / "m.safetensors")
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["-k", "--k"])
+def test_k_is_asked_for_with_one_dash_or_two(pair, capsys, option):
+    fit(pair / "x.npy", pair / "y.npy", out=pair / "m.safetensors")
+    capsys.readouterr()
+    assert run(["align", "score", *(str(pair / n) for n in ("m.safetensors", "x.npy", "y.npy")), option, "3"]) == 0
+    assert "twin@3" in capsys.readouterr().out

@@ -281,7 +281,9 @@ def test_a_lance_fill_that_is_cut_off_before_its_end_makes_nothing_twice(tmp_pat
             with pytest.raises(ConnectionError):
                 upgrade.fill(batch_rows=64, verbose=False)
         assert upgrade.table.facts().n_pending == 0
-        assert upgrade.check(batch_rows=50).ok, "before the column is written, and after"
+        seen = upgrade.check(batch_rows=50)
+        assert (seen.n_compared, seen.n_missing, seen.n_wrong) == (N, 0, 0), "before the column is written, and after"
+        assert seen.problems == ["the fill has not come to its end: fill again"]
     assert upgrade.fill(verbose=False) == 0
     assert upgrade.check().ok
     upgrade.cut_over()

@@ -1,12 +1,8 @@
 import json
 import os
-import pwd
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -100,48 +96,6 @@ def make_qdrant(folder, distance="Dot"):
     client.update_collection_aliases([alias])
     client.close()
     return folder
-
-
-def postgres_programs():
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return found[-1].parent if found else None
-
-
-@pytest.fixture(scope="session")
-def postgres():
-    """The address of a server of its own, on a socket in a folder; it ends with the tests."""
-    pytest.importorskip("psycopg")
-    programs = postgres_programs()
-    if programs is None:
-        pytest.skip("no PostgreSQL server is installed: PostgresTable is untested here")
-    user = []
-    if os.geteuid() == 0:  # the server refuses to run as root
-        if shutil.which("runuser") is None or "postgres" not in {entry.pw_name for entry in pwd.getpwall()}:
-            pytest.skip("root cannot start a PostgreSQL server without a user postgres: PostgresTable is untested here")
-        user = ["runuser", "-u", "postgres", "--"]
-    folder = Path(tempfile.mkdtemp(prefix="polyspan-pg-"))  # a socket's path must be short
-    if user:
-        shutil.chown(folder, "postgres")
-    data = folder / "data"
-    command = [*user, programs / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "-N"]
-    subprocess.run(command, check=True, capture_output=True, cwd=folder)
-    server = subprocess.Popen(
-        [*user, programs / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-F"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,
-    )
-    try:
-        for _ in range(100):
-            ready = subprocess.run([programs / "pg_isready", "-h", folder, "-U", "postgres"], capture_output=True)
-            if ready.returncode == 0:
-                break
-            time.sleep(0.1)
-        yield f"postgresql://postgres@/postgres?host={folder}"
-    finally:
-        subprocess.run([*user, programs / "pg_ctl", "-D", data, "stop", "-m", "immediate"], capture_output=True)
-        server.wait(timeout=20)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_postgres(address, kind="real[]"):
@@ -1123,45 +1077,6 @@ def test_a_cosine_collection_says_that_lengths_are_gone_and_a_plain_name_is_not_
         assert payload == {"text": first.texts[0]}
         with pytest.raises(UnreadableFile, match="no collection other"):
             QdrantTable("", "other", client=table.client)
-    finally:
-        table.close()
-
-
-def test_postgres_refuses_what_it_cannot_serve(postgres):
-    import psycopg
-
-    make_postgres(postgres)
-    with pytest.raises(WrongContent, match="a column nothing"):
-        PostgresTable(postgres, "docs", text_column="nothing")
-    with pytest.raises(WrongContent, match="a table that this user may read"):
-        PostgresTable(postgres, "none")
-    with pytest.raises(UnreadableFile, match="a server that answers") as caught:
-        PostgresTable("postgresql://me:secret@/postgres?host=/nowhere", "docs")
-    assert "secret" not in str(caught.value)
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute("CREATE TABLE IF NOT EXISTS twins AS SELECT 'a' AS id, v FROM docs LIMIT 2")
-    table = PostgresTable(postgres, "twins")
-    with pytest.raises(WrongContent, match="1 ids missing or repeated"):
-        table.prepare(NEW, SPACE, WORK)
-    table.close()
-
-
-def test_half_vectors_and_the_metric_of_an_index_are_known(postgres):
-    import psycopg
-
-    make_postgres(postgres, f"halfvec({D})")
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute("CREATE INDEX ON docs USING hnsw (v halfvec_cosine_ops)")
-    table = PostgresTable(postgres, "docs")
-    try:
-        assert table.facts().metric == "cosine"
-        table.prepare(NEW, SPACE, WORK)
-        fill_all(table)
-        table.seal()
-        for batch, rows in table.pairs():
-            np.testing.assert_allclose(rows, batch.rows @ MAP, rtol=2e-3, atol=2e-3)
-        table.switch("cut over")
-        assert table.facts().dim == NEW
     finally:
         table.close()
 

@@ -12,6 +12,8 @@ MARKS = dict(zip(STRATEGIES, "xv^os", strict=True))
 def plot_upgrade_plan(plan: UpgradePlan, path: Path | str) -> Path:
     """Draw predicted recall with its interval against the share embedded again, one point a row of the plan.
 
+    A bar of the colour of a point is what is expected among all rows of the store, where the plan tells it.
+
     Parameters
     ----------
     plan : UpgradePlan
@@ -41,10 +43,14 @@ def plot_upgrade_plan(plan: UpgradePlan, path: Path | str) -> Path:
                 linestyle="none",
                 label=f"{row.strategy} {row.aligner}".strip() if row.strategy != "backfill" else None,
             )
+            if row.store_recall is not None:
+                axis.plot(row.share, row.store_recall, marker="_", markersize=12, color=colours[row.aligner])
         best = plan.table[plan.recommended]
         axis.plot(
             best.share, best.recall, marker="o", markersize=14, fillstyle="none", color="black", label="recommended"
         )
+        if any(row.store_recall is not None for row in plan.table):
+            axis.plot([], [], marker="_", markersize=12, color="grey", linestyle="none", label="expected in the store")
         axis.set(xlabel="share of the store embedded again", ylabel=f"recall@{plan.k}", ylim=(0, 1.05))
         figure.legend(loc="outside right upper", fontsize=7)
         write_picture(figure, path, dpi=120)

@@ -1,11 +1,11 @@
 """``polyspan align fit``, ``apply`` and ``score``."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from ._output import say, show_json, show_table
+from ._output import check_target, say, show_json, show_table
 
 Method = Literal["auto", "orthogonal", "relaxed-orthogonal", "ridge", "mean-shift", "residual-mlp", "no-map"]
 
@@ -77,6 +77,10 @@ def fit(
     from polyspan.align import alignment_report, choose_aligner
     from polyspan.io import digest_file, read_array
 
+    check_target(out, "--out", ".safetensors")
+    check_target(plot, "--plot", ".svg", ".png", ".pdf")
+    for path in (source, target):
+        _refuse_to_replace(out, path, "vectors")
     X = read_array(source, member=source_member, column=source_column)
     Y = read_array(target, member=target_member, column=target_column)
     if len(X) != len(Y):
@@ -108,6 +112,7 @@ def fit(
     report = {}
     if n_held >= 2:
         report = alignment_report(clone(aligner).fit(X[kept], Y[kept]), X[held], Y[held], random_state=seed)
+    doubts = [*report.get("warnings", []), *_doubts(X, Y)]
     aligner.fit(X, Y)
     about = {
         "method": chosen,
@@ -121,10 +126,11 @@ def fit(
         from polyspan.align.plots import plot_alignment
 
         plot_alignment(aligner, X, Y, plot)
-    for warning in report.get("warnings", []):
+    for warning in doubts:
         say(f"warning: {warning}")
     if json:
-        show_json({"map": str(out), "method": chosen, "n_anchors": len(X), "held_out": report, "table": table})
+        told = {"map": str(out), "method": chosen, "n_anchors": len(X), "held_out": report, "table": table}
+        show_json(told | {"warnings": doubts})
         return
     rows = [
         ("map", str(out)),
@@ -134,6 +140,25 @@ def fit(
     ]
     rows += [(f"cross-validated {r['aligner']}", f"{r['score']:.4f}") for r in table]
     show_table("", ("what", "value"), rows + _report_rows(report))
+
+
+def _refuse_to_replace(out: Path, read: Path, what: str) -> None:
+    """Refuse a result that would take the place of what is read."""
+    if out.exists() and read.exists() and out.samefile(read):
+        raise ValueError(f"--out must be another file than the {what} it is made of, got {out} twice")
+
+
+def _doubts(X: Any, Y: Any) -> list[str]:
+    """Say what of the anchors makes one doubt, whatever the map."""
+    import numpy as np
+
+    said = []
+    if X.shape == Y.shape and np.array_equal(X, Y):
+        said.append("source and target hold the same vectors: there is nothing to align")
+    repeated = len(X) - len(np.unique(X, axis=0))
+    if repeated:
+        said.append(f"{repeated} of {len(X)} anchors repeat others: what is held out may have been fitted on")
+    return said
 
 
 def _families(*, shift: bool, rank: int | None, normalize: bool, seed: int):
@@ -217,6 +242,7 @@ def apply(
     from polyspan.io import EmbeddingReader, digest_file, transform_file
     from polyspan.run import Progress
 
+    _refuse_to_replace(out, map, "map")
     aligner, about = load_aligner(map)
     side = "target" if inverse else "source"
     wanted = about.get(side, {}).get("model", "")
@@ -227,20 +253,26 @@ def apply(
     step = aligner.inverse_transform if inverse else aligner.transform
     dim = aligner.n_features_in_ if inverse else aligner._n_features_out
     start = time.perf_counter()
-    n_rows = EmbeddingReader(source, member=member, column=column, id_column=id_column).n_rows
-    with Progress(f"carrying {source.name}", n_rows) as shown:
-        rows = transform_file(
-            source,
-            out,
-            step,
-            dim=dim,
-            member=member,
-            column=column,
-            id_column=id_column,
-            batch_rows=batch_rows,
-            fingerprint=f"{digest_file(map)}:{'inverse' if inverse else 'forward'}",
-            progress=lambda done, _: shown.advance(done - shown.count),
-        )
+    places: dict[str, Any] = {"member": member, "column": column, "id_column": id_column}
+    n_rows = EmbeddingReader(source, **places).n_rows
+    try:
+        with Progress(f"carrying {source.name}", n_rows) as shown:
+            rows = transform_file(
+                source,
+                out,
+                step,
+                dim=dim,
+                **places,
+                batch_rows=batch_rows,
+                fingerprint=f"{digest_file(map)}:{'inverse' if inverse else 'forward'}",
+                progress=lambda done, _: shown.advance(done - shown.count),
+            )
+    except ValueError as error:
+        # The map sees a batch; whoever has the file wants the row of it.
+        zero = _all_zero_row(EmbeddingReader(source, **places)) if aligner.normalize and not inverse else None
+        if zero is None:
+            raise
+        raise ValueError(f"{source} must have no all-zero row for this map, got one at row {zero}") from error
     seconds = time.perf_counter() - start
     if json:
         show_json({"out": str(out), "rows": rows, "dim": dim, "wall_s": seconds})
@@ -252,12 +284,21 @@ def apply(
         )
 
 
+def _all_zero_row(reader: Any) -> int | None:
+    """Return the number of the first row without a direction, or None."""
+    for batch in reader.read():
+        zero = ~batch.rows.any(axis=1)
+        if zero.any():
+            return batch.start + int(zero.argmax())
+    return None
+
+
 def score(
     map: Path,
     source: Path,
     target: Path,
     *,
-    k: int = 10,
+    k: Annotated[int, Parameter(name=("-k", "--k"))] = 10,
     source_member: str | None = None,
     target_member: str | None = None,
     source_column: str | None = None,

@@ -1,15 +1,26 @@
 """``polyspan upgrade plan``, ``apply``, ``check``, ``cutover`` and ``rollback``."""
 
 import re
+import shlex
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from ._output import say, show_json, show_table
+from ._output import check_target, say, show_json, show_table
 
-PLAN_COLUMNS = ("strategy", "map", "recall", "95 % interval", "embedded again", "written", "time", "cost of embedding")
+PLAN_COLUMNS = (
+    "strategy",
+    "map",
+    "recall",
+    "95 % interval",
+    "embedded again",
+    "written",
+    "time",
+    "cost of embedding",
+    "in store",
+)
 
 
 def plan(
@@ -19,7 +30,7 @@ def plan(
     texts: Path | None = None,
     labels: Path | None = None,
     sample: int = 2000,
-    k: Annotated[int, Parameter(name="-k")] = 10,
+    k: Annotated[int, Parameter(name=("-k", "--k"))] = 10,
     loss: float = 0.05,
     price: float | None = None,
     old_model: str | None = None,
@@ -45,7 +56,8 @@ def plan(
     encoder : str
         The new model: a sentence-transformers folder, or package.module:function, which takes a list of texts.
     texts : Path
-        What was embedded, where the store does not hold it: .jsonl or .csv with id and text, or .txt, one a row.
+        What was embedded, where the store does not hold it: .jsonl or .csv with id and text; or, for files, .txt or
+        these two without id, one a row.
     labels : Path
         Classes of the rows, in their order (.npy or .csv with a column label): recall is then a hit of the same class.
     sample : int
@@ -86,6 +98,13 @@ def plan(
         raise ValueError(
             "store must be an address without a password, which would be kept: use PGPASSWORD or ~/.pgpass"
         )
+    if k < 1:
+        raise ValueError(f"-k must be at least 1, got {k}")
+    if not 0 <= loss < 1:
+        raise ValueError(f"--loss must be at least 0 and below 1, got {loss}")
+    if price is not None and not price >= 0:
+        raise ValueError(f"--price must be at least 0, got {price}")
+    check_target(plot, "--plot", ".svg", ".png", ".pdf")
     model = load_encoder(encoder, device=device)
     places = {"table": table, "column": column, "id_column": id_column, "text_column": text_column, "member": member}
     with _opened(store, places) as opened:
@@ -117,8 +136,10 @@ def plan(
     share = f" of {best.share:.0%}" if best.strategy == "backfill" else ""
     by = f" with the {best.aligner} map" if best.aligner else ""
     print(f"recommended: {best.strategy}{share}{by}: {made.reason}")
+    if any(row.store_recall is not None for row in made.table):
+        say(f"recall and its interval are of the sample; of all {made.n_rows} rows expect what the last column says")
     say("time is an estimate: of the encoder, and of reading, mapping and writing a file of vectors, on the sample")
-    say(f"nothing was written to the store; next: polyspan upgrade apply {upgrade.folder} --apply")
+    say(f"nothing was written to the store; next: {_command('apply', upgrade.folder, '--apply')}")
 
 
 def apply(
@@ -159,24 +180,31 @@ def apply(
 
     plan = _plan_of(state)
     source = read_json(state / "source.json")
-    row = plan["table"][plan["recommended"]]
-    chosen = strategy or row["strategy"]
+    begun = _begun(state)
+    asked = strategy is not None or share is not None
+    chosen = strategy or begun.get("strategy") or plan["table"][plan["recommended"]]["strategy"]
     told: dict[str, Any] = {"store": source["store"], "strategy": chosen, "n_rows": plan["n_rows"]}
     told |= {"old": plan["old_space"], "new": plan["new_space"], "applied": apply}
     if not apply:
-        told["would"] = _would(chosen, plan)
-        _show(told, json, [("would be done", told["would"]), ("to do it", f"polyspan upgrade apply {state} --apply")])
+        told["would"] = _would(chosen, share, plan)
+        given = {"--strategy": strategy, "--share": share, "--batch-rows": batch_rows}
+        given |= {"--device": None if device == "auto" else device, "--seed": seed or None}
+        options = [part for name, value in given.items() if value is not None for part in (name, value)]
+        command = _command("apply", state, *options, "--apply")
+        _show(told, json, [("would be done", told["would"]), ("to do it", command)])
         return
     with _remembered(state, device, needs_encoder=chosen in ("backfill", "re-embed")) as upgrade:
         ended = "rolled back" in upgrade.steps and upgrade.table.facts().next_dim is None
-        if "stamped" not in upgrade.steps or ended or strategy is not None or share is not None:
-            upgrade.begin(chosen, share=share, seed=seed)
+        if "stamped" not in upgrade.steps or ended or asked:
+            # After a roll back the same way is gone again, if no other is asked for.
+            same = begun if ended and not asked else {}
+            upgrade.begin(chosen, share=same.get("share", share), seed=same.get("seed", seed))
         if chosen == "query":
             told["map"] = str(_carry_queries(upgrade, source["store"], state))
-            _show(told, json, [("carries queries", told["map"])])
+            _show(told, json, [("carries queries", told["map"]), _query_use(told["map"], plan["new_space"]["model"])])
             return
         told["made"] = upgrade.fill(batch_rows=batch_rows)
-    _show(told, json, [("made now", f"{told['made']} vectors"), ("next", f"polyspan upgrade check {state}")])
+    _show(told, json, [("made now", f"{told['made']} vectors"), ("next", _command("check", state))])
 
 
 def check(
@@ -208,13 +236,13 @@ def check(
         Print what was seen as JSON.
     """
     from polyspan.errors import UnreadableFile
-    from polyspan.io import read_json
 
     _plan_of(state)
     _refuse_query(state)
-    if not (state / "upgrade.json").exists():
+    begun = _begun(state)
+    if not begun:
         raise UnreadableFile(state, found="a plan alone", expected="an upgrade that polyspan upgrade apply has begun")
-    embeds = read_json(state / "upgrade.json")["strategy"] in ("backfill", "re-embed")
+    embeds = begun["strategy"] in ("backfill", "re-embed")
     with _remembered(state, device, needs_encoder=embeds and sample > 0) as upgrade:
         seen = upgrade.check(n_embedded=sample, tol=tol, bound=bound)
     rows = [
@@ -223,6 +251,12 @@ def check(
         ("recall of the sample", f"{seen.recall:.4f}, bound {seen.bound:.4f}"),
         ("verdict", "good" if seen.ok else "; ".join(seen.problems)),
     ]
+    if seen.ok:
+        rows.append(("next", _command("cutover", state)))
+    elif any(problem.endswith("fill again") for problem in seen.problems):
+        rows.append(("next", _command("apply", state, "--apply")))
+    else:
+        rows.append(("to give these vectors up", _command("cutover", state, "--forget")))
     _show(seen._asdict(), json, rows)
     return 0 if seen.ok else 1
 
@@ -253,7 +287,9 @@ def cutover(state: Path, *, forget: Annotated[bool, Parameter(negative="")] = Fa
         facts = upgrade.table.facts()
     told = {"in_use": facts.space, "dim": facts.dim, "n_rows": facts.n_rows}
     model = (facts.space or {}).get("model", "unnamed")
-    _show(told, json, [("in use", f"{facts.n_rows} vectors of {model}, {facts.dim} wide"), ("old vectors", "kept")])
+    rows = [("in use", f"{facts.n_rows} vectors of {model}, {facts.dim} wide"), ("old vectors", "kept")]
+    rows += [("to go back", _command("rollback", state)), ("to remove them", _command("cutover", state, "--forget"))]
+    _show(told, json, rows)
 
 
 def rollback(state: Path, *, json: bool = False) -> None:
@@ -272,7 +308,27 @@ def rollback(state: Path, *, json: bool = False) -> None:
         facts = upgrade.table.facts()
     model = (facts.space or {}).get("model", "unnamed")
     told = {"in_use": facts.space, "dim": facts.dim, "n_rows": facts.n_rows}
-    _show(told, json, [("in use", f"{facts.n_rows} vectors of {model}, {facts.dim} wide")])
+    rows = [("in use", f"{facts.n_rows} vectors of {model}, {facts.dim} wide")]
+    _show(told, json, [*rows, ("to go on after all", _command("apply", state, "--apply"))])
+
+
+def _command(step: str, state: Path, *options: Any) -> str:
+    """Return a command as a shell takes it."""
+    return shlex.join(["polyspan", "upgrade", step, str(state), *map(str, options)])
+
+
+def _query_use(place: str, model: str) -> tuple[str, str]:
+    if place.endswith(".faiss"):
+        return "to use it", f"search this index by queries of {model} as they are"
+    return "to use it", shlex.join(["polyspan", "align", "apply", place, "queries.npy", "--out", "carried.npy"])
+
+
+def _begun(state: Path) -> dict[str, Any]:
+    """Return what is remembered of an upgrade that was begun, or nothing."""
+    from polyspan.io import read_json
+
+    place = state / "upgrade.json"
+    return read_json(place) if place.exists() else {}
 
 
 def _show(told: dict[str, Any], json: bool, rows: list[tuple[str, str]]) -> None:
@@ -308,8 +364,22 @@ def _opened(store: str, places: dict[str, str | None]) -> Any:
 def _keep_source(folder: Path, store: str, places: dict[str, str | None], encoder: str, texts: Path | None) -> None:
     from polyspan.io import write_json
 
-    told = {"store": store, "places": places, "encoder": encoder, "texts": None if texts is None else str(texts)}
+    told = {
+        "store": store if _is_address(store) else _from_anywhere(store),
+        "places": places,
+        "encoder": _from_anywhere(encoder) if Path(encoder).exists() else encoder,
+        "texts": None if texts is None else _from_anywhere(texts),
+    }
     write_json(folder / "source.json", told)
+
+
+def _is_address(store: str) -> bool:
+    return store.startswith(("postgresql:", "postgres:", "http:", "https:")) or "://" in store
+
+
+def _from_anywhere(path: Path | str) -> str:
+    """Return a path that means the same in every working folder; a link stays one."""
+    return str(Path(path).absolute())
 
 
 def _plan_of(state: Path) -> dict[str, Any]:
@@ -323,10 +393,7 @@ def _plan_of(state: Path) -> dict[str, Any]:
 
 def _refuse_query(state: Path) -> None:
     """Say of strategy query what stands in the place of next vectors."""
-    from polyspan.io import read_json
-
-    begun = state / "upgrade.json"
-    if begun.exists() and read_json(begun).get("strategy") == "query":
+    if _begun(state).get("strategy") == "query":
         raise ValueError(
             "strategy must be gallery, backfill or re-embed to check, cut over or roll back, got query: it has no next "
             f"vectors; carry vectors of new queries through {state / 'query_map.safetensors'} by polyspan align apply"
@@ -342,20 +409,21 @@ def _remembered(state: Path, device: str = "auto", *, needs_encoder: bool = Fals
     _plan_of(state)
     source = read_json(state / "source.json")
     model = load_encoder(source["encoder"], device=device) if needs_encoder else None
-    texts = _read_texts(None if source["texts"] is None else Path(source["texts"]))
+    texts = _read_texts(Path(source["texts"])) if needs_encoder and source["texts"] is not None else None
     with _opened(source["store"], source["places"]) as opened:
         yield Upgrade(state, opened, encoder=model, texts=texts)
 
 
 def _read_texts(path: Path | None) -> Any:
-    """Return texts by key: by the ids of a table, or by row number of a plain file."""
+    """Return texts by id, or one a row where the file has no ids."""
     from polyspan.errors import WrongContent
     from polyspan.io import read_csv, read_jsonl, read_text
 
     if path is None:
         return None
     if path.suffix == ".txt":
-        return dict(enumerate(read_text(path).splitlines()))
+        # Not by splitlines, which breaks a text at a form feed or a line separator of Unicode too.
+        return [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
     if path.suffix == ".jsonl":
         rows = [(row.get("id"), row.get("text")) for row in read_jsonl(path)]
     elif path.suffix in (".csv", ".tsv"):
@@ -365,14 +433,25 @@ def _read_texts(path: Path | None) -> Any:
         rows = list(zip(found.get("id", [None] * len(found["text"])), found["text"], strict=True))
     else:
         raise ValueError(f"--texts must end in .jsonl, .csv, .tsv or .txt, got {path}")
+    bad = next((i for i, (_, text) in enumerate(rows) if not isinstance(text, str)), None)
+    if bad is not None:
+        raise WrongContent(path, found="no text", expected="a text in every row", where=f"row {bad}")
+    if all(key is None for key, _ in rows):
+        return [text for _, text in rows]
     made: dict[Any, str] = {}
     for number, (key, text) in enumerate(rows):
-        if not isinstance(text, str):
-            raise WrongContent(path, found="no text", expected="a text in every row", where=f"row {number}")
-        name = number if key is None else key
-        made[name] = text
-        if isinstance(name, str) and name.lstrip("-").isdigit():
-            made[int(name)] = text
+        if not isinstance(key, int | str) or isinstance(key, bool):
+            raise WrongContent(
+                path, found=f"id {key!r}", expected="a number or a name in every row", where=f"row {number}"
+            )
+        if key in made:
+            raise WrongContent(path, found=f"id {key} twice", expected="each id once", where=f"row {number}")
+        made[key] = text
+        # What is a number here may be written as a name in the store, and the reverse.
+        if isinstance(key, int):
+            made.setdefault(str(key), text)
+        elif re.fullmatch(r"-?(0|[1-9][0-9]*)", key):
+            made.setdefault(int(key), text)
     return made
 
 
@@ -387,16 +466,21 @@ def _carry_queries(upgrade: Any, store: str, state: Path) -> Path:
     return state / "query_map.safetensors"
 
 
-def _would(strategy: str, plan: dict[str, Any]) -> str:
+def _would(strategy: str, share: float | None, plan: dict[str, Any]) -> str:
     n, dim = plan["n_rows"], plan["new_space"]["dim"]
-    if strategy == "query":
-        return "queries of the new model are carried to the vectors as they are; the store gets a stamp if it has none"
     how = {
+        "query": "",
         "gallery": "carried by the map",
         "backfill": "carried by the map, a share of them embedded again",
         "re-embed": "embedded again",
     }
-    return f"{n} vectors, {dim} wide, {how.get(strategy, strategy)}, are written beside those in use"
+    if strategy not in how:
+        raise ValueError(f"--strategy must be one of {', '.join(how)}, got {strategy!r}")
+    if share is not None and not (strategy == "backfill" and 0 < share < 1):
+        raise ValueError(f"--share must lie in (0, 1) and goes with backfill, got {share} and {strategy}")
+    if strategy == "query":
+        return "queries of the new model are carried to the vectors as they are; the store gets a stamp if it has none"
+    return f"{n} vectors, {dim} wide, {how[strategy]}, are written beside those in use"
 
 
 def _plan_row(row: Any) -> tuple[str, ...]:
@@ -416,4 +500,5 @@ def _plan_row(row: Any) -> tuple[str, ...]:
         f"{row.n_written}",
         seconds(row.seconds),
         "" if row.cost is None else f"{row.cost:.2f}",
+        "" if row.store_recall is None else f"~{row.store_recall:.2f}",
     )

@@ -1,6 +1,7 @@
 """Files of vectors and FAISS indexes as stores that can be upgraded: the new file is made beside the old one."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from polyspan.io import (
     write_json,
 )
 
-from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_verb
+from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_finite_rows, check_verb
 
 FAISS_FILES = (".faiss", ".index")
 STORED = ("float16", "float32", "float64")
@@ -38,6 +39,8 @@ class _SwappedFile:
     ``before.SUFFIX`` once it is cut over, and no other file of the folder is touched. Of a symbolic link the file that
     it names is upgraded. Stamps are kept by the content of a file, so that they stay true wherever it is moved.
     """
+
+    numbered = True
 
     def __init__(self, path: Path | str):
         # A rename onto a link would leave the file that it names as it was.
@@ -195,6 +198,13 @@ class _SwappedFile:
         # Also of a file that was whole when a run was killed before its stamp.
         self._put_stamp(self._content(self.next), plan["space"])
 
+    def _check_sealed(self) -> None:
+        if not self.next.exists():
+            raise ValueError(
+                f"{self.path} must have next vectors that are sealed, got {self._filled()} of {self._size()[0]} filled "
+                "in; fill again"
+            )
+
     def switch(self, verb: str) -> None:
         """Cut over, roll back or forget: renames in one folder, so that a whole file stands at the path always."""
         check_verb(verb)
@@ -275,6 +285,9 @@ class FileTable(_SwappedFile):
         self._given: dict[str, Any] = {"column": column, "member": member, "id_column": id_column}
         self.text_column = text_column
         self.reader = EmbeddingReader(self.path, **self._given)
+        if text_column is not None:
+            # Said now, and not when the first text is needed.
+            next(text_batches(self.path, text_column, batch_rows=1))
 
     def _content(self, path: Path) -> str:
         facts = EmbeddingReader(path, **self._given).fingerprint()
@@ -298,13 +311,14 @@ class FileTable(_SwappedFile):
         with contextlib.closing(reader.batches(start)) as batches:
             for batch in batches:
                 keys = np.arange(batch.start, batch.start + len(batch.rows))
-                yield TableBatch(keys, batch.rows, None if texts is None else next(texts))
+                yield TableBatch(keys, batch.rows, None if texts is None else next(texts), batch.ids)
 
     def _build(self, rows: Path) -> None:
         replace_vectors(self.path, self.next, rows, column=self._given["column"], member=self._given["member"])
 
     def pairs(self, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[TableBatch, np.ndarray]]:
         """Yield every row in use with its next vector, from the file that will take the place."""
+        self._check_sealed()
         place = {"column": self.reader.column, "member": self._given["member"]}
         new = EmbeddingReader(self.next, **place, batch_rows=batch_rows)
         with contextlib.closing(new.batches()) as batches:
@@ -367,7 +381,10 @@ class FaissTable(_SwappedFile):
     def _source(self, batch_rows: int, start: int = 0) -> Iterator[TableBatch]:
         for first in range(start, self._inner.ntotal, batch_rows):
             n = min(batch_rows, self._inner.ntotal - first)
-            yield TableBatch(np.arange(first, first + n), _vectors(self._inner, first, n))
+            keys, rows = np.arange(first, first + n), _vectors(self._inner, first, n)
+            ids = None if self.ids is None else self.ids[first : first + n]
+            check_finite_rows(self.path, keys if ids is None else ids, rows)
+            yield TableBatch(keys, rows, ids=ids)
 
     def _build(self, rows: Path) -> None:
         vectors = read_array(rows, mmap=True)
@@ -387,6 +404,7 @@ class FaissTable(_SwappedFile):
 
     def pairs(self, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[TableBatch, np.ndarray]]:
         """Yield every row in use with its next vector, from the index that will take the place."""
+        self._check_sealed()
         new, ids = _inner(read_index(self.next), self.next)
         if new.ntotal != self._inner.ntotal or not np.array_equal(
             np.empty(0) if ids is None else ids, np.empty(0) if self.ids is None else self.ids
@@ -410,14 +428,22 @@ def read_index(path: Path | str) -> Any:
     try:
         return _faiss().read_index(str(path))
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition("Error: ")[2][:200]
-        raise WrongContent(path, found=reason, expected="a whole FAISS index") from error
+        raise WrongContent(path, found=_reason(error), expected="a whole FAISS index") from error
 
 
 def write_index(path: Path | str, index: Any) -> None:
     """Write a FAISS index atomically."""
     with atomic_path(path) as temp:
-        _faiss().write_index(index, str(temp))
+        try:
+            _faiss().write_index(index, str(temp))
+        except RuntimeError as error:
+            raise UnreadableFile(path, found=_reason(error), expected="a place that can be written to") from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return what FAISS says, without the place in its source, which it says first."""
+    said = re.sub(r"^Error in .*? at \S+:\d+: (Error: )?('.*?' failed: )?", "", str(error).strip().splitlines()[0])
+    return said[:200]
 
 
 def _inner(index: Any, path: Path) -> tuple[Any, np.ndarray | None]:

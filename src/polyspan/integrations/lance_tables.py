@@ -13,7 +13,7 @@ from polyspan.errors import UnreadableFile, WrongContent, require
 from polyspan.io import remove_folder
 
 from ._lance_fill import Held, Spool, vector_lists
-from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_verb
+from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_finite_rows, check_verb
 
 STAMP, WORK, PLAN = "polyspan:space", "polyspan:work", "polyspan:next"
 NEXT, BEFORE = "__next", "__before"
@@ -277,8 +277,9 @@ class LanceTable:
         vectors = batch.column(self.column)
         if vectors.null_count:
             raise WrongContent(self.place, found="a null vector", expected="a vector in every row", where=self.column)
-        keys = np.array(batch.column(self.id_column).to_pylist())
-        return TableBatch(keys, _to_rows(vectors), texts)
+        keys, rows = np.array(batch.column(self.id_column).to_pylist()), _to_rows(vectors)
+        check_finite_rows(self.place, keys, rows)
+        return TableBatch(keys, rows, texts)
 
     def rows(self, batch_rows: int = BATCH_ROWS) -> Iterator[TableBatch]:
         """Yield the rows in use."""
@@ -371,9 +372,9 @@ class LanceTable:
                 raise raised[0] from None
             self.table.checkout_latest()
             if self.table.version == dataset.version:
-                raise UnreadableFile(
-                    self.place, found=str(error).splitlines()[0][:200], expected="a table that can be written to"
-                ) from error
+                # Lance adds the place in its source.
+                found = str(error).splitlines()[0].partition(", /")[0][:200]
+                raise UnreadableFile(self.place, found=found, expected="a table that can be written to") from error
             if last:
                 raise ValueError(
                     f"{self.place} must stand still while the next vectors are written, got other commits"

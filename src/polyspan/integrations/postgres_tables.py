@@ -1,16 +1,17 @@
 """A PostgreSQL table, with pgvector or plain arrays, as a store that can be upgraded: next vectors are a column."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from polyspan.errors import UnreadableFile, WrongContent, require
 
-from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_verb
+from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_finite_rows, check_verb
 
-NEXT, BEFORE = "__next", "__before"
+NEXT, BEFORE, MADE_OF = "__next", "__before", "__made_of"
 KINDS = ("vector", "halfvec", "_float4", "_float8")
 OPERATORS = {"cosine": "cosine", "ip": "dot", "l2": "l2"}
 
@@ -22,6 +23,11 @@ class PostgresTable:
     Next vectors stand in the column ``VECTOR__next``, null where none is filled in yet; two renames in one transaction
     are the cut-over, and the old vectors are then ``VECTOR__before``. An index goes with its column: build one on the
     next vectors before you cut over (``CREATE INDEX CONCURRENTLY``). Stamps are comments of the columns.
+
+    ``VECTOR__made_of`` holds a sum of the vector, and of the text where one is named, that each next vector was made
+    of: rows that others change are found to be pending again. :meth:`digest` lets the server read the whole table; an
+    upgrade calls it at the check and at the cut-over, so that what changes between these two is seen; writes during the
+    cut-over itself are not.
 
     Parameters
     ----------
@@ -47,7 +53,7 @@ class PostgresTable:
         text_column: str | None = None,
     ):
         psycopg = require("psycopg", extra="postgres", purpose="a PostgreSQL table")
-        self._sql = psycopg.sql
+        self._sql, self._error = psycopg.sql, psycopg.Error
         try:
             self.connection = psycopg.connect(address, autocommit=True)
         except psycopg.OperationalError as error:
@@ -75,13 +81,34 @@ class PostgresTable:
         """Close the connection."""
         self.connection.close()
 
-    def _run(self, text: str, /, *values: Any, **names: Any) -> Any:
-        parts = {name: self._sql.Identifier(value) for name, value in names.items()}
-        return self.connection.execute(self._sql.SQL(text).format(table=self._table, **parts), values)
+    @contextmanager
+    def _told(self) -> Generator[None]:
+        """Say in our words what the server refuses: rights, views, a full disk, a lost connection."""
+        try:
+            yield
+        except self._error as error:
+            found = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+            raise UnreadableFile(
+                self.place, found=found, expected="a table that this user may read and change"
+            ) from error
+
+    def _ask(self, query: Any, values: Any = ()) -> Any:
+        with self._told():
+            return self.connection.execute(query, values)
+
+    def _query(self, text: str, **names: str) -> Any:
+        """Return SQL with the table, its columns in use, the sums of what next vectors are made of, and ``names``."""
+        columns = {"id": self.id_column, "column": self.column, "next": self._next, "made_of": self._made_of}
+        columns |= {"text": self.text_column} if self.text_column is not None else {}
+        parts = {name: self._sql.Identifier(value) for name, value in (columns | names).items()}
+        return self._sql.SQL(text).format(table=self._table, **parts)
+
+    def _run(self, text: str, /, *values: Any, **names: str) -> Any:
+        return self._ask(self._query(text, **names), values)
 
     def _read_columns(self) -> dict[str, tuple[str, int]]:
         """Return the type of every column, and its type modifier, which is pgvector's width."""
-        found = self.connection.execute(
+        found = self._ask(
             "SELECT attname, typname, atttypmod FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid "
             "WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped",
             [self._table.as_string(self.connection)],
@@ -115,15 +142,45 @@ class PostgresTable:
     def _before(self) -> str:
         return self.column + BEFORE
 
+    @property
+    def _made_of(self) -> str:
+        return self.column + MADE_OF
+
+    @property
+    def _kind(self) -> str:
+        """The type of the column in use: its arrays' element type, or pgvector's type."""
+        return self._columns[self.column][0]
+
+    @property
+    def _is_pgvector(self) -> bool:
+        return self._kind in ("vector", "halfvec")
+
+    def _declared(self) -> str:
+        return self._kind if self._is_pgvector else f"{self._kind[1:]}[]"
+
+    def _sum_of(self, vector: str, text: str | None) -> str:
+        """Return SQL of a number that tells whether a vector and its text are those that were seen before."""
+        numbers = "double precision[]" if self._kind == "_float8" else "real[]"
+        told = f"hash_array_extended({vector}::{numbers}, 0)"
+        return told if text is None else f"({told} # hashtextextended({text}, 0))"
+
+    @property
+    def _sum_in_use(self) -> str:
+        return self._sum_of("{table}.{column}", None if self.text_column is None else "{table}.{text}")
+
+    @property
+    def _is_pending(self) -> str:
+        return f"({{next}} IS NULL OR {{made_of}} IS DISTINCT FROM {self._sum_in_use})"
+
     def _width(self, column: str) -> int:
         kind, width = self._read_columns()[column]
         if kind in ("vector", "halfvec") and width > 0:
             return width
-        found = self._run("SELECT {column} FROM {table} WHERE {column} IS NOT NULL LIMIT 1", column=column).fetchone()
+        found = self._run("SELECT {one} FROM {table} WHERE {one} IS NOT NULL LIMIT 1", one=column).fetchone()
         return 0 if found is None else len(_numbers(found[0]))
 
     def _note(self, column: str) -> dict[str, Any]:
-        found = self.connection.execute(
+        found = self._ask(
             "SELECT col_description(to_regclass(%s), attnum) FROM pg_attribute "
             "WHERE attrelid = to_regclass(%s) AND attname = %s",
             [*[self._table.as_string(self.connection)] * 2, column],
@@ -134,11 +191,11 @@ class PostgresTable:
     def _put_note(self, column: str, note: Mapping[str, Any]) -> None:
         text = self._sql.Literal(json.dumps({"polyspan": 1} | dict(note)))
         name = self._sql.Identifier(column)
-        self.connection.execute(self._sql.SQL("COMMENT ON COLUMN {}.{} IS {}").format(self._table, name, text))
+        self._ask(self._sql.SQL("COMMENT ON COLUMN {}.{} IS {}").format(self._table, name, text))
 
     def _metric(self) -> str | None:
         """Return the metric of an index on the vectors in use, if there is one."""
-        rows = self.connection.execute(
+        rows = self._ask(
             "SELECT opcname FROM pg_index JOIN pg_opclass ON pg_opclass.oid = ANY(indclass) "
             "JOIN pg_attribute ON attrelid = indrelid AND attnum = ANY(indkey) "
             "WHERE indrelid = to_regclass(%s) AND attname = %s",
@@ -158,14 +215,23 @@ class PostgresTable:
             unit=False,
             space=self._note(self.column).get("space"),
             next_dim=self._note(self._next).get("dim") if under_way else None,
-            n_pending=self._count("{next} IS NULL") if under_way else None,
+            n_pending=self._count(self._is_pending) if under_way else None,
             next_space=self._note(self._next).get("space") if under_way else None,
             has_before=self._has(self._before),
             state={"n_rows": n, "cut_over": self._has(self._before)},
         )
 
     def _count(self, where: str) -> int:
-        return self._run("SELECT count(*) FROM {table} WHERE " + where, next=self._next).fetchone()[0]
+        return self._run("SELECT count(*) FROM {table} WHERE " + where).fetchone()[0]
+
+    def digest(self) -> str:
+        """Return a digest of ids, vectors, texts and next vectors of all rows, which the server makes."""
+        parts = ["{id}", self._sum_in_use]
+        if self._has(self._next):
+            parts += [self._sum_of("{table}.{next}", None), "{made_of}"]
+        row = f"hashtextextended(concat_ws(' ', {', '.join(parts)}), 0)"
+        n, total = self._run("SELECT count(*), sum(" + row + "::numeric) FROM {table}").fetchone()
+        return f"{n}:{total}"
 
     def stamp(self, space: Mapping[str, Any]) -> None:
         """Keep with the vectors in use what space they are of, as a comment of their column."""
@@ -177,107 +243,132 @@ class PostgresTable:
         if not self._has(self._next):
             if self._has(self._before):
                 raise ValueError(f"{self.place} must have no upgrade that is cut over and not forgotten, got one")
-            repeated = self._run("SELECT count(*) - count(DISTINCT {id}) FROM {table}", id=self.id_column).fetchone()[0]
-            if repeated:
-                raise WrongContent(
-                    self.place, found=f"{repeated} ids missing or repeated", expected="an id of its own for each row"
-                )
-            kind = self._columns[self.column][0]
-            declared = f"{kind}({int(dim)})" if kind in ("vector", "halfvec") else f"{kind[1:]}[]"
-            with self.connection.transaction():
-                self._run("ALTER TABLE {table} ADD COLUMN {next} " + declared, next=self._next)
+            self._check_ids()
+            declared = f"{self._declared()}({int(dim)})" if self._is_pgvector else self._declared()
+            with self._told(), self.connection.transaction():
+                self._run("ALTER TABLE {table} ADD COLUMN {next} " + declared)
+                self._run("ALTER TABLE {table} ADD COLUMN {made_of} bigint")
                 self._put_note(self._next, wanted)
         elif self._note(self._next) != wanted:
             raise ValueError(f"{self.place} is being upgraded in another way; forget that upgrade first")
 
-    def _select(self, what: str, where: str, batch_rows: int, **names: str) -> Iterator[list[tuple]]:
-        """Read by a cursor on the server, in one view of the table."""
+    def _check_ids(self) -> None:
+        """Look for ids that are missing or not unique: rows are read page by page and written by them."""
+        repeated = self._run("SELECT count(*) - count(DISTINCT {id}) FROM {table}").fetchone()[0]
+        if repeated:
+            raise WrongContent(
+                self.place, found=f"{repeated} ids missing or repeated", expected="an id of its own for each row"
+            )
+
+    def _pages(self, where: str, batch_rows: int) -> Iterator[list[tuple]]:
+        """Ask for each page anew, by id: with no transaction open, what is filled meanwhile is there to stay."""
+        after: Any = None
         texts = ", {text}" if self.text_column is not None else ""
-        query = self._sql.SQL(
-            "SELECT {id}, {column}" + texts + what + " FROM {table} WHERE " + where + " ORDER BY {id}"
-        )
-        parts = {"id": self.id_column, "column": self.column, "text": self.text_column or "", **names}
-        query = query.format(table=self._table, **{k: self._sql.Identifier(v) for k, v in parts.items() if v})
-        with self.connection.transaction(), self.connection.cursor(name="polyspan_upgrade") as cursor:
-            cursor.itersize = batch_rows
-            cursor.execute(query)
-            while rows := cursor.fetchmany(batch_rows):
-                yield rows
+        while True:
+            further = "" if after is None else " AND {id} > %s"
+            found = self._run(
+                f"SELECT {{id}}, {{column}}{texts} FROM {{table}} WHERE {where}{further} "
+                f"ORDER BY {{id}} LIMIT {int(batch_rows)}",
+                *([] if after is None else [after]),
+            ).fetchall()
+            if not found:
+                return
+            after = found[-1][0]
+            yield found
 
     def _read(self, rows: list[tuple]) -> TableBatch:
-        if any(row[1] is None for row in rows):
-            bad = next(row[0] for row in rows if row[1] is None)
+        bad = next((row[0] for row in rows if row[1] is None), None)
+        if bad is not None:
             raise WrongContent(self.place, found="a null vector", expected="one in every row", where=f"id {bad}")
-        keys = np.array([row[0] for row in rows], dtype=object)
         vectors = [_numbers(row[1]) for row in rows]
-        if len({len(vector) for vector in vectors}) != 1:
-            raise WrongContent(self.place, found="vectors of several lengths", expected="one length", where=self.column)
-        texts = None if self.text_column is None else [str(row[2]) for row in rows]
-        return TableBatch(keys, np.array(vectors, dtype=np.float32), texts)
+        other = next((i for i, vector in enumerate(vectors) if len(vector) != len(vectors[0])), None)
+        if other is not None:
+            raise WrongContent(
+                self.place,
+                found=f"a vector of {len(vectors[other])} numbers",
+                expected=f"{len(vectors[0])} as in others",
+                where=f"{self.column} of id {rows[other][0]}",
+            )
+        texts = None
+        if self.text_column is not None:
+            bad = next((row for row in rows if not isinstance(row[2], str)), None)
+            if bad is not None:
+                raise WrongContent(
+                    self.place,
+                    found="a null text" if bad[2] is None else repr(bad[2])[:80],
+                    expected="a text in every row",
+                    where=f"{self.text_column} of id {bad[0]}",
+                )
+            texts = [row[2] for row in rows]
+        made = np.array(vectors, dtype=np.float64 if self._kind == "_float8" else np.float32)
+        if made.ndim != 2:
+            raise WrongContent(self.place, found="arrays of arrays", expected="arrays of numbers", where=self.column)
+        keys = np.array([row[0] for row in rows], dtype=object)
+        check_finite_rows(self.place, keys, made)
+        return TableBatch(keys, made, texts)
 
     def rows(self, batch_rows: int = BATCH_ROWS) -> Iterator[TableBatch]:
         """Yield the rows in use, by id."""
-        for rows in self._select("", "TRUE", batch_rows):
+        self._check_ids()
+        for rows in self._pages("TRUE", batch_rows):
             yield self._read(rows)
 
     def sync(self) -> None:
         """Every write is on the disk already."""
 
     def pending(self, batch_rows: int = BATCH_ROWS) -> Iterator[TableBatch]:
-        """Yield rows whose next vector is null; each batch is asked for anew, so that no transaction stays open."""
-        after: Any = None
-        while True:
-            where = "{next} IS NULL" + ("" if after is None else " AND {id} > %s")
-            texts = ", {text}" if self.text_column is not None else ""
-            names = {"id": self.id_column, "column": self.column, "next": self._next}
-            if self.text_column is not None:
-                names["text"] = self.text_column
-            found = self._run(
-                "SELECT {id}, {column}"
-                + texts
-                + " FROM {table} WHERE "
-                + where
-                + f" ORDER BY {{id}} LIMIT {batch_rows}",
-                *([] if after is None else [after]),
-                **names,
-            ).fetchall()
-            if not found:
-                return
-            after = found[-1][0]
-            yield self._read(found)
+        """Yield rows without a next vector of theirs."""
+        for rows in self._pages(self._is_pending, batch_rows):
+            yield self._read(rows)
 
     def fill(self, batch: TableBatch, rows: np.ndarray) -> None:
-        """Write next vectors by id in one transaction, through a temporary table that goes with it."""
-        kind = self._columns[self.column][0]
-        declared = kind if kind in ("vector", "halfvec") else f"{kind[1:]}[]"
-        opened, closed = ("[", "]") if kind in ("vector", "halfvec") else ("{", "}")
-        with self.connection.transaction():
+        """Write next vectors by id in one transaction, through a temporary table that goes with it.
+
+        ``batch`` must be as it was read: next vectors count as long as the table holds its vectors and texts.
+        """
+        declared = self._declared()
+        opened, closed = "[]" if self._is_pgvector else "{}"
+
+        def written(vectors: Any) -> Iterator[str]:
+            for vector in np.asarray(vectors, dtype=np.float64).tolist():
+                yield opened + ",".join(map(repr, vector)) + closed
+
+        texts = batch.texts if self.text_column is not None and batch.texts is not None else [None] * len(batch.keys)
+        made_of = self._sum_of(
+            "polyspan_fill.old", None if self.text_column is None else "COALESCE(polyspan_fill.text, {table}.{text})"
+        )
+        with self._told(), self.connection.transaction():
             self._run(
-                "CREATE TEMPORARY TABLE polyspan_fill ON COMMIT DROP AS SELECT {id} AS id, "
-                "NULL::" + declared + " AS v FROM {table} LIMIT 0",
-                id=self.id_column,
+                f"CREATE TEMPORARY TABLE polyspan_fill ON COMMIT DROP AS SELECT {{id}} AS id, NULL::{declared} AS v, "
+                f"NULL::{declared} AS old, NULL::text AS text FROM {{table}} LIMIT 0"
             )
-            with self.connection.cursor().copy("COPY polyspan_fill (id, v) FROM STDIN") as copy:
-                for key, row in zip(batch.keys.tolist(), np.asarray(rows, dtype=np.float64).tolist(), strict=True):
-                    copy.write_row((key, opened + ",".join(map(repr, row)) + closed))
+            with self.connection.cursor().copy("COPY polyspan_fill (id, v, old, text) FROM STDIN") as copy:
+                pieces = (batch.keys.tolist(), written(rows), written(batch.rows), texts)
+                for row in zip(*pieces, strict=True):
+                    copy.write_row(row)
             self._run(
-                "UPDATE {table} SET {next} = polyspan_fill.v FROM polyspan_fill WHERE {table}.{id} = polyspan_fill.id",
-                next=self._next,
-                id=self.id_column,
+                f"UPDATE {{table}} SET {{next}} = polyspan_fill.v, {{made_of}} = {made_of} FROM polyspan_fill "
+                "WHERE {table}.{id} = polyspan_fill.id"
             )
 
     def seal(self) -> None:
         """Look for rows without a next vector: others may have added some."""
-        left = self._count("{next} IS NULL")
+        left = self._count(self._is_pending)
         if left:
-            raise ValueError(f"every row must have a next vector, got {left} rows without one")
+            raise ValueError(f"every row must have a next vector, got {left} rows without one of theirs")
 
     def pairs(self, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[TableBatch, np.ndarray]]:
-        """Yield every row with its next vector, or NaN."""
-        d = self._width(self._next)
-        for rows in self._select(", {next}", "TRUE", batch_rows, next=self._next):
-            made = [[np.nan] * d if row[-1] is None else _numbers(row[-1]) for row in rows]
-            yield self._read(rows), np.array(made, dtype=np.float32)
+        """Yield every row with its next vector, in one view of the table; NaN where it has none or has changed."""
+        d, dtype = self._note(self._next)["dim"], np.float64 if self._kind == "_float8" else np.float32
+        texts = ", {text}" if self.text_column is not None else ""
+        made = f", CASE WHEN {self._is_pending} THEN NULL ELSE {{next}} END"
+        query = self._query("SELECT {id}, {column}" + texts + made + " FROM {table} ORDER BY {id}")
+        with self._told(), self.connection.transaction(), self.connection.cursor(name="polyspan_upgrade") as cursor:
+            cursor.itersize = batch_rows
+            cursor.execute(query)
+            while rows := cursor.fetchmany(batch_rows):
+                next_rows = [[np.nan] * d if row[-1] is None else _numbers(row[-1]) for row in rows]
+                yield self._read(rows), np.array(next_rows, dtype=dtype)
 
     def switch(self, verb: str) -> None:
         """Cut over, roll back or forget, each in one transaction."""
@@ -294,10 +385,12 @@ class PostgresTable:
                 raise ValueError(f"{self.place} must have been cut over and not forgotten, got no {self._before}")
             self._rename({self.column: self._next, self._before: self.column})
         elif has_before or has_next:
-            self._run("ALTER TABLE {table} DROP COLUMN {old}", old=self._before if has_before else self._next)
+            with self._told(), self.connection.transaction():
+                self._run("ALTER TABLE {table} DROP COLUMN {old}", old=self._before if has_before else self._next)
+                self._run("ALTER TABLE {table} DROP COLUMN IF EXISTS {made_of}")
 
     def _rename(self, names: Mapping[str, str]) -> None:
-        with self.connection.transaction():
+        with self._told(), self.connection.transaction():
             for old, new in names.items():
                 self._run("ALTER TABLE {table} RENAME COLUMN {old} TO {new}", old=old, new=new)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from polyspan.errors import UnreadableFile, WrongContent, require
 
-from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_verb
+from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_finite_rows, check_verb
 
 STAMP, NEXT, BEFORE = "polyspan", "__next", "polyspan_before"
 PAGE = 512
@@ -230,7 +230,9 @@ class QdrantTable:
                     )
             texts = [point.payload[self.text_field] for point in points]
         keys = np.array([point.id for point in points], dtype=object)
-        return TableBatch(keys, np.array([self._vector_of(p) for p in points], dtype=np.float32), texts)
+        rows = np.array([self._vector_of(p) for p in points], dtype=np.float32)
+        check_finite_rows(self.place, keys, rows)
+        return TableBatch(keys, rows, texts)
 
     def _there(self, collection: str, keys: Any) -> dict[Any, Any]:
         vectors = True if self.vector is None else [self.vector]

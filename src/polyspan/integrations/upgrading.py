@@ -1,42 +1,20 @@
 """Move a vector store to another embedding model: plan, stamp, fill, check, cut over, roll back."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.base import clone
 from sklearn.model_selection import KFold
 
-from polyspan.align import (
-    Aligner,
-    ResidualMLPMap,
-    backfill_distances,
-    default_candidates,
-    load_aligner,
-    plan_upgrade,
-)
-from polyspan.align.upgrade_plan import StrategyRow, UpgradePlan, recommend
-from polyspan.io import (
-    digest_array,
-    digest_file,
-    make_folder,
-    read_array,
-    read_json,
-    read_members,
-    remove_file,
-    write_array,
-    write_json,
-    write_members,
-)
+from polyspan.align import Aligner, backfill_distances, load_aligner
+from polyspan.align.upgrade_plan import StrategyRow
+from polyspan.io import digest_array, digest_file, read_array, read_members, remove_file, write_array
 from polyspan.linalg import label_hits, recall_at_k, top_k
-from polyspan.run import Interrupt, Journal, Progress, first_interrupt_finishes, progress
+from polyspan.run import Interrupt, Journal, Progress, first_interrupt_finishes
 
-from .encoders import Encoder
-from .vector_tables import BATCH_ROWS, ENCODED_ROWS, TableBatch, TableFacts, VectorTable
+from ._next_rows import AGREES, Chosen, Maker, key_numbers, plain_keys, row_distances
+from ._upgrade_planning import PlannedUpgrade
+from .vector_tables import BATCH_ROWS, ENCODED_ROWS
 
 FILLED = ("gallery", "backfill", "re-embed")
 SLACK = 0.02
@@ -62,7 +40,7 @@ class UpgradeCheck(NamedTuple):
     problems: list[str]
 
 
-class Upgrade:
+class Upgrade(PlannedUpgrade):
     """One upgrade of one store, remembered in a folder, so that any step may be killed and called again.
 
     :meth:`plan` embeds a sample and predicts; it writes into the folder alone. :meth:`begin` stamps the store and makes
@@ -76,223 +54,15 @@ class Upgrade:
         Made where it does not exist.
     table : VectorTable
         A store whose ``facts`` look at a sample alone has ``digest()`` as well, which reads all: it is called once at
-        the check and once at the cut-over.
+        the check and once at the cut-over. One whose keys are row numbers says ``numbered = True``.
     encoder : Encoder, optional
         The new model; needed to plan, and to fill where items are embedded again.
-    texts : mapping of key to str, optional
-        What was embedded, where the store does not hold it.
+    texts : mapping of id to str, or sequence of str, optional
+        What was embedded, where the store does not hold it. The ids of a file are those of its id column, or of an
+        index with ids of its own; where it has none, they are row numbers. A sequence has one a row, for files alone.
 
     Source: catalogue entry ``canonicalize``; the order of a backfill after ``lambda-orthogonality``.
     """
-
-    def __init__(
-        self,
-        folder: Path | str,
-        table: VectorTable,
-        *,
-        encoder: Encoder | None = None,
-        texts: Mapping[Any, str] | None = None,
-    ):
-        self.folder, self.table, self.encoder, self.texts = make_folder(folder), table, encoder, texts
-
-    # What is remembered
-
-    def _read(self, name: str) -> dict[str, Any]:
-        place = self.folder / name
-        return read_json(place) if place.exists() else {}
-
-    def _remember(self, **facts: Any) -> None:
-        write_json(self.folder / "upgrade.json", self._read("upgrade.json") | facts)
-
-    @property
-    def steps(self) -> dict[str, str]:
-        """When each step was done, by name."""
-        return self._read("upgrade.json").get("steps", {})
-
-    def _done(self, step: str) -> None:
-        self._remember(steps=self.steps | {step: datetime.now(UTC).isoformat(timespec="seconds")})
-
-    def _strategy(self) -> str:
-        found = self._read("upgrade.json").get("strategy")
-        if found is None:
-            raise ValueError(f"{self.folder} must hold an upgrade that was begun, got none; begin with a strategy")
-        return found
-
-    # Plan
-
-    def plan(
-        self,
-        *,
-        n_anchors: int = 2000,
-        k: int = 10,
-        old_model: str | None = None,
-        labels: Any = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> UpgradePlan:
-        """Embed a sample of the store by the new model, fit every map both ways, and predict what each way gives.
-
-        Nothing is written to the store. Sample and best maps are kept in the folder.
-
-        Parameters
-        ----------
-        n_anchors : int
-            Rows that are drawn and embedded; a sample of the same seed that was embedded before is used again.
-        k : int
-        old_model : str, optional
-            What the vectors in use were made by, where the store has no stamp that says it.
-        labels : array of shape (n_rows,), optional
-            Classes of all rows in the order in which the store yields them; kept in the folder, since a backfill then
-            embeds the items again that lie farthest from the mean of their class.
-        seed : int
-        options
-            See :func:`polyspan.align.plan_upgrade`.
-
-        Raises
-        ------
-        ValueError
-            The store is stamped as another model's, there are too few rows, or a text is missing.
-        """
-        encoder = self._needed_encoder("plan")
-        facts = self.table.facts()
-        space = self._old_space(facts, old_model)
-        if facts.n_rows < 12:
-            raise ValueError(f"the store must hold at least 12 rows to plan from, got {facts.n_rows}")
-        old, new, sampled = self._anchors(facts, min(n_anchors, facts.n_rows), seed)
-        codes = None
-        if labels is not None:
-            labels = np.asarray(labels)
-            if labels.shape != (facts.n_rows,):
-                raise ValueError(f"labels must have one entry a row, ({facts.n_rows},), got shape {labels.shape}")
-            codes = np.unique(labels, return_inverse=True)[1].astype(np.int64)
-            options["labels"] = codes[sampled]
-        options.setdefault("seconds_per_item", encoder.seconds_per_item)
-        options.setdefault("renormalize", True)
-        tried = options.pop("candidates", None) or default_candidates(old.shape[1], new.shape[1], len(old), seed)
-        made = plan_upgrade(old, new, n_rows=facts.n_rows, k=k, candidates=tried, random_state=seed, **options)
-        made = self._offered(made, old, new, tried, options.get("loss", 0.05))
-        said = list(made.warnings)
-        if not self._rewritable():
-            said.append("the index holds codes: vectors are read approximately, and only queries can be carried to it")
-        if facts.unit:
-            said.append("the store keeps directions only: maps are fitted on vectors of length 1")
-        if encoder.name == space["model"]:
-            said.append(f"the store is stamped as this encoder's already: {encoder.name}")
-        made = made._replace(warnings=said)
-        for direction, aligner in made.aligners.items():
-            pair = (space, encoder.space) if direction == "gallery" else (encoder.space, space)
-            aligner.save(self._map_path(direction), about={"source": pair[0], "target": pair[1]})
-        told = {
-            "old_space": space,
-            "new_space": encoder.space,
-            "state": dict(facts.state),
-            "k": k,
-            "seed": seed,
-            "n_splits": options.get("n_splits", 3),
-            "labels": None if codes is None else codes[sampled].tolist(),
-            "labels_sha256": None if codes is None else digest_array(codes),
-            "n_anchors": len(sampled),
-            "n_rows": facts.n_rows,
-            "recommended": made.recommended,
-            "reason": made.reason,
-            "warnings": said,
-            "table": [row._asdict() for row in made.table],
-        }
-        if codes is not None:
-            write_array(self.folder / "plan_labels.npy", codes)
-        write_json(self.folder / "plan.json", told)
-        return made
-
-    def _rewritable(self) -> bool:
-        return getattr(self.table, "rewritable", True)
-
-    def _offered(
-        self, made: UpgradePlan, old: np.ndarray, new: np.ndarray, tried: Mapping[str, Aligner], loss: float
-    ) -> UpgradePlan:
-        """Leave in a plan what can be done: one map carries the gallery; codes stay; FAISS takes affine maps alone."""
-        carried = next((row.aligner for row in made.table if row.strategy == "gallery"), "")
-        affine = getattr(self.table, "affine_queries", False)
-
-        def can(row: StrategyRow) -> bool:
-            if row.strategy == "query":
-                return not (affine and isinstance(tried[row.aligner], ResidualMLPMap))
-            return row.strategy == "stay" or (
-                self._rewritable() and (row.strategy != "backfill" or row.aligner == carried)
-            )
-
-        if affine and all(isinstance(candidate, ResidualMLPMap) for candidate in tried.values()):
-            raise ValueError(f"candidates must hold an affine map, for queries of an index, got {', '.join(tried)}")
-        rows, wanted = [row for row in made.table if can(row)], made.table[made.recommended]
-        aligners = dict(made.aligners) if self._rewritable() else {"query": made.aligners["query"]}
-        asking = next(row.aligner for row in rows if row.strategy == "query")
-        if asking != next(row.aligner for row in made.table if row.strategy == "query"):
-            aligners["query"] = clone(tried[asking]).fit(new, old)
-        if wanted in rows:
-            return made._replace(table=rows, recommended=rows.index(wanted), aligners=aligners)
-        chosen, reason = recommend(rows, loss)
-        return made._replace(table=rows, recommended=chosen, reason=reason, aligners=aligners)
-
-    def _old_space(self, facts: TableFacts, old_model: str | None) -> dict[str, Any]:
-        stamped = facts.space
-        if stamped is None:
-            return {"model": old_model or "unnamed", "dim": facts.dim, "normalized": facts.unit}
-        if old_model is not None and stamped["model"] != old_model:
-            raise ValueError(f"the store must hold vectors of {old_model}, got vectors stamped {stamped['model']}")
-        if stamped["dim"] != facts.dim:
-            raise ValueError(
-                f"the store must have the {stamped['dim']} dimensions of its stamp, {stamped['model']}, got {facts.dim}"
-            )
-        return dict(stamped)
-
-    def _needed_encoder(self, what: str) -> Encoder:
-        if self.encoder is None:
-            raise ValueError(f"an encoder must be given to {what}, got None")
-        return self.encoder
-
-    def _anchors(self, facts: TableFacts, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return a seeded sample of old vectors, the new ones of the same items, and their row numbers."""
-        encoder = self._needed_encoder("plan")
-        wanted = {"state": dict(facts.state), "n": n, "seed": seed, "encoder": encoder.name}
-        picked = np.sort(np.random.default_rng(seed).choice(facts.n_rows, size=n, replace=False))
-        kept = self._read("anchors.json")
-        if kept and {name: kept[name] for name in wanted} == wanted:
-            found = read_members(self.folder / "anchors.npz", ["old", "new"])
-            encoder.dim, encoder.normalized = kept["dim"], kept["normalized"]
-            encoder.seconds, encoder.n_encoded = kept["seconds"], n
-            return found["old"], found["new"], picked
-        keys, rows, texts, first = [], [], [], 0
-        for batch in self.table.rows():
-            mine = picked[(picked >= first) & (picked < first + len(batch.keys))] - first
-            first += len(batch.keys)
-            if len(mine):
-                keys += _plain(batch.keys[mine])
-                rows.append(batch.rows[mine])
-                texts += self._texts(batch, mine)
-        old = np.concatenate(rows)
-        made = [encoder(texts[at : at + 256]) for at in progress(range(0, n, 256), label="embedding the sample")]
-        new = np.concatenate(made)
-        write_members(self.folder / "anchors.npz", {"old": old, "new": new})
-        facts_of_it = {
-            "keys": keys,
-            "dim": encoder.dim,
-            "normalized": encoder.normalized,
-            "seconds": encoder.seconds,
-        }
-        write_json(self.folder / "anchors.json", wanted | facts_of_it)
-        return old, new, picked
-
-    def _texts(self, batch: TableBatch, which: np.ndarray) -> list[str]:
-        if self.texts is not None:
-            missing = [key for key in _plain(batch.keys[which]) if key not in self.texts]
-            if missing:
-                raise ValueError(f"texts must have one for every row, got none for {missing[0]!r}")
-            return [self.texts[key] for key in _plain(batch.keys[which])]
-        if batch.texts is None:
-            raise ValueError("the text that was embedded must be given (a text column, or texts by key), got neither")
-        return [batch.texts[i] for i in which]
-
-    def _map_path(self, direction: str) -> Path:
-        return self.folder / f"{direction}_map.safetensors"
 
     # Stamp
 
@@ -393,7 +163,7 @@ class Upgrade:
         def carried() -> Iterator[np.ndarray]:
             numbers.clear()
             for batch in self.table.rows():
-                numbers.append(_numbers(batch.keys, seed))
+                numbers.append(key_numbers(batch.keys, seed))
                 yield aligner.transform(batch.rows)
 
         distances = backfill_distances(carried, codes)
@@ -427,18 +197,25 @@ class Upgrade:
             if facts.has_before:
                 return 0
             raise ValueError("the store must have room for next vectors, got none; begin again")
+        self._check_texts(facts.n_rows)
         made, own = 0, ENCODED_ROWS if strategy == "re-embed" else BATCH_ROWS
-        make = self._maker(strategy)
+        make, kept = self._maker(strategy), self._backfilled() if strategy == "backfill" else None
+        # Rows that changed after they were embedded are carried first, and embedded again after that.
+        done, stale = _journalled(kept), set()
         try:
             with first_interrupt_finishes() as stop, Progress("filling", facts.n_pending, enabled=verbose) as bar:
                 for batch in self.table.pending(batch_rows or own):
                     self.table.fill(batch, make(batch))
+                    if strategy == "re-embed":
+                        # What an encoder made is not made twice: a store may keep much in memory until then.
+                        self.table.sync()
                     made += len(batch.keys)
+                    stale |= done.intersection(plain_keys(batch.keys)) if done else set()
                     bar.advance(len(batch.keys))
                     if stop.requested:
                         raise KeyboardInterrupt
-                if strategy == "backfill":
-                    made += self._backfill(batch_rows or BATCH_ROWS, stop)
+                if kept is not None:
+                    made += self._backfill(kept, done - stale, batch_rows or BATCH_ROWS, stop)
             self.table.seal()
         finally:
             self.table.sync()
@@ -464,22 +241,25 @@ class Upgrade:
             return Chosen(told["share"], told["seed"], kept)
         return Chosen(1.0 if told["strategy"] == "re-embed" else told["share"], told["seed"])
 
-    def _backfill(self, batch_rows: int, stop: Interrupt) -> int:
-        """Embed the chosen share of the items again, over the carried vectors; a journal holds what is done."""
-        encoder, chosen, made = self._needed_encoder("backfill"), self._chosen(), 0
-        kept = Journal(
+    def _backfilled(self) -> Journal:
+        """Return the journal of what was embedded again: entries of keys."""
+        chosen, encoder = self._chosen(), self._needed_encoder("backfill")
+        return Journal(
             self.folder / "backfill.jsonl", {"share": chosen.share, "seed": chosen.seed, "model": encoder.name}
         )
-        done = {key for keys in kept.done.values() for key in keys}
+
+    def _backfill(self, kept: Journal, done: set[Any], batch_rows: int, stop: Interrupt) -> int:
+        """Embed the chosen share of the items again, over the carried vectors; the journal holds what is done."""
+        encoder, chosen, made = self._needed_encoder("backfill"), self._chosen(), 0
         maker = Maker(None, encoder, self._texts, self._read("upgrade.json")["renormalize"])
         for batch in self.table.rows(batch_rows):
             which = np.flatnonzero(chosen(batch.keys))
-            which = which[[key not in done for key in _plain(batch.keys[which])]] if len(which) else which
+            which = which[[key not in done for key in plain_keys(batch.keys[which])]] if len(which) else which
             for part in np.array_split(which, max(1, -(-len(which) // 512))):
                 if len(part):
-                    small = TableBatch(batch.keys[part], batch.rows[part], self._texts(batch, part))
+                    small = batch.part(part)
                     self.table.fill(small, maker(small))
-                    kept.record(str(len(kept.done)), _plain(small.keys))
+                    kept.record(str(len(kept.done)), plain_keys(small.keys))
                     made += len(part)
                 if stop.requested:
                     raise KeyboardInterrupt
@@ -506,13 +286,24 @@ class Upgrade:
         bound : float, optional
             Recall@k of the anchors, in their predicted sense, below which the check fails; left out, what was predicted
             less 0.02: of a share between two that were planned, the lower of both.
+
+        Raises
+        ------
+        ValueError
+            There are no next vectors, or a number is out of range.
         """
         self._strategy()
+        if n_embedded < 0:
+            raise ValueError(f"n_embedded must be at least 0, got {n_embedded}")
+        if tol is not None and not tol >= 0:
+            raise ValueError(f"tol must be at least 0, got {tol}")
+        if bound is not None and not 0 <= bound <= 1:
+            raise ValueError(f"bound must lie in [0, 1], got {bound}")
         told, plan = self._read("upgrade.json"), self._read("plan.json")
         facts = self.table.facts()
         if facts.next_dim is None:
             raise ValueError("the store must have next vectors to check, got none")
-        tol, problems = 2e-3 if tol is None else tol, []
+        tol, problems = AGREES if tol is None else tol, []
         chosen, maker = self._chosen(), self._maker(told["strategy"])
         # Taken before the vectors are compared, so that what changes meanwhile is seen at the cut-over.
         contents = self._contents()
@@ -524,7 +315,7 @@ class Upgrade:
         with Progress("checking", facts.n_rows) as bar:
             for batch, rows in self.table.pairs(batch_rows):
                 n += len(batch.keys)
-                for i, key in enumerate(_plain(batch.keys)):
+                for i, key in enumerate(plain_keys(batch.keys)):
                     if key in place:
                         found[place[key]] = rows[i]
                 there = np.isfinite(rows).all(axis=1)
@@ -533,20 +324,20 @@ class Upgrade:
                 expected = []
                 if maker.aligner is not None:
                     which = np.flatnonzero(there & ~embedded)
-                    expected.append(
-                        (which, maker(TableBatch(batch.keys[which], batch.rows[which])) if len(which) else None)
-                    )
+                    expected.append((which, maker(batch.part(which)) if len(which) else None))
                 if maker.encoder is not None and n_again < n_embedded:
                     which = np.flatnonzero(there & embedded)[: n_embedded - n_again]
                     n_again += len(which)
-                    expected.append((which, maker.embed(self._texts(batch, which)) if len(which) else None))
+                    expected.append((which, maker.embed(self._texts(batch.part(which))) if len(which) else None))
                 for which, wanted in expected:
                     if wanted is not None:
-                        off = _distance(rows[which], wanted, facts.unit)
+                        off = row_distances(rows[which], wanted, facts.unit)
                         n_compared += len(which)
                         n_wrong += int((off > tol).sum())
                         worst = max(worst, float(off.max()))
                 bar.advance(len(batch.keys))
+        if "filled" not in self.steps:
+            problems.append("the fill has not come to its end: fill again")
         if n != facts.n_rows:
             problems.append(f"{n} rows were read of {facts.n_rows}")
         if n_missing:
@@ -636,51 +427,9 @@ class Upgrade:
         return load_aligner(self._map_path("query"))[0]
 
 
-class Maker:
-    """Makes next vectors of a batch: by the map where there is one, else by the encoder."""
-
-    def __init__(self, aligner: Aligner | None, encoder: Encoder | None, texts: Any, unit: bool):
-        self.aligner, self.encoder, self._texts, self._unit = aligner, encoder, texts, unit
-
-    def __call__(self, batch: TableBatch) -> np.ndarray:
-        """Return next vectors (b, dim) in the float width of the batch."""
-        if self.aligner is None:
-            return self.embed(self._texts(batch, np.arange(len(batch.keys))))
-        return self._scaled(self.aligner.transform(batch.rows))
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Return what the encoder makes of texts, (b, dim)."""
-        assert self.encoder is not None
-        return self._scaled(self.encoder(texts))
-
-    def _scaled(self, rows: np.ndarray) -> np.ndarray:
-        if not self._unit:
-            return rows
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        return rows / np.where(norms > 0, norms, 1)
-
-
-class Chosen:
-    """Which items are embedded again: a share of all keys by a hash of the key, or those of ``kept`` hashes, sorted."""
-
-    def __init__(self, share: float, seed: int, kept: np.ndarray | None = None):
-        self.share, self.seed, self._kept = share, seed, kept
-
-    def __call__(self, keys: np.ndarray) -> np.ndarray:
-        """Return whether each key (b,) is among them."""
-        if self._kept is not None:
-            numbers = _numbers(keys, self.seed)
-            at = np.searchsorted(self._kept, numbers)
-            return np.append(self._kept, -1)[at] == numbers
-        if self.share in (0.0, 1.0):
-            return np.full(len(keys), bool(self.share))
-        return _numbers(keys, self.seed) < self.share * 2**56
-
-
-def _numbers(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Return a whole number below 2^56 for each key (b,) that hangs on key and seed alone."""
-    digests = (hashlib.blake2b(json.dumps([seed, key]).encode(), digest_size=7).digest() for key in _plain(keys))
-    return np.fromiter((int.from_bytes(digest) for digest in digests), np.int64, len(keys))
+def _journalled(kept: Journal | None) -> set[Any]:
+    """Return the keys that a journal of a backfill holds."""
+    return set() if kept is None else {key for keys in kept.done.values() for key in keys}
 
 
 def _gallery_map(table: Sequence[StrategyRow]) -> str:
@@ -700,19 +449,3 @@ def _lowest(table: Sequence[StrategyRow], row: StrategyRow, share: float | None)
     below = max((r for r in planned if r.share <= share), key=lambda r: r.share)
     above = min((r for r in planned if r.share >= share), key=lambda r: r.share)
     return min(below.interval[0], above.interval[0])
-
-
-def _plain(keys: np.ndarray) -> list[Any]:
-    """Return keys as ints or text, which JSON can say."""
-    return [key if isinstance(key, int | str) else str(key) for key in keys.tolist()]
-
-
-def _distance(rows: np.ndarray, wanted: np.ndarray, unit: bool) -> np.ndarray:
-    """Return how far rows lie from what is wanted, as a share of its length; of directions where lengths are gone."""
-    wanted = np.asarray(wanted, dtype=np.float64)
-    norms = np.linalg.norm(wanted, axis=1)
-    rows = np.asarray(rows, dtype=np.float64)
-    if unit:
-        wanted = wanted / np.where(norms > 0, norms, 1)[:, None]
-        norms = np.ones(len(wanted))
-    return np.linalg.norm(rows - wanted, axis=1) / np.where(norms > 0, norms, 1)

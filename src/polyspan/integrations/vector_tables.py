@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from polyspan.errors import WrongContent
+
 BATCH_ROWS = 65_536
 ENCODED_ROWS = 1024
 """Rows between two points from which a fill goes on, where a map makes them and where an encoder does."""
@@ -35,11 +37,21 @@ class TableFacts(NamedTuple):
 
 
 class TableBatch(NamedTuple):
-    """``keys`` (b,): the store's own names of the rows; ``rows`` (b, d); ``texts``: b strings, or None."""
+    """Some rows of a store, all of them different ones.
+
+    ``keys`` (b,): the store's own names of the rows; ``rows`` (b, d); ``texts``: b strings, or None; ``ids`` (b,): by
+    what users know the rows where keys are row numbers, or None.
+    """
 
     keys: np.ndarray
     rows: np.ndarray
     texts: list[str] | None = None
+    ids: np.ndarray | None = None
+
+    def part(self, which: np.ndarray) -> "TableBatch":
+        """Return the rows at these places, (m,), with all that is known of them."""
+        texts = None if self.texts is None else [self.texts[i] for i in which]
+        return TableBatch(self.keys[which], self.rows[which], texts, None if self.ids is None else self.ids[which])
 
 
 @runtime_checkable
@@ -96,6 +108,14 @@ class VectorTable(Protocol):
         ``"forget"``: *before*, or *next* where nothing was cut over, is removed.
         """
         ...
+
+
+def check_finite_rows(place: Any, names: np.ndarray, rows: np.ndarray) -> None:
+    """Refuse vectors (b, d) with NaN or infinity, by the name of the first; ``place`` is the store's."""
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        bad = names[int(finite.argmin())]
+        raise WrongContent(place, found="NaN or infinity", expected="finite numbers", where=f"the vector of {bad}")
 
 
 def check_verb(verb: str) -> None:

