@@ -2,7 +2,8 @@
 
 Stage 1: the sum over layers differentiated by torch, against one product with the Gram matrix. Stage 2: a full spectral
 clustering with 20 starts in every epoch and a differentiated norm, against a closed gradient and a clustering in every
-tenth epoch that starts from the last one.
+tenth epoch that starts from the last one. Closed form: the whole matrix against the pairs that can be kept, and wall
+time and memory from 1,000 to 100,000 points, each size in a process of its own.
 
 The system is the catalogue's ``lhdsc``.
 """
@@ -12,6 +13,8 @@ import torch
 
 from _runner import growth, race, save
 from polyspan.cluster import DeepSelfExpressiveClustering
+from polyspan.cluster._affinity import RidgeExpression
+from polyspan.cluster._coefficients import AllCoefficients, FollowedCoefficients
 from polyspan.cluster._self_expression import (
     SpectralRounding,
     expression_loss,
@@ -20,9 +23,12 @@ from polyspan.cluster._self_expression import (
     structured_norm,
 )
 from polyspan.data import planted_subspaces
+from subspace_clusterers import OURS, climb
 
 SIZES, WIDTHS, K, D = (400, 1_440), (1_024, 3_840), 20, 9
 EPOCHS = 10
+LARGE, BY_SIZE = (1_000, 4_000), (1_000, 10_000, 100_000)
+CLOSED = OURS + "DeepSelfExpressiveClustering(10, subspace_dim=5, solver='ridge', device='cpu', random_state=0)"
 
 
 def layers(n):
@@ -81,8 +87,21 @@ def structured(C, epochs, *, literal):
     return C
 
 
+def shrunk(points, *, whole):
+    """Return the cut affinity after EPOCHS steps of the second stage, from whole matrices or from followed pairs."""
+    expression, labels = RidgeExpression(points, 0.1, zero_diagonal=True), np.arange(len(points)) % K
+    if whole:
+        C = torch.as_tensor(expression.dense())
+        coefficients = AllCoefficients(C, D, rate=1e-3, hollow=True, relative=True)
+    else:
+        coefficients = FollowedCoefficients(expression, D, rate=1e-3)
+    for _ in range(EPOCHS):
+        coefficients.step(labels)
+    return coefficients.affinity()
+
+
 def main() -> None:
-    first, second, whole = [], [], []
+    first, second, whole, followed = [], [], [], []
     for n in SIZES:
         V = layers(n)
         apart = (literal_stage(V, EPOCHS) - gram_stage(V, EPOCHS)).abs().max()
@@ -130,12 +149,30 @@ def main() -> None:
                 warmup=0,
             )
         )
+    for n in LARGE:
+        points = planted_subspaces(0, n_per=n // K, d=30, k=5, n_subspaces=K, noise=0.05).points.astype(np.float32)
+        apart = abs(shrunk(points, whole=True) - shrunk(points, whole=False)).max()
+        print(f"  largest difference of affinities: {apart:.1e}")
+        followed.append(
+            race(
+                f"closed form and {EPOCHS} epochs of structuring",
+                {
+                    "polyspan, followed pairs": lambda p=points: shrunk(p, whole=False),
+                    "polyspan, whole matrices": lambda p=points: shrunk(p, whole=True),
+                },
+                size={"n": n},
+                repeats=3,
+            )
+        )
     save(
         "deep_self_expressive",
-        first + second + whole,
+        first + second + whole + followed,
         growth_of_expressing=growth(first, "n"),
         growth_of_structuring=growth(second, "n"),
         growth_of_a_fit=growth(whole, "n"),
+        growth_of_followed_pairs=growth(followed, "n"),
+        growth_of_whole_matrices=growth(followed, "n", "polyspan, whole matrices"),
+        closed_form_by_size=climb("deep self-expression, closed form", CLOSED, BY_SIZE),
     )
 
 

@@ -114,7 +114,7 @@ def main() -> None:
             "polyspan": partial(step, rows, project, squares),
             "literal": partial(step, rows, literal_projection, squares),
         }
-        projections.append(race("doubly stochastic projection, forward and backward", pairs, size=size, repeats=5))
+        projections.append(race("doubly stochastic projection, forward and backward", pairs, size=size, repeats=15))
         missed = {"polyspan": project(rows), "literal": literal_projection(rows)}
         agreement[f"{n} x {d}"]["columns miss 1 by"] = {k: float((g.sum(0) - 1).abs().max()) for k, g in missed.items()}
 

@@ -166,3 +166,41 @@ def test_warnings_go_to_stderr_and_into_the_report(files, world, capsys):
     assert "warning: adjacency has 3 components of two or more vertices" in shown.err
     assert told["n_isolated"] == 10
     assert len(told["warnings"]) == 1
+
+
+def test_cluster_qr_keeps_the_vector_that_it_wants(files, world, capsys):
+    given = {"attributes": files / "words.parquet", "labels": files / "classes.csv", "rounding": "cluster_qr"}
+    graph(files / "edges.csv", **given, json=True)
+    fitted = S2CAG(3, rounding="cluster_qr", drop_first=False, random_state=0)
+    fitted.fit(world.attributes, adjacency=world.adjacency)
+    told = json.loads(capsys.readouterr().out)
+    assert told["scores"]["accuracy"] == clustering_accuracy(world.labels, fitted.labels_) > 0.95
+    graph(files / "edges.csv", **given, method="m-s2cag")
+    assert "warning: cluster_qr finds groups by the trivial vector, which m-s2cag" in capsys.readouterr().err
+
+
+def test_vertices_that_stand_alone_or_say_nothing_are_counted_in_the_table(world, tmp_path, capsys):
+    A, X = world.adjacency.tolil(), world.attributes.toarray()
+    A[[0, 1, 2]] = 0
+    A[:, [0, 1, 2]] = 0
+    X[[7, 8]] = 0
+    sp.save_npz(tmp_path / "graph.npz", sp.csr_array(A.tocsr()))
+    write_array(tmp_path / "words.npy", X)
+    graph(tmp_path / "graph.npz", attributes=tmp_path / "words.npy", n_clusters=3)
+    shown = capsys.readouterr().out
+    assert "vertices without a neighbour\t3, placed by their attributes" in shown
+    assert "vertices without attributes\t2, placed by the graph" in shown
+    assert "components" not in shown
+
+
+def test_the_picture_names_the_colours_where_they_are_distinct(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("polyspan.cluster.plots.write_picture", lambda figure, path, **_: figures.append(figure))
+    rng = np.random.default_rng(0)
+    for k in (3, 12, 21):
+        plot_clusters(rng.normal(size=(60, 3)), np.arange(60) % k, tmp_path / "p.png")
+    keys = [figure.axes[0].get_legend() for figure in figures]
+    assert [[text.get_text() for text in key.get_texts()] for key in keys[:2]] == [
+        [str(c) for c in range(k)] for k in (3, 12)
+    ]
+    assert keys[2] is None

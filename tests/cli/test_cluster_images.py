@@ -6,8 +6,13 @@ import pytest
 import scipy.io
 
 from polyspan.cli.cluster_images import images
-from polyspan.cli.points import COMPARED
-from polyspan.cluster import ElasticNetSubspaceClustering, ManifoldLinearizingClustering, memberships
+from polyspan.cli.points import COMPARED, pixels_in_rows
+from polyspan.cluster import (
+    ElasticNetSubspaceClustering,
+    ManifoldLinearizingClustering,
+    clustering_report,
+    memberships,
+)
 from polyspan.data import digits
 from polyspan.errors import CorruptFile, WrongContent
 from polyspan.io import load_fitted, read_array, write_array
@@ -93,6 +98,9 @@ def test_memberships_bases_seeds_and_a_comparison_go_with_mlc_too(pixels, tmp_pa
     rows = {row["method"]: row for row in told["compared"]}
     assert set(rows) == {"mlc", *COMPARED}
     assert rows["mlc"]["accuracy"] == told["scores"]["accuracy"]
+    judged = clustering_report(pixels_in_rows(pixels, unit=True), made.labels_)
+    assert rows["mlc"]["silhouette"] == pytest.approx(judged["silhouette"])
+    assert rows["mlc"]["residual_share"] == pytest.approx(judged["residual_share"])
     unit = pixels.reshape(120, -1) / np.linalg.norm(pixels.reshape(120, -1), axis=1, keepdims=True)
     fitted = ElasticNetSubspaceClustering(3, random_state=0).fit(unit)
     assert rows["ensc"]["accuracy"] == clustering_accuracy(y[y < 3][:120], fitted.labels_)
@@ -188,3 +196,12 @@ def test_pictures_of_mixed_sizes_are_said(pixels, tmp_path, capsys):
         Image.fromarray((picture * 255).astype(np.uint8)).resize((8 + i % 2, 8)).save(tmp_path / f"p{i}.png")
     images(tmp_path, n_clusters=2, method="kmeans", side=8)
     assert "reading\tpictures of 2 sizes (8 by 8, 9 by 8) were brought to 8 by 8" in capsys.readouterr().out
+
+
+def test_equal_images_and_axes_that_look_turned_are_said(pixels, tmp_path, capsys):
+    write_array(tmp_path / "two.npy", np.repeat(pixels[[0, 50]], 20, axis=0))
+    images(tmp_path / "two.npy", **QUICK)
+    assert "warning: only 2 of the 40 rows differ: 3 groups cannot be told apart" in capsys.readouterr().err
+    write_array(tmp_path / "turned.npy", np.moveaxis(pixels, 0, -1))
+    images(tmp_path / "turned.npy", **QUICK)
+    assert "reading\t8 images of 8 by 120; are images counted along the last axis?" in capsys.readouterr().out

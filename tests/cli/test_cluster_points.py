@@ -8,7 +8,13 @@ import pytest
 import scipy.io
 
 from polyspan.cli.points import COMPARED, METHODS, _make, points
-from polyspan.cluster import ElasticNetSubspaceClustering, LeastSquaresSubspaceClustering, memberships
+from polyspan.cluster import (
+    ElasticNetSubspaceClustering,
+    LeastSquaresSubspaceClustering,
+    ManifoldLinearizingClustering,
+    clustering_report,
+    memberships,
+)
 from polyspan.data import planted_subspaces
 from polyspan.errors import WrongContent
 from polyspan.io import load_fitted, read_array, write_array, write_members
@@ -266,3 +272,56 @@ def test_equal_rows_and_empty_groups_are_said(files, world, capsys):
         told = json.loads(capsys.readouterr().out)["warnings"]
         assert [w for w in told if w.startswith("only")] == expected
         assert ("3 groups were found of the 5 that were asked for" in told) == (k == 5)
+
+
+def test_mlc_tells_writes_and_draws_the_subspaces_of_the_features_that_it_learned(files, world, capsys, monkeypatch):
+    drawn = {}
+
+    def draw(fitted, Z, path):
+        drawn.update(labels=fitted.labels_, features=Z, path=path)
+
+    monkeypatch.setattr("polyspan.cluster.manifold_plots.plot_linearized", draw)
+    places = {"memberships": files / "u.npy", "bases": files / "b.safetensors", "plot": files / "p.svg"}
+    quick = ["max_epochs=2", "tcr_epochs=2", "device=cpu"]
+    points(files / "x.npy", labels=files / "y.npy", method="mlc", option=quick, compare=True, json=True, **places)
+    told = json.loads(capsys.readouterr().out)
+    unit = world.points / np.linalg.norm(world.points, axis=1, keepdims=True)
+    made = ManifoldLinearizingClustering(3, max_epochs=2, tcr_epochs=2, device="cpu", random_state=0).fit(unit)
+    Z = made.transform(unit)
+    np.testing.assert_allclose(read_array(places["memberships"]), memberships(Z, made.subspaces_), atol=1e-5)
+    kept = load_fitted(places["bases"], "FoundSubspaces")
+    assert [kept.arrays[f"basis_{c}"].shape for c in range(3)] == [basis.shape for basis in made.subspaces_]
+    assert kept.params["normalize"] is False
+    assert [c["rank"] for c in told["clusters"]] == made.numerical_rank_.tolist()
+    assert told["n_features"] == 15
+    assert told["learned"]["n_features"] == Z.shape[1]
+    assert told["learned"]["class_rate"] == pytest.approx(made.history_[-1]["class_rate"], rel=1e-4)
+    np.testing.assert_allclose(drawn["features"], Z, atol=1e-5)
+    # Beside other methods it is judged on the rows that all of them saw.
+    expected = clustering_report(unit, made.labels_)
+    assert told["compared"][0]["residual_share"] == pytest.approx(expected["residual_share"])
+    assert told["params"]["verbose"] == 1
+    points(files / "x.npy", labels=files / "y.npy", method="mlc", option=quick)
+    assert f"of the {Z.shape[1]} features that were learned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["mlc", "kmeans"])
+def test_rows_of_zeros_are_said_by_every_method(files, world, capsys, method):
+    rows = world.points.copy()
+    rows[[4, 9]] = 0
+    write_array(files / "zeros.npy", rows)
+    option = ["max_epochs=1", "tcr_epochs=1"] if method == "mlc" else None
+    points(files / "zeros.npy", n_clusters=3, method=method, option=option)
+    assert "warning: X has 2 all-zero rows, the first at row 4; they lie in every subspace" in capsys.readouterr().err
+    points(files / "zeros.npy", n_clusters=3, method="ensc")
+    assert capsys.readouterr().err.count("all-zero rows") == 1
+
+
+def test_options_may_be_lists_and_those_of_a_wrong_kind_are_refused_by_name(files, capsys):
+    told = {"n_clusters": 3, "method": "franca", "json": True}
+    points(files / "x.npy", **told, option=["widths=8,64", "max_steps=2", "weight_decay=0.01,0.1"])
+    assert json.loads(capsys.readouterr().out)["n"] == 90
+    with pytest.raises(ValueError, match="widths must be a sequence of whole numbers, got 3"):
+        points(files / "x.npy", **told, option=["widths=3", "max_steps=2"])
+    with pytest.raises(ValueError, match="--option must give values of the kind that mlc takes, got backbone=resnet"):
+        points(files / "x.npy", **told | {"method": "mlc"}, option=["backbone=resnet"])

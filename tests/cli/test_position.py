@@ -104,3 +104,36 @@ def test_what_is_wrong_is_told_before_anything_is_written(features, tmp_path):
     with pytest.raises(ValueError, match="--plot must be a file in a folder that is there"):
         fit(features, out=tmp_path / "map.safetensors", plot=tmp_path / "none" / "p.svg")
     assert not (tmp_path / "map.safetensors").exists()
+
+
+def test_the_report_and_the_picture_say_what_was_taken_out_and_of_what_the_shares_are(features, tmp_path, capsys):
+    out, plot = tmp_path / "map.safetensors", tmp_path / "p.svg"
+    fit(features, out=out, plot=plot)
+    shown = capsys.readouterr().out
+    assert "method\tleace, 15 targets: cosine of order 3" in shown
+    assert "R² of the targets, before and after\t0." in shown
+    fit(features, out=out, method="rasa", rounds=2, targets="row")
+    shown = capsys.readouterr().out
+    assert "method\trasa, 1 targets: row" in shown
+    assert "R² of the targets, before and after each round\t0." in shown
+
+
+def test_more_targets_than_features_are_refused_by_what_can_be_changed(tmp_path):
+    np.save(tmp_path / "narrow.npy", mosaics(0, n=16).items[..., :4])
+    with pytest.raises(ValueError, match="15 targets of order=3 need at least as many features, got n_features=4"):
+        fit(tmp_path / "narrow.npy", out=tmp_path / "map.safetensors")
+    with pytest.raises(ValueError, match="n_rounds=9 times 2 targets need at least as many features, got n_features=4"):
+        fit(tmp_path / "narrow.npy", out=tmp_path / "map.safetensors", method="rasa")
+
+
+def test_features_with_channels_first_and_rows_without_places_are_refused_in_words(tmp_path):
+    X = mosaics(0, n=16).items.reshape(16, 16, 16, 96)
+    np.save(tmp_path / "first.npy", np.moveaxis(X, -1, 1))
+    with pytest.raises(ValueError, match=r"look like \(images, d, h, w\), got shape \(16, 96, 16, 16\)"):
+        fit(tmp_path / "first.npy", out=tmp_path / "map.safetensors")
+    fit(tmp_path / "first.npy", out=tmp_path / "map.safetensors", grid=(96, 16))
+    np.save(tmp_path / "f.npy", X)
+    fit(tmp_path / "f.npy", out=tmp_path / "means.safetensors", method="position_mean")
+    np.save(tmp_path / "rows.npy", X.reshape(-1, 96))
+    with pytest.raises(ValueError, match=r"features must be \(images, h, w, d\) .* for position_mean, got rows"):
+        apply(tmp_path / "rows.npy", tmp_path / "means.safetensors", out=tmp_path / "clean.npy")

@@ -226,15 +226,16 @@ def _with(A, value, where=(3, 7)):
     ("change", "options", "message"),
     [
         (lambda A, X: (X, A[:, :50]), {}, "adjacency|edge_index"),
+        (lambda A, X: (X, np.argwhere(A)), {}, r"edge_index of shape \(2, m\), got \(\d+, 2\): transpose it"),
         (lambda A, X: (X[:50], A), {}, r"got shape \(60, 60\) for X \(50, 20\)"),
         (lambda A, X: (X, _with(A, -2.0)), {}, "not negative, got -2.0 at row 3, column 7"),
         (lambda A, X: (X, _with(A, np.nan)), {}, "finite numbers, got nan at row 3, column 7"),
         (lambda A, X: (X, _with(A, np.inf)), {}, "finite numbers, got inf"),
         (lambda A, X: (X, A.astype(complex)), {}, "real numbers"),
         (lambda A, X: (X, A), {"n_clusters": 61}, "n_clusters must be at most the number of vertices, got .*61"),
-        (lambda A, X: (X, A), {"n_clusters": 20}, "must be below the number of directions .*n_clusters=20"),
-        (lambda A, X: (X[:, :2], A), {"n_clusters": 2}, "must be below the number of directions"),
-        (lambda A, X: (np.ones((60, 5)), A), {}, "they span 1 "),
+        (lambda A, X: (X, A), {"n_clusters": 20}, r"must be at most \d+, the directions .*n_clusters=20"),
+        (lambda A, X: (X[:, :2], A), {"n_clusters": 2}, "must be at most 1, the directions"),
+        (lambda A, X: (np.ones((60, 5)), A), {}, "must be at most 0, the directions .* beside the trivial one"),
         (lambda A, X: (X, A), {"n_clusters": 0}, "n_clusters must be an integer of at least 1, got 0"),
         (lambda A, X: (X, A), {"n_clusters": 2.5}, "n_clusters must be an integer of at least 1, got 2.5"),
         (lambda A, X: (X, A), {"order": -1}, "order must be an integer of at least 0, got -1"),
@@ -248,7 +249,7 @@ def _with(A, value, where=(3, 7)):
             {"text_weighting": "tfidf"},
             "'tfidf' needs attributes that are not negative, got -1",
         ),
-        (lambda A, X: (X * 0, A), {}, "must be below the number of directions"),
+        (lambda A, X: (X * 0, A), {}, "X must have an attribute that is not zero"),
     ],
 )
 def test_bad_input_is_refused_with_its_name(change, options, message):
@@ -263,6 +264,23 @@ def test_modularity_refuses_its_own_bad_parameters():
         ModularityS2CAG(2, resolution=-1).fit(X, adjacency=A)
     with pytest.raises(ValueError, match="an attribute that is not zero"):
         ModularityS2CAG(2).fit(X * 0, adjacency=A)
+
+
+@pytest.mark.parametrize(("cls", "most"), [(S2CAG, 19), (ModularityS2CAG, 20)])
+def test_too_many_clusters_for_the_attributes_are_refused_before_any_work(cls, most):
+    X, A = bad(lambda A, X: (X, A))
+    hops = {"order": 10**7}  # a day of products with the matrix
+    with pytest.raises(ValueError, match=f"n_clusters must be at most {most}, the directions .* got n_clusters=21"):
+        cls(21, **hops).fit(X, adjacency=A)
+    with pytest.raises(ValueError, match="X must have an attribute that is not zero, got zeros alone"):
+        cls(2, **hops).fit(X * 0, adjacency=A)
+
+
+def test_a_graph_without_edges_is_said_to_add_nothing():
+    X, A = bad(lambda A, X: (X, A * 0))
+    with pytest.warns(UserWarning, match="adjacency joins no two vertices: attributes alone make the groups"):
+        fitted = S2CAG(2, random_state=0).fit(X, adjacency=A)
+    assert fitted.n_isolated_ == 60
 
 
 def test_a_huge_dense_adjacency_is_refused_before_it_is_touched():

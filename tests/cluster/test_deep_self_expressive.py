@@ -1,13 +1,18 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import SpectralClustering
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 from polyspan.cluster import DeepSelfExpressiveClustering
+from polyspan.cluster._affinity import RidgeExpression
+from polyspan.cluster._coefficients import AllCoefficients, FollowedCoefficients
 from polyspan.cluster._conv_autoencoder import ConvAutoencoder
 from polyspan.cluster._self_expression import (
     SpectralRounding,
@@ -376,12 +381,63 @@ def test_an_autoencoder_that_learns_nothing_is_said(pictures):
         ({"ridge": 0.0}, "ridge must be positive"),
         ({"learning_rate": np.inf}, "learning_rate must be positive"),
         ({"max_epochs": (1, 2)}, "max_epochs must be three"),
+        ({"max_epochs": 5}, "max_epochs must be three"),
+        ({"max_epochs": (1.5, 2, 3)}, "max_epochs must be three"),
+        ({"max_epochs": ("a", 1, 1)}, "max_epochs must be three"),
+        ({"min_epochs": -1}, "min_epochs must be a whole number"),
+        ({"min_epochs": "x"}, "min_epochs must be a whole number"),
+        ({"ridge": "x"}, "ridge must be positive"),
+        ({"tol": "x"}, "tol must lie"),
+        ({"image_shape": 20}, r"image_shape must be \(h, w\)"),
+        ({"image_shape": (4, "a")}, r"image_shape must be \(h, w\)"),
+        ({"image_shape": (4.0, 5)}, r"image_shape must be \(h, w\)"),
+        ({"image_shape": (4, 5), "channels": 5}, "channels must be one or more"),
+        ({"image_shape": (4, 5), "channels": (0,)}, "channels must be one or more"),
+        ({"image_shape": (4, 5), "kernels": (3, 3)}, "channels and kernels must be equally many"),
         ({"solver": "ridge", "train_encoder": True}, "solver must be 'adam' or 'auto'"),
     ],
 )
 def test_bad_parameters_are_named(world, options, told):
     with pytest.raises(ValueError, match=told):
         made(**({"k": options.pop("n_clusters")} if "n_clusters" in options else {}), **options).fit(world.points)
+
+
+def test_an_encoder_is_given_rows_in_its_own_float_width(world):
+    narrow = mixing().float()
+    fitted = made(solver="ridge", encoder=narrow, structure=False).fit(world.points)
+    wide = made(solver="ridge", encoder=mixing(), structure=False).fit(world.points)
+    assert fitted.representation_matrix_.dtype == np.float64
+    np.testing.assert_allclose(fitted.representation_matrix_, wide.representation_matrix_, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "told"),
+    [
+        (nn.Threshold(1e9, float("nan")), "encoder must return finite numbers"),
+        (nn.Flatten(0), "encoder must return a row for each of"),
+    ],
+    ids=["nan", "flat"],
+)
+def test_an_encoder_that_returns_no_rows_is_said(world, encoder, told):
+    with pytest.raises(ValueError, match=told):
+        made(encoder=encoder).fit(world.points)
+
+
+@pytest.mark.filterwarnings("ignore:the auto", "ignore:stage", "ignore:the affinity falls into")
+def test_images_of_the_wrong_form_are_said(pictures):
+    images = pictures[0]
+    short = {"max_epochs": (5, 5, 0), "tol": 0.0, "subspace_dim": 8}
+    listed = made(3, **short).fit([*images])
+    np.testing.assert_array_equal(listed.labels_, made(3, **short).fit(images).labels_)
+    with pytest.raises(ValueError, match=r"images of one size, got \(3, 3\) and \(4, 4\)"):
+        made(2).fit([np.ones((3, 3)), np.ones((4, 4))])
+    with pytest.raises(ValueError, match=r"X must be rows .* got shape \(4, 1, 1, 2, 2\)"):
+        made(2).fit(np.ones((4, 1, 1, 2, 2)))
+    with pytest.raises(ValueError, match=r"X must hold numbers, got datetime64\[s\]"):
+        made(2).fit(np.ones((30, 3), "datetime64[s]"))
+    last = np.repeat(images[:, :8, :6, None], 3, axis=3) * np.array([1, 0.5, 2], dtype=np.float32)
+    with pytest.warns(UserWarning, match="taken as 8 channels of 6 by 3 pixels"):
+        made(3, **short).fit(last)
 
 
 def test_rows_that_cannot_be_clustered_are_named(world):
@@ -397,7 +453,201 @@ def test_rows_that_cannot_be_clustered_are_named(world):
         fitted.predict(world.points.reshape(-1, 5, 4))
 
 
-def test_more_rows_than_memory_are_refused_with_the_bytes(world, monkeypatch):
-    monkeypatch.setattr("polyspan.cluster.deep_self_expressive.available_memory_bytes", lambda: 1000)
-    with pytest.raises(ValueError, match="120 rows need 806,400 bytes, 1,000 are free"):
-        made().fit(world.points)
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"solver": "adam"}, "120 rows need 806,400 bytes, 1,000 are free; solver='ridge' needs no such matrix"),
+        ({"solver": "ridge"}, "120 rows need 806,400 bytes, 1,000 are free; sparse subspace clustering"),
+        ({"train_encoder": True, "encoder": nn.Linear(20, 6).double()}, "1,000 are free; train_encoder=False"),
+    ],
+    ids=["adam", "ridge", "trained"],
+)
+def test_more_rows_than_memory_are_refused_with_the_bytes(world, monkeypatch, options, told):
+    monkeypatch.setattr("polyspan.cluster._deep_stages.available_memory_bytes", lambda: 1000)
+    with pytest.raises(ValueError, match=told):
+        made(**options).fit(world.points)
+
+
+def test_points_no_more_than_their_numbers_are_told_what_needs_no_matrix(world, monkeypatch):
+    monkeypatch.setattr("polyspan.cluster._deep_stages.available_memory_bytes", lambda: 1000)
+    with pytest.raises(ValueError, match=r"outnumber the 20 numbers.*layers='input'"):
+        made(2, subspace_dim=2, solver="ridge").fit(world.points[:20])
+
+
+def test_distances_of_all_pairs_are_refused_with_the_bytes(pictures, monkeypatch):
+    monkeypatch.setattr("polyspan.cluster._deep_stages.available_memory_bytes", lambda: 110_000)
+    with pytest.raises(
+        ValueError, match=r"pretrain must be 'reconstruction'.*60 rows.*144,000 bytes, 110,000 are free"
+    ):
+        made(3, subspace_dim=8, pretrain="distance").fit(pictures[0])
+
+
+def test_adam_is_refused_before_anything_of_n_by_n_is_made(monkeypatch):
+    monkeypatch.setattr("polyspan.cluster._deep_stages.available_memory_bytes", lambda: 2**28)
+    X = np.random.default_rng(0).normal(size=(20_000, 6))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="solver='ridge' needs no such matrix"):
+        made(solver="adam").fit(X)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * X.nbytes
+
+
+def mixing():
+    made = nn.Linear(20, 15).double().requires_grad_(False)
+    made.weight.copy_(torch.randn(15, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    made.bias.zero_()
+    return made
+
+
+def ridge_expression(X, alpha):
+    return RidgeExpression(X, alpha, zero_diagonal=True)  # ty: ignore[no-matching-overload]
+
+
+def both(monkeypatch, X, k, **options):
+    """Fit the same rows with whole matrices, and following pairs alone."""
+    whole = made(k, solver="ridge", **options).fit(X)
+    monkeypatch.setattr("polyspan.cluster.deep_self_expressive.WHOLE_ROWS", 20)
+    pairs = made(k, solver="ridge", **options).fit(X)
+    monkeypatch.undo()
+    assert isinstance(whole.representation_matrix_, np.ndarray)
+    assert isinstance(pairs.representation_matrix_, RidgeExpression)
+    return whole, pairs
+
+
+@pytest.mark.filterwarnings("ignore:the affinity falls into", "ignore:a row stands", "ignore:stage")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"structure": False},
+        {"subspace_dim": 1, "structure": False},
+        {"zero_diagonal": False, "structure": False},
+        {"zero_diagonal": False, "subspace_dim": 6},
+        {"ridge": 30.0},
+        {"normalize_layers": False},
+        {"encoder": mixing()},
+        # Until no coefficient between clusters is left, with many clusterings on the way.
+        {"tol": 0.0, "max_epochs": (0, 0, 240), "clustering_refresh": 24},
+    ],
+    ids=lambda options: "-".join(options) or "defaults",
+)
+@pytest.mark.parametrize("noise", [0.01, 0.5])
+def test_followed_pairs_give_what_whole_matrices_give(monkeypatch, noise, options):
+    world = planted_subspaces(3, n_per=30, d=20, k=3, n_subspaces=4, noise=noise)
+    whole, pairs = both(monkeypatch, world.points, 4, **options)
+    np.testing.assert_allclose(pairs.affinity_matrix_.toarray(), whole.affinity_matrix_.toarray(), atol=1e-12)
+    assert (pairs.n_epochs_, pairs.stopped_by_) == (whole.n_epochs_, whole.stopped_by_)
+    assert pairs.history_[0] == whole.history_[0]
+    # Which of more parts than clusters share a label rounding decides.
+    if connected_components(whole.affinity_matrix_, directed=False)[0] <= 4:
+        assert clustering_accuracy(whole.labels_, pairs.labels_) == 1.0
+        assert clustering_accuracy(whole.first_labels_, pairs.first_labels_) == 1.0
+        assert clustering_accuracy(whole.predict(world.points), pairs.predict(world.points)) == 1.0
+    else:
+        assert not options.get("structure", True)
+    if options == {"structure": False}:
+        np.testing.assert_allclose(pairs.representation_matrix_.dense(), whole.representation_matrix_, atol=1e-12)
+
+
+def test_followed_pairs_of_float32_give_what_whole_matrices_give(monkeypatch, world):
+    whole, pairs = both(monkeypatch, world.points.astype(np.float32), 4)
+    assert clustering_accuracy(whole.labels_, pairs.labels_) == 1.0
+    assert pairs.affinity_matrix_.dtype == whole.affinity_matrix_.dtype
+    np.testing.assert_allclose(pairs.affinity_matrix_.toarray(), whole.affinity_matrix_.toarray(), atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:the affinity falls into", "ignore:a row stands")
+def test_copies_and_points_without_a_link_are_followed_as_they_are_in_whole_matrices(monkeypatch, world):
+    rng = np.random.default_rng(0)
+    copies = np.concatenate([world.points, np.repeat(world.points[:2], 40, axis=0)])
+    axes = np.eye(20)[np.arange(60) % 20] * rng.choice([-1, 1], size=(60, 1))
+    for X, k in ((copies, 4), (axes, 2)):
+        whole, pairs = both(monkeypatch, X, k, structure=False)
+        np.testing.assert_allclose(
+            pairs.affinity_matrix_.sum(axis=0), whole.affinity_matrix_.sum(axis=0), rtol=1e-9, atol=1e-12
+        )
+
+
+def test_columns_whose_cut_is_in_doubt_are_followed_further(monkeypatch):
+    """Labels that part a point from all that it is tied to leave it nothing among the pairs followed first."""
+    world = planted_subspaces(1, n_per=40, d=12, k=3, n_subspaces=3, noise=0.2)
+    X = world.points / np.linalg.norm(world.points, axis=1, keepdims=True)
+    expression = ridge_expression(X, 0.1)
+    pairs = FollowedCoefficients(expression, 2, rate=0.05)
+    whole = AllCoefficients(torch.as_tensor(expression.dense()), 2, rate=0.05, hollow=True, relative=True)
+    first = len(pairs._known)
+    labels = np.random.default_rng(0).integers(0, 2, size=120)
+    for _ in range(12):
+        pairs.step(labels)
+        whole.step(labels)
+    np.testing.assert_allclose(pairs.affinity().toarray(), whole.affinity().toarray(), atol=1e-14)
+    assert len(pairs._known) > first
+    monkeypatch.setattr("polyspan.cluster._coefficients.available_memory_bytes", lambda: 1000)
+    with pytest.raises(ValueError, match=r"ties among its affinities.*1,000 are free; .*structure=False"):
+        FollowedCoefficients(expression, 2, rate=0.05)
+
+
+def test_a_step_never_passes_zero():
+    expression = ridge_expression(np.random.default_rng(0).normal(size=(30, 5)), 0.1)
+    coefficients = AllCoefficients(torch.as_tensor(expression.dense()), 3, rate=0.5, hollow=True, relative=True)
+    before, labels = np.abs(coefficients.matrix()), np.arange(30) % 2
+    for _ in range(5):
+        coefficients.step(labels)
+        after = np.abs(coefficients.matrix())
+        assert (after <= before).all()
+        before = after
+    apart = labels[:, None] != labels
+    assert not after[apart].any()
+    assert after[~apart].any()
+
+
+def test_memory_is_linear_in_the_points_of_the_closed_form():
+    rng, peaks = np.random.default_rng(0), []
+    made(2, solver="ridge", subspace_dim=2, structure=False).fit(rng.normal(size=(20, 2)))  # what is loaded late
+    for n in (2_500, 7_500):
+        bases = np.linalg.qr(rng.normal(size=(4, 10, 3)))[0]
+        X = np.concatenate([rng.normal(size=(n // 4, 3)) @ basis.T for basis in bases])
+        X += 0.01 * rng.normal(size=X.shape)
+        tracemalloc.start()
+        fitted = made(subspace_dim=6, n_init=1).fit(X.astype(np.float32))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert clustering_accuracy(np.repeat(np.arange(4), n // 4), fitted.labels_) > 0.99
+    # A matrix of n by n in float32 would be 225 MB.
+    assert peaks[1] < 0.3 * 7_500**2 * 4
+    assert peaks[1] < 3 * peaks[0]
+
+
+@pytest.mark.parametrize("ridge", [0.1, 1000.0])
+def test_the_second_stage_does_the_same_to_small_coefficients(world, ridge):
+    """Least squares of many points, or with a large penalty, is small; a step must not be long beside it."""
+    fitted = made(solver="ridge", ridge=ridge).fit(world.points)
+    assert clustering_accuracy(world.labels, fitted.first_labels_) == 1.0
+    assert clustering_accuracy(world.labels, fitted.labels_) == 1.0
+    assert fitted.stopped_by_["structure"] == "labels"
+
+
+@pytest.mark.parametrize("n", [15, 60])
+def test_a_free_diagonal_is_honoured_by_the_closed_form(world, n):
+    """Oracle: C = G (G + a I)^-1."""
+    X = world.points[:n] / np.linalg.norm(world.points[:n], axis=1, keepdims=True)
+    fitted = made(1, solver="ridge", ridge=0.3, zero_diagonal=False, structure=False, subspace_dim=2).fit(X)
+    G = X @ X.T
+    np.testing.assert_allclose(fitted.representation_matrix_, G @ np.linalg.inv(G + 0.3 * np.eye(n)), atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_rows_of_any_size_are_clustered(world, scale):
+    plain, sized = made(solver="ridge").fit(world.points), made(solver="ridge").fit(scale * world.points)
+    assert clustering_accuracy(plain.labels_, sized.labels_) == 1.0
+    assert clustering_accuracy(plain.predict(world.points), sized.predict(scale * world.points)) == 1.0
+
+
+def test_a_clustering_without_whole_matrices_comes_back_whole(monkeypatch, world, tmp_path):
+    fitted = both(monkeypatch, world.points, 4)[1]
+    back = DeepSelfExpressiveClustering.load(fitted.save(tmp_path / "fit.safetensors"))
+    np.testing.assert_array_equal(back.representation_matrix_.dense(), fitted.representation_matrix_.dense())
+    np.testing.assert_array_equal(back.labels_, fitted.labels_)
+    assert (back.affinity_matrix_ != fitted.affinity_matrix_).nnz == 0
+    np.testing.assert_array_equal(back.predict(world.points), fitted.predict(world.points))

@@ -231,3 +231,13 @@ def test_levels_of_the_profile_are_those_of_sampling_by_default():
     m = orthogonal_subspaces(K=1)
     profile = rank_profile(m, n_trajectories=1, shape=(24,), dtype=WIDE)
     np.testing.assert_allclose(profile.sigmas, noise_levels()[:-1].numpy())
+
+
+@pytest.mark.parametrize("k", [2, None])
+def test_a_model_without_derivatives_is_said(k):
+    x = torch.linspace(-1, 1, 30, dtype=torch.float64)
+    with pytest.raises(ValueError, match="model must return finite numbers with finite derivatives"):
+        jacobian_spectrum(lambda z, s: z * float("nan"), x, 0.1, k)
+    with pytest.warns(UserWarning, match="cuts its gradient off"):
+        found = jacobian_spectrum(lambda z, s: (2 * z).detach(), x, 0.1, k)
+    assert not found.values.any()

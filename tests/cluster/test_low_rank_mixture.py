@@ -541,3 +541,45 @@ def test_pictures_are_the_same_bytes_for_the_same_numbers(tmp_path):
         plot_low_rank(tmp_path / "a.jpg", mixture=m)
     with pytest.raises(ValueError, match="one of mixture, profile and sufficiency must be given, got none"):
         plot_low_rank(tmp_path / "a.svg")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"bases": np.ones((2, 5))}, r"bases must have shape \(K, D, d\), got \(2, 5\)"),
+        ({"bases": 2 * np.eye(5)[None, :, :2].repeat(2, axis=0)}, "bases must have orthonormal columns"),
+        ({"spectra": np.ones((1, 2))}, r"spectra must have shape \(2, 2\), got \(1, 2\)"),
+        ({"spectra": -np.ones((2, 2))}, "spectra must be at least 0, got -1"),
+        ({"means": np.full((2, 5), np.nan)}, "means must be finite"),
+        ({"weights": np.ones(2)}, "weights must add up to 1, got 2"),
+        ({"noise_variance": np.array([0.1, -0.1])}, "noise_variance must be at least 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_components_that_make_no_density_are_refused(change, told):
+    given = {
+        "bases": np.eye(5)[None, :, :2].repeat(2, axis=0),
+        "spectra": np.ones((2, 2)),
+        "means": np.zeros((2, 5)),
+        "weights": np.full(2, 0.5),
+        "noise_variance": np.full(2, 0.1),
+    }
+    assert np.isfinite(LowRankGaussianMixture.from_parts(**given).score(np.ones((3, 5))))
+    with pytest.raises(ValueError, match=told):
+        LowRankGaussianMixture.from_parts(**(given | change))
+
+
+def test_a_file_of_components_that_fit_nothing_is_wrong_content(tmp_path):
+    rows = planted_subspaces(0, n_per=20, d=6, k=2, n_subspaces=2, noise=0.1).points
+    fitted = LowRankGaussianMixture(2, 2, n_init=1, random_state=0).fit(rows)
+    fitted.weights_ = fitted.weights_ * 3
+    with pytest.raises(WrongContent, match="weights must add up to 1"):
+        LowRankGaussianMixture.load(fitted.save(tmp_path / "mixture.safetensors"))
+
+
+def test_rows_whose_squares_vanish_and_points_in_time_are_named():
+    rows = planted_subspaces(0, n_per=20, d=6, k=2, n_subspaces=2, noise=0.1).points
+    with pytest.raises(ValueError, match="values so small that they vanish"):
+        LowRankGaussianMixture(2, 2, random_state=0).fit(1e-200 * rows)
+    with pytest.raises(ValueError, match=r"X must hold numbers, got datetime64\[s\]"):
+        LowRankGaussianMixture(2, 1, random_state=0).fit(np.arange(60).reshape(20, 3).astype("datetime64[s]"))

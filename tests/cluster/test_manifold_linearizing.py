@@ -9,11 +9,13 @@ from polyspan.cluster import (
     ManifoldLinearizingClustering,
     RateReductionLoss,
     coding_length,
+    manifold_plots,
 )
-from polyspan.cluster._manifold_network import Source
+from polyspan.cluster._manifold_network import Source, TwoHeads
 from polyspan.cluster.manifold_linearizing import numerical_rank
+from polyspan.cluster.reporting import basis_angles
 from polyspan.data import digits, planted_subspaces
-from polyspan.errors import WrongContent
+from polyspan.errors import NotConverged, WrongContent
 from polyspan.io import EmbeddingReader
 from polyspan.linalg import clustering_accuracy, coding_rate
 
@@ -119,6 +121,40 @@ def test_the_cluster_head_starts_as_a_copy_and_is_trained(world):
     assert all(torch.equal(a, b) for a, b in pairs)
     pairs = zip(trained.module_.features.parameters(), trained.module_.clusters.parameters(), strict=True)
     assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_first_stage_leaves_the_cluster_head_alone(world, monkeypatch):
+    whole = TwoHeads.forward
+
+    def forward(self, x):
+        assert not self.training
+        return whole(self, x)
+
+    monkeypatch.setattr(TwoHeads, "forward", forward)
+    for augment in (None, scaled):
+        made = ManifoldLinearizingClustering(3, **SMALL | {"max_epochs": 0}, augment=augment).fit(world.points)
+        assert [h["stage"] for h in made.history_] == ["tcr"] * 3
+        Z, C = made.module_(torch.as_tensor(world.points[:5] - made._mean, dtype=torch.float32))
+        assert torch.equal(Z, C)
+
+
+def test_the_picture_has_rates_cosines_values_points_and_angles_with_a_key(world, fitted, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(manifold_plots, "write_picture", lambda figure, path, **_: figures.append(figure))
+    manifold_plots.plot_linearized(fitted, fitted.transform(world.points), tmp_path / "a.png")
+    axes = {axis.get_title(): axis for axis in figures[0].axes}
+    assert set(axes) >= {
+        "Coding rate",
+        "Absolute cosines, by cluster",
+        "Singular values of each cluster",
+        "Embedding, two widest directions",
+        "Smallest angle between subspaces",
+    }
+    for name in ("Singular values of each cluster", "Embedding, two widest directions"):
+        assert [text.get_text() for text in axes[name].get_legend().get_texts()] == ["0", "1", "2"]
+    assert len(axes["Embedding, two widest directions"].collections[0].get_offsets()) == 210
+    angles = axes["Smallest angle between subspaces"].images[0].get_array()
+    np.testing.assert_allclose(angles, basis_angles(fitted.subspaces_))
 
 
 def test_memory_maps_files_datasets_loaders_and_images_give_what_arrays_give(world, tmp_path):
@@ -256,8 +292,10 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_result(images, tmp_path, opt
     np.testing.assert_array_equal(resumed.transform(images[0]), unbroken.transform(images[0]))
     with pytest.raises(ValueError, match=r"belongs to another fit \(n differs\)"):
         stopping.fit(images[0][:300])
-    with pytest.raises(ValueError, match=r"belongs to another fit \(params differs\)"):
+    with pytest.raises(ValueError, match=r"belongs to another fit, with lr=0.0003 in place of 1.0"):
         stopping.set_params(lr=1.0).fit(images[0])
+    with pytest.raises(ValueError, match="belongs to another fit, with random_state=0 in place of 7"):
+        stopping.set_params(lr=3e-4, random_state=7).fit(images[0])
 
 
 def test_images_are_augmented_in_their_own_shape(images):
@@ -353,6 +391,8 @@ def test_jitter_leaves_pixels_alone_where_all_is_switched_off():
         ({"eta": "wide"}, "eta must be a positive number or 'auto', got 'wide'"),
         ({"eta": 0}, "eta must be a positive number or 'auto', got 0"),
         ({"eps2": -1}, "eps2 must be positive and finite, got -1"),
+        ({"eps2": "a"}, "eps2 must be a number, got 'a'"),
+        ({"n_clusters": True}, "n_clusters must be a whole number of at least 1, got True"),
         ({"optimizer": "lars"}, "optimizer must be 'adam' or 'sgd', got 'lars'"),
         ({"augment": "text"}, "augment must be callable, 'image' or None, got 'text'"),
         ({"augment": "image"}, "image_shape must be given"),
@@ -389,6 +429,28 @@ def test_bad_data_is_named_and_odd_sizes_are_said(world, tmp_path):
         ManifoldLinearizingClustering(3, eta=1000, **few).fit(world.points)
     repeated = make.fit(np.repeat(world.points[:5], 20, axis=0))
     assert len(np.unique(repeated.labels_)) == 3
+
+
+@pytest.mark.parametrize("stage", ["tcr_lr", "lr"])
+def test_training_that_leaves_the_finite_numbers_is_said(world, stage):
+    with pytest.raises(NotConverged, match=r"no longer finite after [0-9] passes; try a smaller lr"):
+        ManifoldLinearizingClustering(3, **SMALL, **{stage: 1e38}).fit(world.points)
+
+
+def test_an_eta_that_no_width_of_memberships_fits_is_said(world):
+    # Features of one dimension are all on one line, and |cos| is 1: at any eta all rows are neighbours.
+    options = SMALL | {"n_components": 1, "eta": "auto"}
+    told = "eta='auto' ended at 0.01, with 64.0 effective neighbours a row in place of 10.7"
+    with (
+        pytest.warns(UserWarning, match="the memberships show no structure at eta=0.01"),
+        pytest.warns(UserWarning, match=told),
+    ):
+        ManifoldLinearizingClustering(3, **options).fit(world.points)
+
+
+def test_a_batch_too_small_for_the_subspaces_is_said(world):
+    with pytest.warns(UserWarning, match="n_components=2 is below n_clusters=3, for batches of 4 rows"):
+        ManifoldLinearizingClustering(3, **SMALL | {"batch_size": 4, "n_components": "auto"}).fit(world.points)
 
 
 def test_the_loss_alone_flattens_two_curves():

@@ -147,8 +147,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(images, tmp_path, monk
     resumed = NestedMatryoshkaClustering(4, checkpoint=path, **options).fit(X)
     np.testing.assert_array_equal(resumed.transform(X), whole.transform(X))
     assert resumed.history_ == whole.history_
-    with pytest.raises(ValueError, match=r"belongs to another fit \(params differs\)"):
+    with pytest.raises(ValueError, match=r"belongs to another fit, with lr=\S+ in place of 1.0"):
         NestedMatryoshkaClustering(4, checkpoint=path, **(options | {"lr": 1.0})).fit(X)
+    with pytest.raises(ValueError, match=r"belongs to another fit, with random_state=\d+ in place of 99"):
+        NestedMatryoshkaClustering(4, checkpoint=path, **(options | {"random_state": 99})).fit(X)
 
 
 def test_a_saved_clusterer_predicts_as_before(images, fitted, tmp_path):
@@ -348,3 +350,8 @@ def test_bad_input_is_named(images, fitted):
         NestedMatryoshkaClustering(2, n_prototypes=600, batch_size=16, max_steps=1, **TINY).fit(rows)
     with pytest.warns(UserWarning, match="batch_size=999 is larger than the 320 rows"):
         NestedMatryoshkaClustering(2, batch_size=999, max_steps=1, **TINY).fit(rows)
+
+
+def test_training_that_leaves_the_finite_numbers_is_said(images):
+    with pytest.raises(NotConverged, match=r"no longer finite after [0-9]+ steps; try a smaller lr"):
+        NestedMatryoshkaClustering(4, **TINY | {"max_steps": 60}, lr=1e30).fit(images[0])

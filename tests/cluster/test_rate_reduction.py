@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyspan.cluster import CodingRate, DoublyStochastic, RateReductionLoss, TotalCodingRateLoss
+from polyspan.cluster import CodingRate, DoublyStochastic, RateReductionLoss, TotalCodingRateLoss, _class_rate
 from polyspan.linalg import class_coding_rate, doubly_stochastic
 from polyspan.testing import ModuleCase, check_module
 
@@ -57,7 +57,7 @@ def literal(Z, memberships, eps2):
 
 @given(
     n=st.integers(2, 12), d=st.integers(1, 9), seed=st.integers(0, 2**31), eps2=st.sampled_from([0.05, 0.5, 3.0]),
-    max_bytes=st.sampled_from([1, 3000, 2**27]),
+    max_bytes=st.sampled_from([1, 600, 3000, 2**27]),
 )  # fmt: skip
 def test_the_closed_gradient_is_that_of_the_literal_sum_for_any_memberships_and_blocks(n, d, seed, eps2, max_bytes):
     Z = unit(n, d, seed=seed).requires_grad_()
@@ -66,6 +66,55 @@ def test_the_closed_gradient_is_that_of_the_literal_sum_for_any_memberships_and_
     mine, theirs = loss.rates(Z, members)[1], literal(Z, members, eps2)
     torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(torch.autograd.grad(mine, (Z, members)), torch.autograd.grad(theirs, (Z, members)))
+
+
+@given(
+    n=st.integers(1, 12), d=st.integers(1, 9), n_classes=st.integers(1, 6), seed=st.integers(0, 2**31),
+    max_bytes=st.sampled_from([1, 500, 2**27]), wide=st.booleans(),
+)  # fmt: skip
+def test_packed_and_full_matrices_give_one_rate_and_one_gradient(n, d, n_classes, seed, max_bytes, wide):
+    Z = unit(n, d, seed=seed, dtype=torch.float64 if wide else torch.float32)
+    members = torch.rand(n, n_classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(Z.dtype)
+    members[:, -1] = 0
+    packed = _class_rate._packed_rate(Z, members, 0.2, max_bytes, True)
+    full = _class_rate._dense_rate(Z, members, 0.2, max_bytes, True)
+    torch.testing.assert_close(packed, full, rtol=1e-9 if wide else 1e-3, atol=1e-9 if wide else 1e-4)
+    assert _class_rate._packed_rate(Z, members, 0.2, max_bytes, False)[0] == packed[0]
+
+
+@pytest.mark.parametrize("spoil", [lambda Z, members: Z.fill_(math.nan), lambda Z, members: members.fill_(-1.0)])
+def test_a_class_without_a_logarithm_is_refused(spoil):
+    Z, members = unit(6, 3), torch.ones(6, 2, dtype=torch.float64)
+    spoil(Z, members)
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive"):
+        _class_rate._packed_rate(Z, members, 0.1, 2**27, False)
+
+
+@given(
+    n=st.integers(1, 9), n_iter=st.integers(1, 6), seed=st.integers(0, 2**31), absolute=st.booleans(),
+    length=st.sampled_from([0.01, 1.0, 30.0]),
+)  # fmt: skip
+def test_memberships_and_their_gradient_are_those_of_the_rounds_in_the_log_domain(n, n_iter, seed, absolute, length):
+    # Rows of length 30 have logits that no exponential holds; unit rows take the closed form.
+    C = (length * unit(2, n, 4, seed=seed)).requires_grad_()
+    weight = torch.randn(2, n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    kernel = C @ C.mT
+    expected = doubly_stochastic(kernel.abs() if absolute else kernel, temperature=0.2, max_iter=n_iter, tol=None)
+    found = DoublyStochastic(0.2, n_iter, absolute=absolute)(C)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found, found.mT)
+    # By rows, by columns, and one number for all: however the derivative lies in memory.
+    for slope in (weight, weight.mT.contiguous().mT, weight[:1, :1, :1].expand_as(weight)):
+        mine, theirs = (torch.autograd.grad(gamma, C, slope, retain_graph=True)[0] for gamma in (found, expected))
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_memberships_can_be_differentiated_twice_and_by_function_transforms():
+    C, project = unit(5, 3).requires_grad_(), DoublyStochastic(0.3)
+    assert torch.autograd.gradgradcheck(project, (C,))
+    weight = torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (slope,) = torch.autograd.grad(project(C), C, weight)
+    torch.testing.assert_close(torch.func.grad(lambda rows: (project(rows) * weight).sum())(C.detach()), slope)
 
 
 @given(seed=st.integers(0, 2**31), top=st.integers(1, 9))

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -14,6 +16,7 @@ from polyspan.cluster import (
     clustering_report,
     found_subspaces,
     memberships,
+    points_plots,
     seed_stability,
 )
 from polyspan.cluster.points_plots import plot_subspaces
@@ -162,3 +165,25 @@ def test_degenerate_clusterings_have_no_silhouette_and_no_angles():
 def test_bad_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call(np.random.default_rng(0).normal(size=(6, 4)))
+
+
+def test_the_affinity_that_was_clustered_is_drawn_and_stages_of_a_loss_are_told_apart(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(points_plots, "write_picture", lambda figure, path, **_: figures.append(figure))
+    labels = np.array([1, 0, 1, 0])
+    affinity = sp.csr_array(np.array([[0, 0, 4.0, 0], [0, 0, 0, 2.0], [4.0, 0, 0, 1.0], [0, 2.0, 1.0, 0]]))
+    stages = [("first", 1.0), ("first", 0.5), ("second", 900.0), ("second", 800.0)]
+    history = [{"stage": stage, "loss": loss} for stage, loss in stages]
+    fitted = SimpleNamespace(affinity_matrix_=affinity, history_=history)
+    bases = found_subspaces(np.eye(4), labels)
+    plot_subspaces(np.eye(4), labels, bases, tmp_path / "a.png", fitted=fitted)
+    drawn = np.asarray(figures[0].axes[1].images[0].get_array())
+    order = [1, 3, 0, 2]
+    np.testing.assert_allclose(drawn, np.minimum(affinity.toarray()[order][:, order] / 4, 1), atol=0.01)
+    loss = next(axis for axis in figures[0].axes if axis.get_title().startswith("Loss"))
+    assert loss.get_yscale() == "log"
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["first", "second"]
+    assert [len(line.get_xdata()) for line in loss.get_lines()[:2]] == [2, 2]
+    plot_subspaces(np.eye(4), labels, bases, tmp_path / "a.png", history=[3.0, 2.0, -1.0])
+    loss = next(axis for axis in figures[1].axes if axis.get_title().startswith("Loss"))
+    assert (loss.get_yscale(), loss.get_legend()) == ("linear", None)

@@ -573,3 +573,9 @@ def test_rows_that_are_all_alike_are_one_cluster_with_their_line(kind):
     assert made.labels_.tolist() == [0] * 20
     np.testing.assert_allclose(np.abs(made.bases_[0]), np.full((4, 1), 0.5))
     assert made.predict(np.full((2, 4), 3.0)).tolist() == [0, 0]
+
+
+def test_points_in_time_are_refused():
+    X = np.arange(60).reshape(20, 3).astype("datetime64[s]")
+    with pytest.raises(ValueError, match=r"X must hold numbers, got datetime64\[s\]"):
+        OMPSubspaceClustering(2, random_state=0).fit(X)

@@ -136,7 +136,13 @@ def graph(
         n_clusters = len(np.unique(found.labels))
     options: dict[str, Any] = {"n_clusters": n_clusters, "order": order, "decay": decay, "rounding": rounding}
     options |= {"n_init": n_init, "dtype": precision, "random_state": seed}
-    estimator = S2CAG(**options) if method == "s2cag" else ModularityS2CAG(**options, resolution=resolution)
+    # cluster_qr finds groups by the trivial vector, which the other roundings do without.
+    drop_first = rounding != "cluster_qr"
+    estimator = (
+        S2CAG(**options, drop_first=drop_first)
+        if method == "s2cag"
+        else ModularityS2CAG(**options, resolution=resolution)
+    )
     read_s, table = time.perf_counter() - started, []
     if select:
         choice = select_order_decay(
@@ -155,11 +161,14 @@ def graph(
         warnings.simplefilter("always")
         estimator.fit(found.attributes, adjacency=found.adjacency)
     seconds = {"read": read_s, "select": before_fit - started - read_s, "fit": time.perf_counter() - before_fit}
-    for warning in caught:
-        say(f"warning: {warning.message}")
+    said = [str(w.message) for w in caught]
+    if method == "m-s2cag" and rounding == "cluster_qr":
+        said.append("cluster_qr finds groups by the trivial vector, which m-s2cag takes away: prefer snem or kmeans")
+    for message in said:
+        say(f"warning: {message}")
     told: dict[str, Any] = _report(estimator, found, method, seconds) | {
         "selection": table,
-        "warnings": [str(w.message) for w in caught],
+        "warnings": said,
     }
     if seeds > 1:
         with warnings.catch_warnings():
@@ -261,6 +270,13 @@ def _rows(told: dict[str, Any]) -> list[tuple[str, str]]:
         ("method", f"{told['method']}, order {told['order']}, decay {told['decay']}"),
         ("graph", f"{told['n']} vertices, {told['edges']} edges, {told['n_features']} attributes"),
     ]
+    said = {
+        "n_isolated": ("vertices without a neighbour", "placed by their attributes"),
+        "n_unattributed": ("vertices without attributes", "placed by the graph"),
+    }
+    rows += [(name, f"{told[key]}, {how}") for key, (name, how) in said.items() if told[key]]
+    if told["n_components"] - told["n_isolated"] > 1:
+        rows.append(("components", f"{told['n_components'] - told['n_isolated']} of two or more vertices"))
     for group in told["clusters"]:
         share = "undefined" if group["conductance"] is None else f"{group['conductance']:.3f}"
         rows.append((f"cluster {group['label']}", f"{group['size']} vertices, conductance {share}"))

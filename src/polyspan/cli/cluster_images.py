@@ -8,16 +8,22 @@ from cyclopts import Parameter
 from ._output import say, show_json, show_table
 from .cluster import check_places, comparison_rows, write_labels
 from .points import (
+    LEARNED,
     METHODS,
     NUMBERS,
     check_names,
     compare_methods,
     count_clusters,
     few_groups,
+    few_rows,
+    learned_facts,
     pixels_in_rows,
+    row_of,
     run_method,
     write_bases,
 )
+
+ARRAYS = (".npy", ".npz", ".mat", ".safetensors")
 
 
 def images(
@@ -216,7 +222,13 @@ def images(
     import numpy as np
     from sklearn.base import clone
 
-    from polyspan.cluster import ImageJitter, ManifoldLinearizingClustering, class_scores, seed_stability
+    from polyspan.cluster import (
+        ImageJitter,
+        ManifoldLinearizingClustering,
+        class_scores,
+        clustering_report,
+        seed_stability,
+    )
     from polyspan.cluster import memberships as belonging
     from polyspan.io import write_array, write_json
 
@@ -238,7 +250,8 @@ def images(
         warnings.simplefilter("always")
         made.fit(X)
     seconds = time.perf_counter() - started
-    said = [*dict.fromkeys(str(w.message) for w in caught), *few_groups(made.labels_, k)]
+    pixels = pixels_in_rows(X, unit=True)
+    said = [*dict.fromkeys(str(w.message) for w in caught), *few_rows(pixels, k), *few_groups(made.labels_, k)]
     for message in said:
         say(f"warning: {message}")
     scores = {} if truth is None else {"scores": class_scores(truth, made.labels_)}
@@ -248,8 +261,10 @@ def images(
         told["stability"] = {"seeds": seeds, "mean_ari": agreed.mean_ari, "min_ari": agreed.min_ari}
     if compare:
         given: dict[str, Any] = {"seed": seed, "jobs": jobs, "normalize": True}
-        others = compare_methods(pixels_in_rows(X, unit=True), truth, k, without=method, given=given)
-        told["compared"] = [{"method": method, **scores.get("scores", {}), "seconds": round(seconds, 3)}, *others]
+        # One judge for all: the subspaces of the pixels that every method saw.
+        judged = clustering_report(pixels, made.labels_, truth=truth, random_state=seed)
+        others = compare_methods(pixels, truth, k, without=method, given=given)
+        told["compared"] = [row_of(method, judged | {"seconds": round(seconds, 3)}), *others]
     if out is not None:
         write_labels(out, made.labels_, names)
         told["out"] = str(out)
@@ -274,7 +289,7 @@ def images(
         (f"cluster {j}", f"{size} images in {rank} of {made.overall_rank_} directions")
         for j, (size, rank) in enumerate(zip(np.bincount(made.labels_), made.numerical_rank_, strict=True))
     ]
-    rows += [(name, f"{told[name]:.2f}") for name in ("rate", "class_rate", "effective_neighbors") if name in told]
+    rows += [(name, f"{told[name]:.2f}") for name in LEARNED if name in told]
     rows += [(name, f"{value:.4f}") for found in scores.values() for name, value in found.items()]
     if "stability" in told:
         s = told["stability"]
@@ -288,24 +303,16 @@ def summary(fitted: Any) -> dict[str, Any]:
     """Return what is worth knowing of a fit, in plain types."""
     import numpy as np
 
-    last = fitted.history_[-1] if fitted.history_ else {}
     return {
         "method": "mlc",
         "n": len(fitted.labels_),
-        "eta": fitted.eta_,
         "clusters": [
             {"label": j, "size": int(size), "rank": int(rank), "cosine_within": float(fitted.cosines_[j, j])}
             for j, (size, rank) in enumerate(
                 zip(np.bincount(fitted.labels_, minlength=fitted.n_clusters), fitted.numerical_rank_, strict=True)
             )
         ],
-        "overall_rank": int(fitted.overall_rank_),
-        "effective_neighbors": fitted.effective_neighbors_,
-        **{name: last[name] for name in ("rate", "class_rate") if name in last},
-    }
-
-
-ARRAYS = (".npy", ".npz", ".mat", ".safetensors")
+    } | learned_facts(fitted)
 
 
 def _read(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, NamedTuple
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
+from ._points_input import read_rows
 from .cluster import LABEL_FILES, check_places, comparison_rows, write_labels
 
 
@@ -35,6 +36,7 @@ METHODS = {
     "lhdsc": Method(
         "polyspan.cluster:DeepSelfExpressiveClustering",
         {"seed": "random_state", "dim": "subspace_dim", "image": "image_shape"},
+        {"verbose": 1},
     ),
     # Bases are told without means: subspaces go through the origin, as those of the other methods do.
     "diffusion-subspace": Method(
@@ -43,8 +45,12 @@ METHODS = {
         {"center": False},
         "n_components",
     ),
-    "franca": Method("polyspan.cluster:NestedMatryoshkaClustering", {"seed": "random_state", "image": "image_shape"}),
-    "mlc": Method("polyspan.cluster:ManifoldLinearizingClustering", {"seed": "random_state"}),
+    "franca": Method(
+        "polyspan.cluster:NestedMatryoshkaClustering",
+        {"seed": "random_state", "image": "image_shape"},
+        {"verbose": 1},
+    ),
+    "mlc": Method("polyspan.cluster:ManifoldLinearizingClustering", {"seed": "random_state"}, {"verbose": 1}),
     "kmeans": Method("sklearn.cluster:KMeans", {"seed": "random_state"}, {"n_init": 10}),
     "spectral": Method(
         "sklearn.cluster:SpectralClustering",
@@ -52,7 +58,9 @@ METHODS = {
         {"affinity": "nearest_neighbors", "n_neighbors": 10},
     ),
 }
+LEARNED = ("rate", "class_rate", "effective_neighbors")
 COMPARED = ("kmeans", "spectral", "ensc", "omp", "lsr", "tsc")
+NUMBERS = ("accuracy", "nmi", "ari", "silhouette", "residual share", "seconds")
 
 
 def points(
@@ -111,13 +119,14 @@ def points(
     dim : int
         Dimension of the subspaces of --bases, --memberships and the report; left out, whatever holds 95 %.
     option : list[str]
-        Parameters of the method as name=value, such as tau=0.5; may be repeated.
+        Parameters of the method as name=value, such as tau=0.5, or widths=8,16 where it takes several; may be repeated.
     out : Path
         Where labels go: .parquet and .csv with columns id and label, .npy in the order of the rows.
     memberships : Path
         How far each row belongs to each subspace, (n, clusters): .npy, .npz, .parquet or .safetensors.
     bases : Path
-        Orthonormal bases of the subspaces found, one .safetensors file.
+        Orthonormal bases of the subspaces found, one .safetensors file; for mlc, like the memberships and the picture,
+        those of the learned features.
     compare : bool
         Run the other methods on the same rows too, with their defaults.
     seeds : int
@@ -136,7 +145,7 @@ def points(
     check_names(method, METHODS, out, seeds)
     places = {"out": out, "memberships": memberships, "bases": bases, "report": report}
     check_places(plot, read=(source, labels), **places)
-    X, ids, truth = _read(source, labels, member, label_member, column, label_column)
+    X, ids, truth = read_rows(source, labels, member, label_member, column, label_column)
     run_method(
         X,
         ids,
@@ -194,6 +203,17 @@ def few_rows(rows: Any, k: int) -> list[str]:
     return [f"only {len(distinct)} of the {len(rows)} rows differ: {k} groups cannot be told apart"]
 
 
+def zero_rows(rows: Any, said: list[str]) -> list[str]:
+    """Return a warning where rows are zeros, which have no direction, unless the method has ``said`` so."""
+    import numpy as np
+
+    zeros = np.flatnonzero(~rows.any(axis=1))
+    if not len(zeros) or any("all-zero rows" in message for message in said):
+        return []
+    first = f"X has {len(zeros)} all-zero rows, the first at row {zeros[0]}"
+    return [f"{first}; they lie in every subspace and their labels mean nothing"]
+
+
 def few_groups(labels: Any, k: int) -> list[str]:
     """Return a warning where groups that were asked for hold nothing."""
     import numpy as np
@@ -245,20 +265,31 @@ def run_method(
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fitted.fit(rows)
+        try:
+            fitted.fit(rows)
+        except TypeError as error:
+            if not option:
+                raise
+            given_by = ", ".join(option)
+            told_by = f"--option must give values of the kind that {method} takes, got {given_by}: {error}"
+            raise ValueError(told_by) from error
         fit_s = time.perf_counter() - started
         agreed = seed_stability(fitted, rows, n_seeds=seeds) if seeds > 1 else None
     found = np.asarray(fitted.labels_)
-    said = [*dict.fromkeys(str(w.message) for w in caught), *few_rows(rows, n_clusters), *few_groups(found, n_clusters)]
+    said = list(dict.fromkeys(str(w.message) for w in caught))
+    said += [*zero_rows(rows, said), *few_rows(rows, n_clusters), *few_groups(found, n_clusters)]
     for message in said:
         say(f"warning: {message}")
-    subspaces = getattr(fitted, "bases_", None)
-    if subspaces is None:
-        subspaces = found_subspaces(rows, found, dim)
+    # Groups of mlc are curved in the rows: their subspaces are those of the features that it learned.
+    learned = method == "mlc"
+    seen = fitted.transform(rows) if learned else rows
+    subspaces = getattr(fitted, "subspaces_" if learned else "bases_", None)
+    if subspaces is None or (learned and dim is not None):
+        subspaces = found_subspaces(seen, found, dim)
     # Columns of zeros fill up where ranks differ.
     subspaces = [basis[:, np.square(basis).sum(axis=0) > 0.5] for basis in subspaces]
     told: dict[str, Any] = {"method": method, "n_clusters": n_clusters} | clustering_report(
-        rows,
+        seen,
         found,
         truth=truth,
         bases=subspaces,
@@ -267,19 +298,27 @@ def run_method(
         random_state=seed,
     )
     told |= {"params": _plain(fitted), "seconds": round(fit_s, 3), "warnings": said, "reading": reading or []}
+    if learned:
+        told |= {"n_features": rows.shape[1], "learned": {"n_features": seen.shape[1]} | learned_facts(fitted)}
     if compare:
+        # One judge for all: the subspaces of the rows that every method saw.
+        own = clustering_report(rows, found, truth=truth, random_state=seed) if learned else told
         others = compare_methods(rows, truth, n_clusters, without=method, given=given, dim=dim)
-        told["compared"] = [_summary(method, told), *others]
+        told["compared"] = [row_of(method, own | {"seconds": told["seconds"]}), *others]
     told["out"] = {name: str(p) for name, p in _chosen(out=out, memberships=memberships, bases=bases).items()}
     if out is not None:
         write_labels(out, found, ids)
     if memberships is not None:
         from polyspan.cluster import memberships as belonging
 
-        write_array(memberships, belonging(rows, subspaces))
+        write_array(memberships, belonging(seen, subspaces))
     if bases is not None:
-        write_bases(bases, subspaces, projection, told, normalize)
-    if plot is not None:
+        write_bases(bases, subspaces, None if learned else projection, told, normalize and not learned)
+    if plot is not None and learned:
+        from polyspan.cluster import manifold_plots
+
+        manifold_plots.plot_linearized(fitted, seen, plot)
+    elif plot is not None:
         from polyspan.cluster.points_plots import plot_subspaces
 
         plot_subspaces(rows, found, subspaces, plot, fitted=fitted)
@@ -291,97 +330,6 @@ def run_method(
     show_table("", ("what", "value"), _table(told))
     if compare:
         show_table("", ("method", *NUMBERS), comparison_rows(told["compared"], NUMBERS))
-
-
-TEXT_BYTES = 2**30
-NUMBERS = ("accuracy", "nmi", "ari", "silhouette", "residual share", "seconds")
-
-
-def _read(source: Path, labels: Path | None, member, label_member, column, label_column) -> tuple[Any, Any, Any]:
-    """Return rows (n, d), their ids and their true classes; the last two may be None."""
-    import numpy as np
-
-    from polyspan.io import EmbeddingReader, as_vector, read_array, read_labels, read_members
-
-    ids = truth = None
-    tables, texts = (".parquet", ".arrow", ".feather"), (".csv", ".tsv")
-    kinds = {
-        "--member": (member, source.suffix not in (*tables, *texts)),
-        "--label-member": (label_member, source.suffix not in (*tables, *texts)),
-        "--column": (column, source.suffix in tables),
-        "--label-column": (label_column, source.suffix in (*tables, *texts)),
-    }
-    for option, (given, fits) in kinds.items():
-        if given is not None and not fits:
-            raise ValueError(f"{option} must go with another kind of file, got {given!r} for {source.name}")
-    if source.suffix in texts:
-        X, ids, truth = _read_text_table(source, label_column)
-    elif source.suffix in tables:
-        reader = EmbeddingReader(source, column=column)
-        batches = list(reader.batches())
-        X = np.concatenate([batch.rows for batch in batches])
-        ids = None if batches[0].ids is None else np.concatenate([np.asarray(batch.ids) for batch in batches])
-        if label_column is not None:
-            batches = EmbeddingReader(source, column=column, id_column=label_column).batches()
-            truth = np.concatenate([np.asarray(batch.ids) for batch in batches])
-    else:
-        X = read_array(source, member=member)
-        if label_member is not None:
-            truth = as_vector(source, read_members(source, [label_member])[label_member], f"member {label_member}")
-    if labels is not None:
-        truth = read_labels(labels, ids)
-    if truth is not None and len(truth) != len(X):
-        turned = "; is the file of rows transposed?" if len(truth) == X.shape[1] else ""
-        raise ValueError(f"there must be one label a row, got {len(X)} rows and {len(truth)} labels{turned}")
-    return X, ids, truth
-
-
-def _read_text_table(source: Path, label_column: str | None) -> tuple[Any, Any, Any]:
-    """Return the rows of a .csv or .tsv file, its column ``id`` and its classes; a class is never a feature."""
-    import numpy as np
-
-    from polyspan.io import check_cells, read_array, read_csv, read_text
-
-    header = read_text(source, max_bytes=TEXT_BYTES).split("\n", 1)[0].rstrip("\r")
-    names = [cell.strip().strip('"') for cell in header.split("\t" if source.suffix == ".tsv" else ",")]
-    if label_column is not None and label_column not in names:
-        raise ValueError(f"--label-column must be one of {', '.join(names[:20])}, got {label_column!r}")
-    if label_column is None and "label" in names:
-        raise ValueError(
-            f"the column label of {source.name} must be named by --label-column, or taken out, got neither"
-        )
-    if label_column is None and "id" not in names:
-        return read_array(source), None, None
-    table = read_csv(source, max_bytes=TEXT_BYTES)
-    for name in ("id", label_column):
-        if name in table:
-            check_cells(source, table[name], name, distinct=name == "id")
-    truth = None if label_column is None else np.array(table.pop(label_column))
-    ids = np.array(table.pop("id")) if "id" in table else None
-    if not table:
-        raise ValueError(f"{source.name} must have columns of numbers beside ids and labels, got none")
-    return np.stack([_numbers(source, name, cells) for name, cells in table.items()], axis=1), ids, truth
-
-
-def _numbers(source: Path, name: str, cells: list[str]) -> Any:
-    import numpy as np
-
-    from polyspan.errors import WrongContent
-
-    try:
-        values = np.array(cells, dtype=np.float64)
-    except ValueError:
-        values = np.full(len(cells), np.nan)
-        for i, cell in enumerate(cells):
-            try:
-                values[i] = float(cell)
-            except ValueError:
-                where = f"row {i}, column {name}"
-                raise WrongContent(source, found=repr(cell[:40]), expected="a number", where=where) from None
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise WrongContent(source, found=cells[row], expected="finite numbers", where=f"row {row}, column {name}")
-    return values
 
 
 def pixels_in_rows(X: Any, *, unit: bool = False) -> Any:
@@ -430,6 +378,9 @@ def _make(name: str, k: int, given: dict[str, Any], options: list[str]) -> Any:
 
 
 def _value(text: str) -> Any:
+    """Return what a word of the command line says: a number, a truth, nothing, or with commas a tuple of them."""
+    if "," in text:
+        return tuple(_value(part.strip()) for part in text.split(",") if part.strip())
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
@@ -466,12 +417,24 @@ def _other(name: str, rows: Any, truth: Any, k: int, given: dict[str, Any], dim:
         return {"method": name, "error": " ".join(str(error).split())}
     seconds = round(time.perf_counter() - started, 3)
     subspaces = found_subspaces(rows, fitted.labels_, dim)
-    return _summary(name, clustering_report(rows, fitted.labels_, truth=truth, bases=subspaces) | {"seconds": seconds})
+    return row_of(name, clustering_report(rows, fitted.labels_, truth=truth, bases=subspaces) | {"seconds": seconds})
 
 
-def _summary(name: str, told: dict[str, Any]) -> dict[str, Any]:
+def row_of(name: str, told: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a method in the comparison."""
     kept = {key: told[key] for key in ("silhouette", "residual_share", "seconds")}
     return {"method": name} | {key: told["scores"][key] for key in NUMBERS[:3] if "scores" in told} | kept
+
+
+def learned_facts(fitted: Any) -> dict[str, Any]:
+    """Return what training of mlc came to: rates in nats, and how wide memberships are."""
+    last = fitted.history_[-1] if fitted.history_ else {}
+    return {
+        "eta": fitted.eta_,
+        "overall_rank": int(fitted.overall_rank_),
+        "effective_neighbors": fitted.effective_neighbors_,
+        **{name: last[name] for name in ("rate", "class_rate") if name in last},
+    }
 
 
 def _plain(fitted: Any) -> dict[str, Any]:
@@ -502,6 +465,12 @@ def _number(value: Any) -> str:
 def _table(told: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("method", told["method"]), ("points", f"{told['n']} of {told['n_features']} features")]
     rows += [("reading", note) for note in told["reading"]]
+    if "learned" in told:
+        facts = told["learned"]
+        rows.append(
+            ("subspaces", f"of the {facts['n_features']} features that were learned, rank {facts['overall_rank']}")
+        )
+        rows += [(name.replace("_", " "), f"{facts[name]:.2f}") for name in LEARNED if name in facts]
     for group in told["clusters"]:
         text = f"{group['size']} points, rank {group['rank']}, {group['residual_share']:.3f} outside"
         rows.append((f"cluster {group['label']}", text))

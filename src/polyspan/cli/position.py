@@ -65,6 +65,8 @@ def fit(
     if plot is not None:
         plot_position(made, X, plot, grid=grid)
     told = {
+        "method": method,
+        "targets": targets,
         "images": len(X),
         "rows": made.n_rows_seen_,
         "directions": 0 if method == "position_mean" else int(made.basis_.shape[1]),
@@ -72,7 +74,20 @@ def fit(
         "r2_curve": [float(r) for r in made.r2_curve_],
         "out": str(out),
     }
+    if not json:
+        told["method"] = _told_of(method, targets, order)
+        del told["targets"]
+        each = " each round" if method == "rasa" else ""
+        told = {f"R² of the targets, before and after{each}" if k == "r2_curve" else k: v for k, v in told.items()}
     _show(told, json)
+
+
+def _told_of(method: str, targets: str, order: int) -> str:
+    """Say what was taken out, and how many numbers a position in the grid is to it."""
+    if method == "position_mean":
+        return "position_mean"
+    count = {"row_col": 2, "row": 1, "cosine": (order + 1) ** 2 - 1}[targets]
+    return f"{method}, {count} targets: {targets}" + (f" of order {order}" if targets == "cosine" else "")
 
 
 def apply(
@@ -107,6 +122,11 @@ def apply(
     check_places(read=(features, fitted), out=out)
     made = PositionalDisentangler.load(fitted)
     X = _read(features, member, grid, rows=True)
+    if X.ndim == 2 and made.method == "position_mean":
+        raise ValueError(
+            f"features must be (images, h, w, d) or (images, patches, d) for position_mean, got rows {X.shape} "
+            f"without places in {features.name}"
+        )
     if X.ndim == 2:
         d = made.n_features_in_
         transform_file(features, out, made.transform, dim=d, member=member, fingerprint=digest_file(fitted))
@@ -168,6 +188,11 @@ def _read(path: Path, member: str | None, grid: tuple[int, int] | None, *, rows:
         also = " or rows (n, d)" if rows else ""
         raise ValueError(
             f"features must be (images, h, w, d) or (images, patches, d){also}, got shape {X.shape} in {path}"
+        )
+    if grid is None and X.ndim == 4 and X.shape[2] == X.shape[3] != X.shape[1]:
+        raise ValueError(
+            f"features must be (images, h, w, d), but those of {path.name} look like (images, d, h, w), got shape "
+            f"{X.shape}; move the second axis last, or give --grid {X.shape[1]} {X.shape[2]} if that is the grid"
         )
     if grid is not None and X.ndim == 4 and tuple(grid) != X.shape[1:3]:
         raise ValueError(f"--grid must be that of the features, {X.shape[1:3]}, or be left out, got {tuple(grid)}")

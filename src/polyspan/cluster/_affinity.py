@@ -39,6 +39,13 @@ class Copies(NamedTuple):
     factor: np.ndarray
 
 
+def check_numbers(X: Any) -> None:
+    """Refuse points in time and spans of it, which would become numbers without a word."""
+    kind = getattr(X, "dtype", None)
+    if isinstance(kind, np.dtype) and kind.kind in "mM":
+        raise ValueError(f"X must hold numbers, got {kind}")
+
+
 def find_copies(rows: np.ndarray) -> Copies:
     """Find rows that are one another up to sign, length and rounding; of no use is one as the other's only link.
 

@@ -8,13 +8,21 @@ For memberships :math:`\Gamma` (n, C) with column sums :math:`m_j` and
 * :math:`\partial R_c/\partial\Gamma_{ij} = \tfrac{d}{2n\epsilon^2} z_i^\top M_j^{-1} z_i
   + \tfrac{1}{2n}(\log\det M_j - d + \mathrm{tr} M_j^{-1})`.
 
-Both come out of one pass over blocks of classes, so the memory of a step does not grow with the number of classes.
+Both come out of one pass over blocks of classes, so the memory of a step does not grow with the number of classes. On
+the CPU :math:`M_j` and its inverse stay in LAPACK's rectangular full packed form, d (d + 1) / 2 numbers in which
+products of matrices write and read them: nothing is spread out, cleared or copied between the three large products.
 """
 
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
+
+# Packed matrices of one block: few enough to stay in a processor's cache between the products.
+CACHED_BYTES = 2**22
 
 
 class ClassRate(torch.autograd.Function):
@@ -23,7 +31,12 @@ class ClassRate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, Z: Tensor, memberships: Tensor, eps2: float, max_bytes: int) -> Tensor:
         wants = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        rate, *grads = _dense_rate(Z, memberships, eps2, max_bytes, wants)
+        n, d = Z.shape
+        small = n * d * (d + 1) * Z.element_size() <= max_bytes
+        # What is captured for a compiler has no numbers that LAPACK could read.
+        packed = small and Z.device.type == "cpu" and not torch.compiler.is_compiling()
+        way = _packed_rate if packed else _dense_rate
+        rate, *grads = way(Z, memberships, eps2, max_bytes, wants)
         ctx.save_for_backward(*grads)
         return rate
 
@@ -124,3 +137,60 @@ def _dense_rate(Z: Tensor, members: Tensor, eps2: float, max_bytes: int, wants: 
             matrix[:, left, low] = pulled[rows]
             by_rows[rows] = (matrix @ Z[rows].unsqueeze(2)).squeeze(2)
     return rate / (2 * n), by_rows * (d / (n * eps2)), by_members / (2 * n)
+
+
+@cache
+def _layout(d: int) -> tuple[Tensor, Tensor]:
+    """Return row and column of every number of a packed (d, d) matrix, row >= column."""
+    numbers = np.arange(d * d, dtype=np.float64).reshape(d, d, order="F")
+    packed = torch.as_tensor(lapack.dtrttf(numbers, uplo="L")[0].astype(np.int64))
+    return packed % d, packed // d
+
+
+def _packed_rate(Z: Tensor, members: Tensor, eps2: float, max_bytes: int, wants: bool) -> tuple[Tensor, ...]:
+    """Do what ``_dense_rate`` does, with symmetric matrices packed; on the CPU."""
+    (n, d), n_classes = Z.shape, members.shape[1]
+    mass = members.sum(0)
+    gain = _gain(mass, d, eps2)
+    low, left = _layout(d)
+    entries = len(low)
+    diagonal = torch.nonzero(low == left).ravel()
+    twice = torch.where(low == left, 1.0, 2.0).to(Z)
+    factor, invert = (lapack.spftrf, lapack.spftri) if Z.dtype == torch.float32 else (lapack.dpftrf, lapack.dpftri)
+    columns = Z.T.contiguous()
+    # Products of two entries of a row, once for every unordered pair: half the work of the full outer products.
+    outer = columns[low].mul_(columns[left])
+    step = max(1, min(n_classes, min(max_bytes, CACHED_BYTES) // (entries * Z.element_size())))
+    block = Z.new_empty(step, entries)
+    by_members, pulled = torch.zeros_like(members), torch.zeros_like(outer if wants else outer[:0])
+    rate = Z.new_zeros(())
+    for start in range(0, n_classes, step):
+        part = slice(start, start + step)
+        weight = members[:, part]
+        matrices = block[: weight.shape[1]]
+        torch.mm((weight * gain[part]).T, outer.T, out=matrices)
+        matrices[:, diagonal] += 1
+        each = matrices.numpy()
+        failed = any(factor(d, matrix, uplo="L", overwrite_a=1)[1] for matrix in each)
+        logdet = 2 * matrices[:, diagonal].log().sum(1)
+        # Not every LAPACK stops at NaN.
+        if failed or not bool(torch.isfinite(logdet).all()):
+            raise torch.linalg.LinAlgError(
+                "Z must be finite and memberships not negative, got a class whose matrix is not positive definite"
+            )
+        rate += (mass[part] * logdet).sum()
+        if not wants:
+            continue
+        for matrix in each:
+            invert(d, matrix, uplo="L", overwrite_a=1)
+        own = logdet - d + matrices[:, diagonal].sum(1)
+        pulled.addmm_(matrices.T, weight.T)
+        quad = (matrices.mul_(twice) @ outer).T
+        by_members[:, part] = quad.mul_(d / eps2).add_(own)
+    by_rows = torch.zeros_like(columns)
+    if wants:
+        at = torch.empty(d, d, dtype=torch.int64)
+        at[low, left] = at[left, low] = torch.arange(entries)
+        for i in range(d):
+            by_rows[i] = (pulled[at[i]] * columns).sum(0)
+    return rate / (2 * n), by_rows.T * (d / (n * eps2)), by_members / (2 * n)

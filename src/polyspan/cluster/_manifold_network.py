@@ -78,17 +78,21 @@ class TwoHeads(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         found = self.trunk(x)
-        # Unit rows of half precision would miss 1 by a thousandth, ten times what the rates then make of it.
-        first, second = (head(found).to(torch.promote_types(found.dtype, torch.float32)) for head in self.heads())
-        return nn.functional.normalize(first, dim=1), nn.functional.normalize(second, dim=1)
+        return _unit_rows(self.features(found)), _unit_rows(self.clusters(found))
 
-    def heads(self) -> tuple[nn.Module, nn.Module]:
-        return self.features, self.clusters
+    def features_alone(self, x: Tensor) -> Tensor:
+        """Return what ``forward`` returns first; the cluster head neither works nor sees the batch."""
+        return _unit_rows(self.features(self.trunk(x)))
 
     @torch.no_grad()
     def copy_head(self) -> None:
         """Start the cluster head from the feature head: memberships need no training of their own."""
         self.clusters.load_state_dict(self.features.state_dict())
+
+
+def _unit_rows(rows: Tensor) -> Tensor:
+    # Unit rows of half precision would miss 1 by a thousandth, ten times what the rates then make of it.
+    return nn.functional.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
 
 
 def make_network(

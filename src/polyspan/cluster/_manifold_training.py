@@ -1,6 +1,7 @@
 """Training of the manifold-linearising network: both stages, batch by batch, with checkpoints after each pass."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from polyspan.errors import NotConverged
 from polyspan.run import Progress
 
 from ._manifold_network import Source, TwoHeads
+from ._training_checkpoints import check_same_fit
 from .rate_reduction import DoublyStochastic, RateReductionLoss, TotalCodingRateLoss
 
 CLIP = 5.0
@@ -93,13 +95,28 @@ class Training:
         if main:
             groups.append({"params": list(network.clusters.parameters()), "weight_decay": plan.decays[1]})
         if plan.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(groups, lr=plan.rates[main])
+            # All of a parameter's step in one pass over its memory, where the device has that.
+            fused = self.device.type in ("cpu", "cuda")
+            self.optimizer = torch.optim.Adam(groups, lr=plan.rates[main], fused=fused)
         else:
             self.optimizer = torch.optim.SGD(groups, lr=plan.rates[main], momentum=0.9)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.plan.bfloat16):
-            return self.network(x)
+        with self._precision():
+            Z, C = self.network(x)
+        return self._finite(Z), self._finite(C)
+
+    def _features(self, x: Tensor) -> Tensor:
+        with self._precision():
+            return self._finite(self.network.features_alone(x))
+
+    def _finite(self, rows: Tensor) -> Tensor:
+        if not bool(torch.isfinite(rows.detach()).all()):
+            raise NotConverged(f"features are no longer finite after {len(self.history)} passes; try a smaller lr")
+        return rows
+
+    def _precision(self) -> Any:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.plan.bfloat16)
 
     def _view(self, x: Tensor) -> Tensor:
         return x if self.plan.augment is None else self.plan.augment(x, self.generator)
@@ -109,13 +126,11 @@ class Training:
         self.network.train()
         for x in self.source.epoch(self.plan.batch, self.generator, self.device):
             if self.plan.augment is None:
-                Z, _ = self._heads(x)
-                loss = self.plan.tcr(Z)
+                loss = self.plan.tcr(self._features(x))
                 seen.append(torch.stack([-loss.detach(), torch.ones_like(loss)]))
             else:
                 # Both views through the batch norms at once: they share one distribution.
-                both, _ = self._heads(torch.cat([self._view(x), self._view(x)]))
-                Z, other = both.chunk(2)
+                Z, other = self._features(torch.cat([self._view(x), self._view(x)])).chunk(2)
                 loss = self.plan.tcr(Z, other)
                 agreement = torch.linalg.vecdot(Z, other).abs().mean().detach()
                 seen.append(torch.stack([-loss.detach() - self.plan.tcr.weight * agreement, agreement]))
@@ -152,12 +167,20 @@ class Training:
         _, C = self.network.eval()(x)
         target = max(2.0, len(C) / (2 * self.plan.n_clusters))
         low, high = 0.01, 2.0
+        neighbours = math.nan
         for _ in range(20):
             eta = math.sqrt(low * high)
             gamma = DoublyStochastic(eta, 30)(C)
-            neighbours = torch.special.entr(gamma).sum(dim=1).exp().mean()
+            neighbours = float(torch.special.entr(gamma).sum(dim=1).exp().mean())
             low, high = (eta, high) if neighbours < target else (low, eta)
-        return math.sqrt(low * high)
+        eta = math.sqrt(low * high)
+        if not 0.5 < neighbours / target < 2:
+            warnings.warn(
+                f"eta='auto' ended at {eta:.2g}, with {neighbours:.1f} effective neighbours a row in place of "
+                f"{target:.1f}: the features that training starts from show no groups of that size",
+                stacklevel=2,
+            )
+        return eta
 
     def _signature(self) -> dict[str, Any]:
         source = self.source
@@ -195,10 +218,7 @@ class Training:
         from polyspan.io import load_fitted
 
         found = load_fitted(path, kind=KIND)
-        if found.params["signature"] != self._signature():
-            told, mine = found.params["signature"], self._signature()
-            what = next(name for name in mine if told.get(name) != mine[name])
-            raise ValueError(f"checkpoint {path} belongs to another fit ({what} differs); remove it to begin anew")
+        check_same_fit(path, found.params["signature"], self._signature())
         self.history = list(found.params["history"])
         self.eta = float("nan") if found.params["eta"] is None else float(found.params["eta"])
         own = {name.removeprefix("module."): a for name, a in found.arrays.items() if name.startswith("module.")}

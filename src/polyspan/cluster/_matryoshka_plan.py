@@ -11,6 +11,7 @@ import torch
 from ._manifold_network import Source
 from ._matryoshka_encoders import RandomCrop, encode, make_views
 from ._matryoshka_training import Network, Plan
+from ._training_checkpoints import seed_word
 
 MASKS = ("cyclic", "block")
 ENCODERS = ("auto", "transformer")
@@ -92,8 +93,9 @@ def make_plan(given: Any, source: Source, batch: int, network: Network) -> Plan:
     momentum: Any = given.momentum
     momentum = min(0.994, max(0.8, 1 - 5 / given.max_steps)) if momentum == "auto" else float(momentum)
     params = {name: repr(value) for name, value in given.get_params(deep=False).items()}
-    for name in ("checkpoint", "device", "encoder", "augment", "random_state", "verbose", "n_clusters"):
+    for name in ("checkpoint", "device", "encoder", "augment", "verbose", "n_clusters"):
         params.pop(name)
+    params["random_state"] = seed_word(given.random_state)
     return Plan(
         steps=int(given.max_steps),
         batch=batch,

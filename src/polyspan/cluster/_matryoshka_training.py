@@ -15,6 +15,7 @@ from polyspan.run import Progress
 
 from ._manifold_network import Source
 from ._matryoshka_encoders import RandomCrop, encode
+from ._training_checkpoints import check_same_fit
 from .matryoshka_head import NestedMatryoshkaHead, koleo_loss, prototype_loss, prototype_targets
 from .patch_masking import mask_batch
 
@@ -131,6 +132,8 @@ class Training:
         with torch.no_grad():
             feature, patches = encode(self.teacher.encoder, whole)
             scores = self.teacher.head(feature)
+            if not all(bool(torch.isfinite(s).all()) for s in scores):
+                raise NotConverged(f"scores are no longer finite after {self.step} steps; try a smaller lr")
             targets = [prototype_targets(s, temperature=hot, rounds=plan.rounds) for s in scores]
             usage = torch.cat([torch.softmax(s.float() / hot, dim=1).mean(dim=0) for s in scores])
         own, own_patches = encode(self.student.encoder, whole, mask)
@@ -235,10 +238,7 @@ class Training:
         from polyspan.io import load_fitted
 
         found = load_fitted(path, kind=KIND)
-        told, mine = found.params["signature"], self._signature()
-        if told != mine:
-            what = next(name for name in mine if told.get(name) != mine[name])
-            raise ValueError(f"checkpoint {path} belongs to another fit ({what} differs); remove it to begin anew")
+        check_same_fit(path, found.params["signature"], self._signature())
         tensors = {name: torch.as_tensor(np.array(value)) for name, value in found.arrays.items()}
         for whose, network in (("student", self.student), ("teacher", self.teacher)):
             own = {n.removeprefix(f"{whose}."): t for n, t in tensors.items() if n.startswith(f"{whose}.")}

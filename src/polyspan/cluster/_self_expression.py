@@ -13,18 +13,23 @@ from torch import Tensor
 
 from polyspan.linalg import truncated_eigh
 
+from ._affinity import EIGEN_TOL
+
 SMOOTH = 1e-12
+FINE_ROWS = 10_000
 
 
-def ridge_coefficients(G: Tensor, alpha: float | int) -> Tensor:
-    r"""Minimise :math:`\mathrm{tr}((I-C)G(I-C)^\top) + \alpha\lVert C\rVert_F^2` over C (n, n) with zero diagonal.
+def ridge_coefficients(G: Tensor, alpha: float | int, *, zero_diagonal: bool = True) -> Tensor:
+    r"""Minimise :math:`\mathrm{tr}((I-C)G(I-C)^\top) + \alpha\lVert C\rVert_F^2` over C (n, n).
 
-    Closed form: with :math:`M = (G+\alpha I)^{-1}`, :math:`C_{ij} = -M_{ij}/M_{ii}`. ``G`` (n, n) is the Gram matrix of
-    the points; alpha > 0.
+    Closed form: with :math:`M = (G+\alpha I)^{-1}` and zero diagonal :math:`C_{ij} = -M_{ij}/M_{ii}`, else
+    :math:`C = I - \alpha M`. ``G`` (n, n) is the Gram matrix of the points; alpha > 0.
     """
     shifted = G.clone()
     shifted.diagonal().add_(alpha)
     M = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    if not zero_diagonal:
+        return torch.eye(len(M), dtype=M.dtype, device=M.device) - alpha * M
     C = -M / M.diagonal().unsqueeze(1)
     return C.fill_diagonal_(0)
 
@@ -57,11 +62,28 @@ def leading_affinity(C: np.ndarray, d: int | None) -> sp.csr_array:
     return sp.csr_array((sparse + sparse.T) / 2)
 
 
+def leading_of_pairs(i: np.ndarray, j: np.ndarray, A: np.ndarray, n: int, d: int) -> tuple[sp.csr_array, np.ndarray]:
+    """Return what :func:`leading_affinity` makes of pairs i <= j, each once, of affinities A, and all others zero.
+
+    Also the d-th largest of each column, (n,), which the cut keeps at least; 0 where a column has fewer.
+    """
+    off = i != j
+    column, row, value = np.concatenate([i, j[off]]), np.concatenate([j, i[off]]), np.concatenate([A, A[off]])
+    order = np.lexsort((-value, column))
+    column, row, value = column[order], row[order], value[order]
+    ends = np.cumsum(np.bincount(column, minlength=n))
+    at = np.concatenate([[0], ends[:-1]]) + d - 1
+    least = np.where(at < ends, value[np.minimum(at, len(value) - 1)], 0)
+    kept = (value >= least[column]) & (value > 0)
+    sparse = sp.csr_array((value[kept], (row[kept], column[kept])), shape=(n, n))
+    return sp.csr_array((sparse + sparse.T) / 2), least
+
+
 class SpectralRounding:
     """Clusters of an affinity: leading vectors of I + D^-1/2 A D^-1/2, unit rows, k-means.
 
-    The first call has ``n_init`` starts; later ones, if ``warm``, start from the clusters found before. ``rows`` (n, k)
-    are those that were clustered last.
+    Vectors have all digits up to 10,000 rows, and six beyond. The first call has ``n_init`` starts; later ones, if
+    ``warm``, start from the clusters found before. ``rows`` (n, k) are those that were clustered last.
     """
 
     def __init__(self, k: int, n_init: int, seed: int):
@@ -76,7 +98,8 @@ class SpectralRounding:
         root = 1 / np.sqrt(np.asarray(A.sum(axis=1)).ravel() + np.finfo(np.float64).eps)
         N = sp.csr_array(sp.diags_array(root) @ A.astype(np.float64) @ sp.diags_array(root) + sp.eye_array(n))
         N = (N + N.T) / 2
-        vectors = truncated_eigh(N, self.k, rng=np.random.default_rng(self.seed)).vectors
+        tol = 0.0 if n <= FINE_ROWS else EIGEN_TOL
+        vectors = truncated_eigh(N, self.k, tol=tol, rng=np.random.default_rng(self.seed)).vectors
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         self.rows = rows = vectors / np.where(norms > 0, norms, 1)
         if self.k == 1:

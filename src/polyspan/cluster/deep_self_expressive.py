@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,21 @@ import numpy as np
 import torch
 from scipy.sparse.csgraph import connected_components
 from sklearn.base import BaseEstimator, ClusterMixin
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from polyspan.errors import WrongContent
-from polyspan.run import Progress, available_memory_bytes, pick_device
+from polyspan.run import Progress, pick_device
 
+from ._affinity import RidgeExpression
+from ._coefficients import AllCoefficients, FollowedCoefficients
 from ._conv_autoencoder import ConvAutoencoder
-from ._self_expression import (
-    SpectralRounding,
-    expression_loss,
-    leading_affinity,
-    ridge_coefficients,
-    structured_norm,
-)
+from ._deep_layers import Layers, fill, make_convolutions, pretrain
+from ._deep_stages import Stages, as_numbers, check_distances, check_memory, check_rows, check_shape, checked
+from ._expressing import closed_form, early_stopped
+from ._self_expression import SpectralRounding
 from ._self_expression_files import from_arrays, listed, to_arrays
+from ._self_expressive_base import leading_directions
 
 LABELS = ("labels_", "first_labels_")
 FACTS = (
@@ -40,23 +39,7 @@ FACTS = (
     "_shape",
     "_scale",
 )
-STAGES = ("pretrain", "express", "structure")
-PUBLISHED = {
-    "pretrain": "distance",
-    "layers": "all",
-    "normalize_layers": False,
-    "train_encoder": True,
-    "zero_diagonal": False,
-    "solver": "adam",
-    "tol": 0.0,
-    "max_epochs": (100, 180, 520),
-    "clustering_refresh": 1,
-}
-CHANNELS, KERNELS = (15,), (3,)
-START = 1e-8
-WEIGHT = 10.0
-MATRICES = 7
-DEAD = 0.5
+WHOLE_ROWS = 1_000
 COLLAPSED = 0.1
 STILL = 10
 
@@ -74,8 +57,13 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
     add little, as measured by this system's claim. Where points outnumber the numbers that a point has in all layers,
     countless C express them exactly, and Adam, whose steps are as long in every entry, ends at one that shows no
     subspaces; the closed form takes the smallest, which does, and so ``solver="auto"`` takes the closed form there.
-    Memory is about seven n-by-n matrices and a step is n³: for some thousands of points. Labels belong to the points
-    that were fitted; :meth:`predict` is an addition.
+
+    Adam needs seven n-by-n matrices, and a step is n³: for some thousands of points. The closed form is of the rank of
+    the layers, and beyond 1,000 points that outnumber the layers' numbers no n-by-n matrix is made: the leading entries
+    of each column are found in blocks of rows, n² operations for each number of the layers, and the second stage
+    follows those pairs alone that may be kept. Labels and affinity are those of the whole matrices but for rounding;
+    memory is linear in n, and a hundred thousand points go. Labels belong to the points that were fitted;
+    :meth:`predict` is an addition.
     Source: catalogue entry ``lhdsc``.
 
     Parameters
@@ -102,7 +90,7 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
     train_encoder : bool, default=False
         Go on training the encoder while expressing, as published; its layers then shrink, because nothing holds them.
     zero_diagonal : bool, default=True
-        No point expresses itself.
+        No point expresses itself; otherwise, by the closed form too, each may.
     solver : {"auto", "adam", "ridge"}, default="auto"
         Gradient steps that stop early, or the closed form with penalty ``ridge``, which needs a fixed encoder.
         ``"auto"`` is the closed form where points outnumber the numbers that a point has in the layers expressed, as
@@ -118,7 +106,9 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
     max_epochs : tuple of three int, default=(300, 1000, 200)
         Of pre-training, expressing and structuring.
     learning_rate : float, default=1e-3
-        Of Adam, in all stages.
+        Of Adam, in all stages. After the closed form, whose coefficients are the smaller the more points there are,
+        the second stage takes ten times the mean of the columns' largest affinities as its unit, which is about 1 for
+        some hundred faces, and stops coefficients at zero.
     clustering_refresh : int, default=10
         Epochs between two clusterings in the last stage, which also ends where two in a row agree.
     mode : {"improved", "published"}, default="improved"
@@ -137,12 +127,14 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
     labels_ : ndarray of shape (n,)
     first_labels_ : ndarray of shape (n,)
         Before the second stage.
-    representation_matrix_ : ndarray of shape (n, n)
-        Row i expresses point i by the others.
+    representation_matrix_ : ndarray or LinearOperator of shape (n, n)
+        Row i expresses point i by the others. Where no n-by-n matrix was made it is the closed form's, before the
+        second stage: ``rows(indices)`` gives rows of it, ``dense()`` all.
     affinity_matrix_ : csr array of shape (n, n)
         What was clustered.
     history_ : list of dict
-        ``stage``, ``epoch`` and ``loss``.
+        ``stage``, ``epoch`` and ``loss``: that of the second stage counts, where no n-by-n matrix was made, the pairs
+        that were followed.
     solver_ : {"adam", "ridge"}
         Which of the two found C.
     n_epochs_, stopped_by_ : dict of stage
@@ -217,7 +209,7 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
         ------
         ValueError
             A parameter is out of range; X has fewer rows than clusters or than ``subspace_dim + 1``, a row without
-            direction, or rows that do not hold ``image_shape``; or seven n-by-n matrices do not fit into memory.
+            direction, or rows that do not hold ``image_shape``; or what its parameters need does not fit into memory.
 
         Warns
         -----
@@ -227,27 +219,26 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
             The rows, the autoencoder or the affinity are such that the labels are doubtful.
         """
         X, shape = self._rows(X, reset=True)
-        self._settings = self._check(len(X))
+        self._settings = checked(self, len(X))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         generator = torch.Generator().manual_seed(seed)
         device = pick_device(self.device)
-        _check_memory(len(X), X.dtype.itemsize)
-        self._warn_of_data(X)
-        self._shape = shape
-        self._scale = 1.0 if self._published else float(np.sqrt(np.mean(np.square(X, dtype=np.float64)))) or 1.0
+        unit = bool(self._settings["normalize_layers"])
+        check_rows(X, self.n_clusters, self.subspace_dim, unit=unit)
+        self._shape, self._scale = shape, 1.0 if self._published or unit else _typical(X)
+        rows = _tensor(_near_one(X) if unit else X, device)
+        self._network = self._made_network(rows, generator)
+        streamed = self._choose(rows)
         self._round = SpectralRounding(int(self.n_clusters), int(self.n_init), seed)
-        self.history_, self.n_epochs_, self.stopped_by_ = [], {}, {}
-        self.reconstruction_share_ = math.nan
-        with Progress("self-expression", sum(self._settings["max_epochs"]), enabled=bool(self.verbose)) as shown:
-            self._shown = shown
-            rows = _tensor(X, device)
-            self._network = self._made_network(rows, generator)
-            self._pretrain(rows)
-            C = self._express(rows)
+        epochs = sum(self._settings["max_epochs"])
+        with Progress("self-expression", epochs, enabled=bool(self.verbose)) as shown:
+            stages = Stages(self._settings, least=int(self.min_epochs), rate_of_tol=float(self.tol), shown=shown)
+            self.reconstruction_share_ = self._pretrain(rows, stages)
+            coefficients = self._express(rows, stages, streamed=streamed)
             if self.structure:
-                C = self._structure(C)
-            del self._shown
-        self._finish(C, rows)
+                self._structure(coefficients, stages)
+        self.history_, self.n_epochs_, self.stopped_by_ = stages.history, stages.n_epochs, stages.stopped_by
+        self._finish(coefficients, rows)
         return self
 
     def predict(self, X) -> np.ndarray:
@@ -258,9 +249,8 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X, _ = self._rows(X, reset=False)
-        with torch.no_grad():
-            rows = _tensor(X, pick_device(self.device))
-            V = torch.cat(self._layers(rows), dim=1).cpu().numpy()
+        rows = _near_one(X) if self._settings["normalize_layers"] else X
+        V = self._layers.joined(_tensor(rows, pick_device(self.device))).cpu().numpy()
         kept = [np.square(V @ basis).sum(axis=1) for basis in self.subspaces_]
         return np.argmax(np.stack(kept, axis=1), axis=1)
 
@@ -278,13 +268,14 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
         facts: dict[str, Any] = {name: getattr(self, name) for name in FACTS}
         facts["history_"] = [h | {"loss": _written(h["loss"])} for h in self.history_]
         facts["reconstruction_share_"] = _written(self.reconstruction_share_)
-        arrays = {"representation_matrix_": self.representation_matrix_} | {n: getattr(self, n) for n in LABELS}
+        form, arrays = to_arrays("representation_matrix_", self.representation_matrix_)
+        arrays |= {name: getattr(self, name) for name in LABELS}
         arrays |= to_arrays("affinity_matrix_", self.affinity_matrix_)[1]
         arrays |= {f"subspaces_.{j}": basis for j, basis in enumerate(self.subspaces_)}
         network = self._network if isinstance(self._network, ConvAutoencoder) else None
         if network is not None:
             arrays |= {f"network.{name}": value.numpy() for name, value in network.state_dict().items()}
-        params = {"init": init, "own": own, "facts": facts, "convolutions": network is not None}
+        params = {"init": init, "own": own, "facts": facts, "convolutions": network is not None, "form": form}
         return save_fitted(Path(path), kind=type(self).__name__, arrays=arrays, params=params)
 
     @classmethod
@@ -320,15 +311,17 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
         for name in LABELS:
             setattr(made, name, np.array(found.arrays[name]))
         n = len(made.labels_)
-        made.representation_matrix_ = from_arrays("representation_matrix_", "dense", found.arrays, n, Path(path))
+        # Files that were written before there were other forms do not name theirs.
+        form = found.params.get("form", "dense")
+        made.representation_matrix_ = from_arrays("representation_matrix_", form, found.arrays, n, Path(path))
         made.affinity_matrix_ = from_arrays("affinity_matrix_", "csr", found.arrays, n, Path(path))
         made.subspaces_ = listed("subspaces_", found.arrays)
         made._network = None
         if found.params["own"] or found.params["convolutions"]:
-            like = torch.as_tensor(np.array(made.representation_matrix_[:0]))
-            made._network = made._made_network(like, torch.Generator())
+            width = getattr(made.representation_matrix_, "width", made.representation_matrix_.dtype)
+            made._network = made._made_network(torch.as_tensor(np.zeros(0, width)), torch.Generator())
         if found.params["convolutions"]:
-            _fill(made._network, found.arrays, Path(path))
+            fill(made._network, found.arrays, Path(path))
         return made
 
     @property
@@ -337,7 +330,9 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
 
     def _rows(self, X: Any, *, reset: bool) -> tuple[np.ndarray, tuple[int, ...] | None]:
         """Return flat rows, and (channels, h, w) where they are images."""
+        check_shape(self.image_shape)
         shape = self.image_shape if reset else self._shape
+        X = as_numbers(X)
         if getattr(X, "ndim", 2) in (3, 4):
             shape = tuple(X.shape[1:])
             X = np.asarray(X).reshape(len(X), -1)
@@ -351,59 +346,11 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
             raise ValueError(f"X must have images of shape {self._shape}, as in fit, got {shape}")
         return X, shape
 
-    def _check(self, n: int) -> dict[str, Any]:
-        """Look at the parameters and return those that a mode may override."""
-        for name, least in (("n_clusters", 1), ("subspace_dim", 1), ("n_init", 1), ("clustering_refresh", 1)):
-            value = getattr(self, name)
-            if not (isinstance(value, int | np.integer) and value >= least):
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        choices = {
-            "mode": ("improved", "published"),
-            "pretrain": ("reconstruction", "distance", "none"),
-            "layers": ("all", "input", "last"),
-            "solver": ("auto", "adam", "ridge"),
-        }
-        for name, among in choices.items():
-            if getattr(self, name) not in among:
-                raise ValueError(f"{name} must be one of {among}, got {getattr(self, name)!r}")
-        if not (isinstance(self.encoder, torch.nn.Module) or self.encoder in ("auto", "conv", "none")):
-            raise ValueError(f"encoder must be 'auto', 'conv', 'none' or a Module, got {self.encoder!r}")
-        for name in ("learning_rate", "ridge"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
-        if not 0 <= self.tol < 1:
-            raise ValueError(f"tol must lie in [0, 1), got {self.tol!r}")
-        if len(self.max_epochs) != len(STAGES) or min(self.max_epochs) < 0:
-            raise ValueError(f"max_epochs must be three numbers of at least 0, got {self.max_epochs!r}")
-        if self.n_clusters > n:
-            raise ValueError(f"n_clusters must be at most the number of rows, {n}, got {self.n_clusters}")
-        if self.subspace_dim >= n:
-            raise ValueError(f"subspace_dim must be below the number of rows, {n}, got {self.subspace_dim}")
-        settings = {name: getattr(self, name) for name in PUBLISHED}
-        if self._published:
-            settings |= PUBLISHED
-        if settings["solver"] == "ridge" and settings["train_encoder"]:
-            raise ValueError("solver must be 'adam' or 'auto' where train_encoder=True, got 'ridge'")
-        return settings
-
-    def _warn_of_data(self, X: np.ndarray) -> None:
-        n, d = len(X), self.subspace_dim
-        if self.n_clusters * d > n:
-            warnings.warn(
-                f"{n} rows in {self.n_clusters} clusters are fewer than subspace_dim={d} a cluster: columns of the "
-                "affinity reach into other clusters",
-                stacklevel=3,
-            )
-        norms = np.linalg.norm(X, axis=1)
-        if self._settings["normalize_layers"] and not norms.all():
-            row = int(np.flatnonzero(norms == 0)[0])
-            raise ValueError(f"X must have no all-zero row when normalize_layers=True, got one at row {row}")
-        _, counts = np.unique(X, axis=0, return_counts=True)
-        if counts.max() > d:
-            warnings.warn(
-                f"a row stands {counts.max()} times in X: its copies fill the {d} entries that a column keeps",
-                stacklevel=3,
-            )
+    @property
+    def _layers(self) -> Layers:
+        settings = self._settings
+        normalize = bool(settings["normalize_layers"])
+        return Layers(self._network, self._shape, scale=self._scale, which=settings["layers"], normalize=normalize)
 
     def _made_network(self, rows: Tensor, generator: torch.Generator) -> Any:
         if isinstance(self.encoder, torch.nn.Module):
@@ -413,163 +360,50 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
             kind = "none" if self._shape is None else "conv"
         if kind == "none" or self._settings["layers"] == "input":
             return None
-        if self._shape is None:
-            raise ValueError("image_shape must be given, or X be images, for encoder='conv'")
-        channels, kernels = tuple(self.channels or CHANNELS), tuple(self.kernels or KERNELS)
-        if len(channels) != len(kernels) or min(channels + kernels) < 1:
-            raise ValueError(f"channels and kernels must be equally many positive numbers, got {channels}, {kernels}")
-        # Layers draw first weights from torch's global generator before ours replace them.
-        with torch.random.fork_rng(devices=[]):
-            network = ConvAutoencoder(
-                (self._shape[0], *channels), kernels, last_relu=self._published, generator=generator
-            )
-        return network.to(rows.device, rows.dtype)
+        return make_convolutions(
+            self._shape, self.channels, self.kernels, like=rows, last_relu=self._published, generator=generator
+        )
 
-    def _images(self, rows: Tensor) -> Tensor:
-        scaled = self._scaled(rows)
-        return scaled if self._shape is None else scaled.reshape(len(rows), *self._shape)
-
-    def _scaled(self, rows: Tensor) -> Tensor:
-        """Return rows of root mean square 1 where rows are to count the same, else as they are."""
-        if not self._settings["normalize_layers"]:
-            return rows / self._scale
-        return rows * (rows.shape[1] ** 0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-
-    def _layers(self, rows: Tensor) -> list[Tensor]:
-        """Return the flat layers that are expressed, input first; unit rows where asked for."""
-        found = [self._scaled(rows)]
-        if isinstance(self._network, ConvAutoencoder):
-            found += [layer.flatten(1) for layer in self._network.layers(self._images(rows))]
-        elif self._network is not None:
-            found.append(self._network(self._images(rows)).flatten(1))
-        if self._settings["layers"] == "last":
-            found = found[-1:]
-        if not self._settings["normalize_layers"]:
-            return found
-        # A row that a layer has lost altogether stays zero: it is then expressed by the other layers alone.
-        tiny = torch.finfo(rows.dtype).tiny
-        return [V / torch.linalg.vector_norm(V, dim=1, keepdim=True).clamp_min(tiny) for V in found]
-
-    def _run(self, stage: str, most: int, step: Any) -> None:
-        """Take steps until the loss stands still; ``step`` returns it, and True where it wants to end by itself."""
-        least, tol = int(self.min_epochs), float(self._settings["tol"]) * (0.1 if stage == "pretrain" else 1)
-        before, by, epoch, still = math.nan, "max_epochs", 0, 0
-        for epoch in range(1, most + 1):
-            loss, done = step(epoch)
-            self.history_.append({"stage": stage, "epoch": epoch, "loss": loss})
-            self._shown.advance()
-            if not math.isfinite(loss):
-                by = "diverged"
-                warnings.warn(f"the loss of stage {stage!r} is no longer finite at epoch {epoch}", stacklevel=4)
-                break
-            if done:
-                by = "labels"
-                break
-            # Where Adam overshoots, the loss stands still for an epoch and then goes on.
-            still = still + 1 if abs(before - loss) <= tol * abs(before) else 0
-            if epoch >= least and tol > 0 and still >= STILL:
-                by = "tolerance"
-                break
-            before = loss
-        self.n_epochs_[stage], self.stopped_by_[stage] = epoch if most else 0, by
-        # How far pre-training came its error says.
-        if by == "max_epochs" and most and tol > 0 and stage != "pretrain":
-            way = ", or use solver='ridge'" if stage == "express" and not self._settings["train_encoder"] else ""
-            warnings.warn(
-                f"stage {stage!r} took all of its {most} epochs and its loss did not stand still: raise "
-                f"max_epochs[{STAGES.index(stage)}], or tol={self.tol:g}{way}",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
-
-    def _pretrain(self, rows: Tensor) -> None:
-        kind, most = self._settings["pretrain"], int(self._settings["max_epochs"][0])
-        network = self._network
-        if not isinstance(network, ConvAutoencoder) or kind == "none" or not most:
-            return
-        images = self._images(rows)
-        optimizer = torch.optim.Adam(network.parameters(), lr=self.learning_rate)
-        if kind == "reconstruction":
-            mean = images.mean(dim=0)
-            if not self._published:
-                network.offset.data = mean
-
-            def loss_of():
-                return (network(images) - images).square().sum()
-
-        else:
-            H = _squared_distances(self._scaled(rows))
-
-            def loss_of():
-                layers = [self._scaled(rows), *(layer.flatten(1) for layer in network.layers(images))]
-                return sum((H * _squared_distances(V)).sum() for V in layers) / len(layers)
-
-        def step(_: int):
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_of()
-            loss.backward()
-            optimizer.step()
-            return float(loss.detach()), False
-
-        self._run("pretrain", most, step)
-        if kind == "reconstruction":
-            with torch.no_grad():
-                blank = (mean - images).square().sum()
-                self.reconstruction_share_ = float((network(images) - images).square().sum() / blank) if blank else 0.0
-            if not self.reconstruction_share_ <= DEAD:
-                warnings.warn(
-                    f"the autoencoder leaves {self.reconstruction_share_:.2f} of the mean image's error: its layers "
-                    "say little of the images; train longer, or use encoder='none'",
-                    stacklevel=3,
-                )
-
-    def _express(self, rows: Tensor) -> Tensor:
+    def _choose(self, rows: Tensor) -> bool:
+        """Settle the solver, see that it fits into memory, and return whether it goes without an n-by-n matrix."""
         settings, n = self._settings, len(rows)
-        with torch.no_grad():
-            V = self._layers(rows)
-            n_layers = len(V)
-            joined = torch.cat(V, dim=1)
-            G = joined @ joined.T
-            before = [float(layer.square().sum()) for layer in self._raw_layers(rows)]
-        trained = settings["train_encoder"] and self._network is not None
+        width = self._layers.joined(rows[:1]).shape[1]
         self.solver_ = settings["solver"]
         if self.solver_ == "auto":
-            self.solver_ = "ridge" if n > joined.shape[1] and not trained else "adam"
-        if self.solver_ == "ridge":
-            C = ridge_coefficients(G, self.ridge * n_layers)
-            loss, _ = expression_loss(C, G)
-            self.history_.append({"stage": "express", "epoch": 1, "loss": float(loss)})
-            self.n_epochs_["express"], self.stopped_by_["express"] = 1, "closed form"
+            trained = settings["train_encoder"] and self._network is not None
+            self.solver_ = "ridge" if n > width and not trained else "adam"
+        streamed = self.solver_ == "ridge" and n > max(width, WHOLE_ROWS)
+        check_memory(n, width, rows.element_size(), solver=self.solver_, streamed=streamed, settings=settings)
+        if isinstance(self._network, ConvAutoencoder) and settings["pretrain"] == "distance":
+            check_distances(n, 1 + len(self._network.down), rows.element_size())
+        return streamed
+
+    def _pretrain(self, rows: Tensor, stages: Stages) -> float:
+        kind, most = self._settings["pretrain"], int(self._settings["max_epochs"][0])
+        if not isinstance(self._network, ConvAutoencoder) or kind == "none" or not most:
+            return math.nan
+        run, mean_offset = partial(stages.run, "pretrain"), not self._published
+        return pretrain(self._layers, rows, kind, rate=self.learning_rate, mean_offset=mean_offset, run=run)
+
+    def _express(self, rows: Tensor, stages: Stages, *, streamed: bool) -> Any:
+        """Return the coefficients, all or followed, that the second stage may shrink."""
+        settings, d, rate = self._settings, int(self.subspace_dim), float(self.learning_rate)
+        before = self._layers.energies(rows)
+        hollow, ridge = bool(settings["zero_diagonal"]), self.solver_ == "ridge"
+        made: Any
+        if ridge:
+            C, loss = closed_form(self._layers, rows, ridge=float(self.ridge), hollow=hollow)
+            stages.closed_form(loss)
         else:
-            C = torch.full((n, n), START, dtype=rows.dtype, device=rows.device)
-            if settings["zero_diagonal"]:
-                C.fill_diagonal_(0)
-            good = C.clone()
-            parameters = list(self._network.parameters()) if trained else []
-            C.requires_grad_(trained)
-            optimizer = torch.optim.Adam([C, *parameters], lr=self.learning_rate)
-
-            def step(_: int):
-                if trained:
-                    optimizer.zero_grad(set_to_none=True)
-                    V = torch.cat(self._layers(rows), dim=1)
-                    loss = (C @ V - V).square().sum()
-                    loss.backward()
-                else:
-                    loss, C.grad = expression_loss(C, G)
-                value = float(loss.detach())
-                if math.isfinite(value):
-                    good.copy_(C.detach())
-                    if settings["zero_diagonal"] and C.grad is not None:
-                        C.grad.fill_diagonal_(0)
-                    optimizer.step()
-                return value, False
-
-            self._run("express", int(settings["max_epochs"][1]), step)
-            C = good if self.stopped_by_["express"] == "diverged" else C.detach()
-        with torch.no_grad():
-            after = [float(layer.square().sum()) for layer in self._raw_layers(rows)]
-        self.layer_energies_ = list(zip(before, after, strict=True))
+            trained = bool(settings["train_encoder"]) and self._network is not None
+            C = early_stopped(self._layers, rows, stages, rate=rate, hollow=hollow, trained=trained)
+        if isinstance(C, RidgeExpression) and streamed:
+            made = FollowedCoefficients(C, d, rate=rate)
+        else:
+            if isinstance(C, RidgeExpression):
+                C = torch.as_tensor(C.dense(), device=rows.device)
+            made = AllCoefficients(C, d, rate=rate, hollow=hollow, relative=ridge)
+        self.layer_energies_ = list(zip(before, self._layers.energies(rows), strict=True))
         lost = [i for i, (was, now) in enumerate(self.layer_energies_) if now < COLLAPSED * was]
         if lost:
             was, now = self.layer_energies_[lost[0]]
@@ -578,45 +412,34 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
                 "collapses; train_encoder=False holds it",
                 stacklevel=3,
             )
-        return C
+        return made
 
-    def _raw_layers(self, rows: Tensor) -> list[Tensor]:
-        if not isinstance(self._network, ConvAutoencoder):
-            return [self._scaled(rows)]
-        return [self._scaled(rows), *self._network.layers(self._images(rows))]
-
-    def _labels(self, C: Tensor, *, warm: bool = False) -> np.ndarray:
-        self.affinity_matrix_ = leading_affinity(C.cpu().numpy(), int(self.subspace_dim))
+    def _labels(self, coefficients: Any, *, warm: bool = False) -> np.ndarray:
+        self.affinity_matrix_ = coefficients.affinity()
         return self._round(self.affinity_matrix_, warm=warm)
 
     @torch.no_grad()
-    def _structure(self, C: Tensor) -> Tensor:
-        every, most = int(self._settings["clustering_refresh"]), int(self._settings["max_epochs"][2])
-        self.first_labels_ = labels = self._labels(C)
-        now = torch.as_tensor(labels, device=C.device)
-        optimizer = torch.optim.Adam([C], lr=self.learning_rate)
-        same, stops = 0, self._settings["tol"] > 0
+    def _structure(self, coefficients: Any, stages: Stages) -> None:
+        every, stops = int(self._settings["clustering_refresh"]), self._settings["tol"] > 0
+        self.first_labels_ = labels = self._labels(coefficients)
+        same = 0
 
-        def step(epoch: int):
-            nonlocal labels, now, same
+        def step(epoch: int) -> tuple[float, bool]:
+            nonlocal labels, same
             if epoch > 1 and (epoch - 1) % every == 0:
-                found = self._labels(C, warm=not self._published)
+                found = self._labels(coefficients, warm=not self._published)
                 same = same + every if np.array_equal(found, labels) else 0
-                labels, now = found, torch.as_tensor(found, device=C.device)
-            loss, grad = structured_norm(C, now)
-            C.grad = WEIGHT * (grad.fill_diagonal_(0) if self._settings["zero_diagonal"] else grad)
-            optimizer.step()
-            return WEIGHT * float(loss), stops and same >= 10
+                labels = found
+            return coefficients.step(labels), stops and same >= STILL
 
-        self._run("structure", most, step)
-        return C
+        stages.run("structure", step)
 
-    def _finish(self, C: Tensor, rows: Tensor) -> None:
+    def _finish(self, coefficients: Any, rows: Tensor) -> None:
         k = int(self.n_clusters)
-        self.labels_ = self._labels(C)
+        self.labels_ = self._labels(coefficients)
         if not self.structure:
             self.first_labels_ = self.labels_
-        self.representation_matrix_ = C.cpu().numpy()
+        self.representation_matrix_ = coefficients.matrix()
         parts = connected_components(self.affinity_matrix_, directed=False)[0]
         if parts > k > 1:
             warnings.warn(
@@ -627,9 +450,8 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
         found = len(np.unique(self.labels_))
         if found < k:
             warnings.warn(f"only {found} of n_clusters={k} clusters have a row", stacklevel=3)
-        with torch.no_grad():
-            V = torch.cat(self._layers(rows), dim=1).cpu().numpy()
-        self.subspaces_ = [_leading(V[self.labels_ == c], int(self.subspace_dim)) for c in range(k)]
+        V = self._layers.joined(rows).cpu().numpy()
+        self.subspaces_ = [leading_directions(V[self.labels_ == c], int(self.subspace_dim)) for c in range(k)]
         self._network = None if self._network is None else self._network.cpu()
 
 
@@ -638,39 +460,17 @@ def _written(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _fill(network: Any, arrays: Any, path: Path) -> None:
-    """Give a network the weights of a file."""
-    own = {name.removeprefix("network."): np.array(a) for name, a in arrays.items() if name.startswith("network.")}
-    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    # The mean image takes the place of one number a channel.
-    wanted["offset"] = own["offset"].shape if "offset" in own else wanted["offset"]
-    if wanted != {name: value.shape for name, value in own.items()}:
-        raise WrongContent(path, found="weights of other shapes", expected="those of the encoder that was fitted")
-    network.offset = torch.zeros(wanted["offset"], dtype=network.offset.dtype)
-    network.load_state_dict({name: torch.as_tensor(value) for name, value in own.items()})
-
-
 def _tensor(X: np.ndarray, device: Any) -> Tensor:
     # Torch warns of read-only memory, which is never written to here.
     return torch.as_tensor(X if X.flags.writeable else X.copy(), device=device)
 
 
-def _leading(rows: np.ndarray, d: int) -> np.ndarray:
-    """Return the d leading directions of rows, through the origin; none where there are no rows."""
-    if not len(rows):
-        return np.zeros((rows.shape[1], 0), dtype=rows.dtype)
-    return np.ascontiguousarray(np.linalg.svd(rows, full_matrices=False)[2][:d].T)
+def _near_one(X: np.ndarray) -> np.ndarray:
+    """Bring rows near length 1 by powers of 2, which rounds nothing, so that squares of any number stay finite."""
+    return np.ldexp(X, -np.frexp(np.abs(X).max(axis=1, keepdims=True))[1])
 
 
-def _squared_distances(V: Tensor) -> Tensor:
-    squares = V.square().sum(dim=1)
-    return (squares[:, None] + squares - 2 * V @ V.T).clamp_min(0)
-
-
-def _check_memory(n: int, itemsize: int) -> None:
-    needed, free = MATRICES * n * n * itemsize, available_memory_bytes()
-    if needed > free:
-        raise ValueError(
-            f"X must have few enough rows for {MATRICES} matrices of n by n: {n} rows need {needed:,} bytes, "
-            f"{free:,} are free; sparse subspace clustering takes more"
-        )
+def _typical(X: np.ndarray) -> float:
+    """Return the root mean square of all numbers."""
+    peak = float(np.abs(X).max()) or 1.0
+    return peak * float(np.sqrt(np.mean(np.square(X / peak, dtype=np.float64))) or 1.0)

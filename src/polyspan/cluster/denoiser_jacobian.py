@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,9 +166,14 @@ def jacobian_spectrum(
     Raises
     ------
     ValueError
-        ``k`` is below 1, ``sigma`` is not above 0, or the output has another shape than the input.
+        ``k`` is below 1, ``sigma`` is not above 0, or the output has another shape than the input or is not finite.
     UntrustedFile
         ``model`` is a path to a pickle.
+
+    Warns
+    -----
+    UserWarning
+        Products with J are 0 though the model answers otherwise at another point.
     """
     _check_callable(model)
     _check_sigma(sigma)
@@ -180,6 +186,7 @@ def jacobian_spectrum(
     n, shape = x.numel(), x.shape
     if k is None or k + oversample >= n:
         J = products.forward(torch.eye(n, dtype=x.dtype, device=x.device)).T
+        _check_products(J, model, x, level)
         U, S, Vh = torch.linalg.svd(J)
         kept = n if k is None else min(k, n)
         energy = float(S.double().square().sum())
@@ -190,7 +197,9 @@ def jacobian_spectrum(
     V = torch.linalg.qr(V)[0]
     for _ in range(n_iter):
         V = torch.linalg.qr(products.backward(torch.linalg.qr(products.forward(V.T).T)[0].T).T)[0]
-    U, S, Wh = torch.linalg.svd(products.forward(V.T).T, full_matrices=False)
+    found = products.forward(V.T).T
+    _check_products(found, model, x, level)
+    U, S, Wh = torch.linalg.svd(found, full_matrices=False)
     V = V @ Wh.T
     energy = float(S.double().square().sum())
     if n_probes:
@@ -391,6 +400,19 @@ def _check_denoiser(model: Callable[..., Tensor], samples: Tensor, sigma: float)
         raise ValueError(
             f"model must return clean rows, and so give finished samples back at the least level {sigma:g}, got "
             f"rows off by {off:.2g} of their length: does it predict noise? wrap it by as_denoiser"
+        )
+
+
+@torch.no_grad()
+def _check_products(found: Tensor, model: Callable[..., Tensor], x: Tensor, level: Tensor) -> None:
+    """Refuse products with a Jacobian that are no numbers, and warn where they are 0 though the answer moves."""
+    if not torch.isfinite(found).all():
+        raise ValueError("model must return finite numbers with finite derivatives, got NaN or infinity")
+    if not found.any() and not torch.equal(model(x[None], level), model(x[None] + level, level)):
+        warnings.warn(
+            "model answers otherwise at other points and has no derivative: it cuts its gradient off (detach, "
+            "no_grad, NumPy), and what is returned is nought",
+            stacklevel=3,
         )
 
 

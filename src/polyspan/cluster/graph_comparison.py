@@ -12,7 +12,8 @@ from polyspan.errors import NotConverged
 from polyspan.linalg import truncated_svd
 from polyspan.run import available_memory_bytes
 
-from .attributed_graph import slim, smoothed_attributes
+from ._graph_smoothing import slim
+from .attributed_graph import smoothed_attributes
 from .self_expressive import ElasticNetSubspaceClustering, OMPSubspaceClustering, ThresholdingSubspaceClustering
 
 

@@ -60,6 +60,9 @@ def images_of(
     if X.ndim == 4 and _channels_last(X.shape, channels):
         said.append(f"channels come last, {X.shape[-1]} of them: they were moved to the front")
         X = np.moveaxis(X, -1, 1)
+    if X.ndim == 3 and n_labels is None and X.shape[0] == X.shape[1] != X.shape[2]:
+        n, h, w = X.shape
+        said.append(f"{n} images of {h} by {w}; are images counted along the last axis?")
     return np.ascontiguousarray(X), said
 
 

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Sequence
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from polyspan.errors import WrongContent
 from polyspan.linalg import fix_signs
 
+from ._affinity import check_numbers
+from ._low_rank_checks import check_parameters, check_parts, is_whole
 from ._low_rank_fit import (
     Parts,
     Rules,
@@ -39,7 +41,6 @@ from ._low_rank_search import (
 from ._low_rank_stream import add, begin, memberships, summed_parts
 
 ALGORITHMS = {"em": search_em, "ksubspaces": search_k_subspaces, "denoising": search_denoising}
-STARTS = ("kmeans", "random", "ssc")
 FLOATS = [np.float64, np.float32]
 AUTO_SHARE, FEW = 0.9, 1.5
 ARRAYS = ("bases_", "spectra_", "means_", "weights_", "noise_variance_")
@@ -184,8 +185,9 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         ConvergenceWarning
             ``max_iter`` came first.
         """
+        check_numbers(X)
         X = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2, ensure_min_features=2)
-        self._check(X)
+        check_parameters(self, X.shape)
         search = self._search(X)
         self._warn_of_the_mean()
         found = ALGORITHMS[self.algorithm](X, search)
@@ -236,12 +238,21 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
 
     @classmethod
     def from_parts(cls, bases, spectra, means, weights, noise_variance) -> "LowRankGaussianMixture":
-        """Return a fitted mixture with given components, of the shapes of the attributes; it has no labels."""
-        bases = np.asarray(bases, dtype=np.float64)
+        """Return a fitted mixture with given components, of the shapes of the attributes; it has no labels.
+
+        Raises
+        ------
+        ValueError
+            A shape does not fit, a number is not finite, bases have columns that are neither orthonormal nor zeros, or
+            variances and weights are not at least 0.
+        """
+        given = zip(ARRAYS, (bases, spectra, means, weights, noise_variance), strict=True)
+        parts = {name: np.asarray(part, dtype=np.float64) for name, part in given}
+        check_parts(parts)
+        bases = parts["bases_"]
         ranks = (np.square(bases).sum(axis=1) > 0.5).sum(axis=1)
         made = cls(len(bases), rank=tuple(int(r) for r in ranks))
-        others = (np.asarray(part, dtype=np.float64) for part in (spectra, means, weights, noise_variance))
-        for name, part in zip(ARRAYS, (bases, *others), strict=True):
+        for name, part in parts.items():
             setattr(made, name, part)
         made.ranks_, made.n_features_in_, made._n_features_out = ranks, bases.shape[1], bases.shape[2]
         return made
@@ -282,7 +293,7 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
     def sample(self, n_samples=1) -> tuple[np.ndarray, np.ndarray]:
         """Draw rows (n, D) with their components (n,)."""
         check_is_fitted(self, "bases_")
-        if not _whole(n_samples) or n_samples < 1:
+        if not is_whole(n_samples) or n_samples < 1:
             raise ValueError(f"n_samples must be a whole number of at least 1, got {n_samples!r}")
         K, D, d = self.bases_.shape
         rng = check_random_state(self.random_state)
@@ -364,7 +375,10 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         from polyspan.io import load_fitted
 
         found = load_fitted(Path(path), kind=cls.__name__)
-        made = cls.from_parts(*(np.array(found.arrays[name]) for name in ARRAYS))
+        try:
+            made = cls.from_parts(*(np.array(found.arrays[name]) for name in ARRAYS))
+        except (KeyError, ValueError) as error:
+            raise WrongContent(Path(path), found=str(error), expected="the components of a mixture") from error
         return made.set_params(**found.params["init"])
 
     def __sklearn_tags__(self):
@@ -374,6 +388,7 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
 
     def _rows(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "bases_")
+        check_numbers(X)
         X = validate_data(self, X, reset=False, dtype=FLOATS)
         self._check_size(X)
         return X
@@ -414,35 +429,6 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         self.at_floor_ = (parts.residual <= rules.floor * (1 + 1e-9)) & (rules.noise is None)
         self._kept_rules, self._n_features_out = rules, bases.shape[2]
 
-    def _check(self, X: np.ndarray) -> None:
-        for name in ("n_components", "n_init", "max_iter"):
-            value = getattr(self, name)
-            if not _whole(value) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name, allowed in (("algorithm", ALGORITHMS), ("init", STARTS), ("spectrum", ("free", "identity"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("tol", "reg"):
-            if not isinstance(getattr(self, name), Real) or not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)!r}")
-        noise: Any = self.noise
-        if noise != "isotropic" and not (isinstance(noise, Real) and 0 < float(noise) < math.inf):
-            raise ValueError(f"noise must be 'isotropic' or a standard deviation above 0, got {noise!r}")
-        n, D = X.shape
-        if self.n_components > n:
-            raise ValueError(f"n_components must be at most n_samples={n}, got {self.n_components}")
-        if isinstance(self.rank, str):
-            if self.rank not in ("auto", "bic"):
-                raise ValueError(f"rank must be whole numbers, 'auto' or 'bic', got {self.rank!r}")
-            return
-        several = isinstance(self.rank, Sequence | np.ndarray)
-        ranks: list[Any] = list(self.rank) if several else [self.rank]
-        if several and len(ranks) != self.n_components:
-            raise ValueError(f"rank must have one number for each of {self.n_components} components, got {len(ranks)}")
-        for rank in ranks:
-            if not _whole(rank) or not 1 <= rank <= D - 1:
-                raise ValueError(f"rank must be between 1 and n_features - 1 = {D - 1}, got {rank!r}")
-
     def _search(self, X: np.ndarray) -> Search:
         """Settle the floor, the origin and the ranks."""
         n, D = X.shape
@@ -453,6 +439,8 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
             variance = max(square - float(mean @ mean), 0.0) / D if self.center else square / D
         if not math.isfinite(variance):
             raise ValueError("X must have squares that floats can hold, got values so large that they overflow")
+        if square < 1e-290 and any(block.any() for _, block in row_blocks(X)):
+            raise ValueError("X must have squares that floats can hold, got values so small that they vanish")
         self._mean_share = float(mean @ mean) / square if square > 0 else 0.0
         floor = max(float(self.reg) * variance, 1e-14 * max(square / D, 1e-200))
         noise, K = None if self.noise == "isotropic" else float(self.noise), int(self.n_components)
@@ -514,7 +502,3 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
                 f"fewer rows than it has dimensions, nor trusted below {FEW} times as many",
                 stacklevel=3,
             )
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -17,10 +17,9 @@ from polyspan.linalg import doubly_stochastic, truncated_eigh
 from polyspan.run import pick_device
 
 from ._manifold_network import ImageJitter, Source, TwoHeads, as_source, make_network
-from ._manifold_training import Plan, Training
-from .rate_reduction import RateReductionLoss, TotalCodingRateLoss
+from ._manifold_plan import check_parameters, make_plan
+from ._manifold_training import Training
 
-TCR_STEPS, TCR_STEPS_ALONE, STEPS, EPOCHS = 200, 50, 100, 20
 RANK_SHARE = 0.95
 
 
@@ -188,7 +187,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, ClusterMixi
             Training left the finite numbers.
         """
         source = self._source(X, reset=True)
-        self._check(source.n)
+        check_parameters(self, source.n)
         batch = self._batch(source.n)
         rng = check_random_state(self.random_state)
         generator = torch.Generator().manual_seed(int(rng.randint(2**31 - 1)))
@@ -197,7 +196,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, ClusterMixi
         views = self._views(source)
         network = self._network(source, batch, generator)
         device = pick_device(self.device)
-        training = Training(network.to(device), source, self._plan(source, batch, views), generator, device)
+        training = Training(network.to(device), source, make_plan(self, source, batch, views), generator, device)
         training.run()
         self.module_ = network.cpu().eval()
         self.eta_, self.history_, self.batch_size_ = training.eta, training.history, batch
@@ -322,31 +321,6 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, ClusterMixi
             source.mean, source.scale = self._mean, self._scale
         return source
 
-    def _check(self, n: int) -> None:
-        whole = ("n_clusters", 1), ("n_views", 1), ("membership_rows", 2)
-        sizes = ("n_components", 1), ("hidden", 1), ("tcr_epochs", 0), ("max_epochs", 0), ("batch_size", 2)
-        for name, least in whole + sizes:
-            value = getattr(self, name)
-            if (name, least) in sizes and isinstance(value, str) and value == "auto":
-                continue
-            if not (isinstance(value, int | np.integer) and value >= least):
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name in ("tcr_lr", "lr", "weight_decay", "cluster_weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)!r}")
-        if self.optimizer not in ("adam", "sgd"):
-            raise ValueError(f"optimizer must be 'adam' or 'sgd', got {self.optimizer!r}")
-        if self.eta != "auto" and (isinstance(self.eta, str) or not 0 < self.eta < math.inf):
-            raise ValueError(f"eta must be a positive number or 'auto', got {self.eta!r}")
-        if not (self.augment is None or callable(self.augment) or self.augment == "image"):
-            raise ValueError(f"augment must be callable, 'image' or None, got {self.augment!r}")
-        if n < 2 * self.n_clusters:
-            raise ValueError(
-                f"X must have at least 2 rows a cluster, {2 * self.n_clusters} for k={self.n_clusters}, got {n}"
-            )
-        if self.membership_rows < 2 * self.n_clusters:
-            raise ValueError(f"membership_rows must be at least 2 a cluster, got {self.membership_rows}")
-
     def _batch(self, n: int) -> int:
         size: Any = self.batch_size
         if size == "auto":
@@ -371,6 +345,12 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, ClusterMixi
         d: Any = self.n_components
         if d == "auto":
             d = max(1, min(128, batch // 2))
+            if d < self.n_clusters:
+                warnings.warn(
+                    f"n_components={d} is below n_clusters={self.n_clusters}, for batches of {batch} rows: as many "
+                    "subspaces cannot all lie apart",
+                    stacklevel=3,
+                )
         elif d > batch:
             warnings.warn(f"n_components={d} exceeds the batch of {batch} rows, whose rank limits R", stacklevel=3)
         self._n_features_out = int(d)
@@ -391,35 +371,6 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, ClusterMixi
                 raise ValueError(f"init must be a network of these sizes; {wrong[0]} is missing or of another shape")
             network.load_state_dict({name: given[name] for name in own})
         return network
-
-    def _plan(self, source: Source, batch: int, views: Any) -> Plan:
-        steps = max(1, source.n // batch)
-        tcr, main = self.tcr_epochs, self.max_epochs
-        if tcr == "auto":
-            tcr = -(-(TCR_STEPS if views is not None else TCR_STEPS_ALONE) // steps)
-        if main == "auto":
-            main = max(EPOCHS, -(-STEPS // steps))
-        params = {name: repr(value) for name, value in self.get_params(deep=False).items() if name != "verbose"}
-        for name in ("checkpoint", "device", "backbone", "augment", "random_state", "init"):
-            params.pop(name)
-        return Plan(
-            tcr_epochs=0 if self.init != "tcr" else int(tcr),
-            epochs=int(main),
-            batch=batch,
-            n_clusters=int(self.n_clusters),
-            n_views=int(self.n_views) if views is not None else 1,
-            augment=views,
-            eta=self.eta,
-            tcr=TotalCodingRateLoss(self.eps2, self.tcr_weight),
-            loss=RateReductionLoss(self.eps2, self.gamma, top=self.membership_top),
-            optimizer=self.optimizer,
-            rates=(float(self.tcr_lr), float(self.lr)),
-            decays=(float(self.weight_decay), float(self.cluster_weight_decay)),
-            bfloat16=bool(self.bfloat16),
-            checkpoint=None if self.checkpoint is None else Path(self.checkpoint),
-            params=params | {"tcr_epochs": str(tcr), "max_epochs": str(main)},
-            verbose=bool(self.verbose),
-        )
 
     def _run(self, source: Source):
         """Yield Z and C of all rows, block by block, in the float width of the rows."""

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -204,13 +204,15 @@ class NestedMatryoshkaHead(nn.Module):
         return made
 
 
-def nested_widths(in_dim: int, num_prototypes: int, widths: Sequence[int] | None) -> tuple[int, ...]:
+def nested_widths(in_dim: int, num_prototypes: int, widths: Any) -> tuple[int, ...]:
     """Return the widths of the levels, checked: increasing, within D, each with 2 prototypes at least."""
     if num_prototypes < 2:
         raise ValueError(f"num_prototypes must be at least 2, got {num_prototypes}")
     if widths is None:
         halves = sorted({in_dim // 2**k for k in range(5)} - {0})
         return tuple(m for m in halves if num_prototypes * m // in_dim >= 2)
+    if isinstance(widths, str) or not isinstance(widths, Iterable):
+        raise ValueError(f"widths must be a sequence of whole numbers, got {widths!r}")
     sides = tuple(int(m) for m in widths)
     if not sides or sides[0] < 1 or sides[-1] > in_dim or any(a >= b for a, b in itertools.pairwise(sides)):
         raise ValueError(f"widths must increase within 1 .. in_dim={in_dim}, got {list(widths)}")

@@ -38,11 +38,7 @@ def plot_clusters(embedding: Any, labels: Any, path: Path | str) -> Path:
         figure = Figure(figsize=(8.4, 3.8), layout="constrained", dpi=120)
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
-        colours = mpl.colormaps["tab20" if labels.max() >= 10 else "tab10"]
-        rows = _even(len(Y), MAX_POINTS)
-        points = _widest(Y)[rows]
-        left.scatter(*points.T, c=colours(labels[rows] % colours.N), s=6, linewidths=0, alpha=0.7, rasterized=True)
-        left.set(title="Embedding, two widest directions", xlabel="first", ylabel="second", xticks=[], yticks=[])
+        draw_points(left, Y, labels)
         order = np.argsort(labels, kind="stable")
         order = order[_even(len(order), MAX_ROWS)]
         norms = np.linalg.norm(Y[order], axis=1, keepdims=True)
@@ -55,6 +51,33 @@ def plot_clusters(embedding: Any, labels: Any, path: Path | str) -> Path:
         figure.colorbar(shown, ax=right, label="cosine of two rows")
         write_picture(figure, path, dpi=120)
     return path
+
+
+def draw_points(axis: Any, embedding: Any, labels: np.ndarray) -> None:
+    """Draw rows (n, d) in their two widest directions, coloured by cluster, with a key where colours are all distinct.
+
+    Of more than 5,000 rows an even sample is drawn.
+    """
+    import matplotlib as mpl
+
+    colours = mpl.colormaps["tab20" if labels.max() >= 10 else "tab10"]
+    rows = _even(len(labels), MAX_POINTS)
+    points = _widest(np.asarray(embedding, dtype=np.float64))[rows]
+    axis.scatter(*points.T, c=colours(labels[rows] % colours.N), s=6, linewidths=0, alpha=0.7, rasterized=True)
+    axis.set(title="Embedding, two widest directions", xlabel="first", ylabel="second", xticks=[], yticks=[])
+    if labels.max() < colours.N:
+        draw_key(axis, np.unique(labels), colours)
+
+
+def draw_key(axis: Any, names: np.ndarray, colours: Any) -> None:
+    """Put the clusters' colours and numbers beside a picture."""
+    from matplotlib.lines import Line2D
+
+    marks = [Line2D([], [], color=colours(int(c)), marker="o", markersize=4, linestyle="", label=str(c)) for c in names]
+    axis.legend(
+        handles=marks, title="cluster", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7,
+        title_fontsize=7, handletextpad=0.1, borderpad=0.1,
+    )  # fmt: skip
 
 
 def _even(n: int, most: int) -> np.ndarray:

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from polyspan.io import picture_path, write_picture
 
-from .plots import MAX_POINTS, MAX_ROWS, _even, _widest
+from .plots import MAX_ROWS, _even, draw_points
 from .reporting import basis_angles
 
 
@@ -29,8 +30,9 @@ def plot_subspaces(
     path : path
         .svg, .png or .pdf; written atomically, with equal bytes for equal input.
     fitted : estimator, optional
-        Its ``affinity_block`` and ``embedding_`` are drawn; without them, absolute cosines of rows, and the rows.
-    history : sequence of float or of mappings with "loss", optional
+        Its ``affinity_block`` or ``affinity_matrix_``, and its ``embedding_`` are drawn; without them, absolute cosines
+        of rows, and the rows.
+    history : sequence of float or of mappings with "loss", and "stage" where there are several, optional
         Losses by step; left out, ``fitted.history_`` or ``fitted.losses_`` if there is one.
     """
     import matplotlib as mpl
@@ -47,31 +49,21 @@ def plot_subspaces(
         figure = Figure(figsize=(4.2 * n_panels, 3.8), layout="constrained", dpi=120)
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, n_panels)
-        _draw_points(axes[0], getattr(fitted, "embedding_", X), labels, mpl.colormaps)
+        draw_points(axes[0], getattr(fitted, "embedding_", X), labels)
         _draw_affinity(figure, axes[1], X, labels, fitted)
-        _draw_angles(figure, axes[2], bases)
+        draw_angles(figure, axes[2], bases)
         if len(losses):
-            axes[3].plot(np.arange(1, len(losses) + 1), losses, color="black", linewidth=1)
-            axes[3].axvline(len(losses), color="tab:red", linewidth=1, linestyle="--")
-            axes[3].set(title=f"Loss; stopped after step {len(losses)}", xlabel="step")
+            _draw_losses(axes[3], losses)
         write_picture(figure, path, dpi=120)
     return path
-
-
-def _draw_points(axis: Any, embedding: Any, labels: np.ndarray, colormaps: Any) -> None:
-    colours = colormaps["tab20" if labels.max() >= 10 else "tab10"]
-    rows = _even(len(labels), MAX_POINTS)
-    points = _widest(np.asarray(embedding, dtype=np.float64))[rows]
-    axis.scatter(*points.T, c=colours(labels[rows] % colours.N), s=6, linewidths=0, alpha=0.7, rasterized=True)
-    axis.set(title="Embedding, two widest directions", xlabel="first", ylabel="second", xticks=[], yticks=[])
 
 
 def _draw_affinity(figure: Any, axis: Any, X: np.ndarray, labels: np.ndarray, fitted: Any) -> None:
     order = np.argsort(labels, kind="stable")
     order = order[_even(len(order), MAX_ROWS)]
-    if hasattr(fitted, "affinity_block"):
-        W, name = np.asarray(fitted.affinity_block(order), dtype=np.float64), "affinity, share of its 99 % quantile"
-        positive = W[W > 0]
+    W = _affinity_of(fitted, order)
+    if W is not None:
+        name, positive = "affinity, share of its 99 % quantile", W[W > 0]
         W = np.minimum(W / (np.quantile(positive, 0.99) if len(positive) else 1), 1)
     else:
         norms = np.linalg.norm(X[order], axis=1, keepdims=True)
@@ -85,7 +77,16 @@ def _draw_affinity(figure: Any, axis: Any, X: np.ndarray, labels: np.ndarray, fi
     figure.colorbar(shown, ax=axis, label=name)
 
 
-def _draw_angles(figure: Any, axis: Any, bases: list[np.ndarray]) -> None:
+def _affinity_of(fitted: Any, rows: np.ndarray) -> np.ndarray | None:
+    """Return the affinity (rows, rows) that was clustered, where the method has one."""
+    if hasattr(fitted, "affinity_block"):
+        return np.asarray(fitted.affinity_block(rows), dtype=np.float64)
+    whole = getattr(fitted, "affinity_matrix_", None)
+    return whole[rows][:, rows].toarray().astype(np.float64) if sp.issparse(whole) else None
+
+
+def draw_angles(figure: Any, axis: Any, bases: list[np.ndarray]) -> None:
+    """Draw the smallest principal angle between each two subspaces."""
     shown = axis.imshow(basis_angles(bases), vmin=0, vmax=90, cmap="viridis", interpolation="nearest")
     axis.set(title="Smallest angle between subspaces", xlabel="cluster", ylabel="cluster")
     if len(bases) <= 20:
@@ -93,9 +94,26 @@ def _draw_angles(figure: Any, axis: Any, bases: list[np.ndarray]) -> None:
     figure.colorbar(shown, ax=axis, label="degrees")
 
 
-def _losses(fitted: Any, history: Any) -> np.ndarray:
-    """Return the losses by step (steps,), or none."""
+def _losses(fitted: Any, history: Any) -> list[tuple[str, float]]:
+    """Return stage and loss of every step that has one, the stage empty where none is told."""
     if history is None:
         history = getattr(fitted, "history_", getattr(fitted, "losses_", ()))
-    values = [step.get("loss") if hasattr(step, "get") else step for step in history]
-    return np.array([float(v) for v in values if v is not None])
+    steps = [(str(s.get("stage", "")), s.get("loss")) if hasattr(s, "get") else ("", s) for s in history]
+    return [(stage, float(loss)) for stage, loss in steps if loss is not None]
+
+
+def _draw_losses(axis: Any, losses: list[tuple[str, float]]) -> None:
+    """Draw each stage's loss, which is a number of its own kind, as a curve of its own; far apart on a log scale."""
+    values = np.array([loss for _, loss in losses])
+    stages = list(dict.fromkeys(stage for stage, _ in losses))
+    for stage in stages:
+        steps = np.array([number for number, (name, _) in enumerate(losses) if name == stage])
+        colour = {} if len(stages) > 1 else {"color": "black"}
+        axis.plot(steps + 1, values[steps], linewidth=1, marker="." if len(steps) < 20 else "", label=stage, **colour)
+    axis.axvline(len(losses), color="tab:red", linewidth=1, linestyle="--")
+    axis.set(title=f"Loss; stopped after step {len(losses)}", xlabel="step")
+    known = values[np.isfinite(values)]
+    if len(known) and known.min() > 0 and known.max() > 100 * known.min():
+        axis.set_yscale("log")
+    if len(stages) > 1:
+        axis.legend(frameon=False, fontsize=7)

@@ -15,7 +15,7 @@ IMAGES = 512
 def plot_position(
     fitted: PositionalDisentangler, X: Any, path: Path | str, *, grid: tuple[int, int] | None = None
 ) -> Path:
-    """Draw the share of variance that each place's mean explains, before and after, and R² of position by round.
+    """Draw the share of variance that each place's mean explains, before and after, and R² of the targets.
 
     Of features without position the means of all places are alike, and the map is dark.
 
@@ -52,11 +52,15 @@ def plot_position(
         for axis, values, word in ((before, maps[0], "before"), (after, maps[1], "after")):
             image = axis.imshow(values.reshape(shape), vmin=0, vmax=most, cmap="magma", interpolation="none")
             axis.set(title=f"Share told by place, {word}", xticks=[], yticks=[])
-        figure.colorbar(image, ax=[before, after], shrink=0.8)
+        figure.colorbar(image, ax=[before, after], shrink=0.8, label="share of the variance")
         curve = np.asarray(fitted.r2_curve_, dtype=float)
         rounds.plot(np.arange(len(curve)), curve, "o-", color="#2b6cb0")
-        rounds.set(title="Position from features", xlabel="round", ylabel="R²", ylim=(min(0.0, np.nanmin(curve)), 1))
-        rounds.set_xticks(range(len(curve)))
+        low = min(0.0, np.nanmin(curve))
+        rounds.set(title="Targets told by features", ylabel="R², mean over targets", ylim=(low, 1))
+        if fitted.method == "rasa":
+            rounds.set(xlabel="round", xticks=range(len(curve)))
+        else:
+            rounds.set_xticks(range(len(curve)), ["before", "after"])
         return write_picture(figure, path)
 
 

@@ -406,10 +406,10 @@ class PositionalDisentangler(OneToOneFeatureMixin, TransformerMixin, BaseEstimat
         t, d = moments.cross.shape[1], moments.cross.shape[0]
         removed = t * int(self.n_rounds) if self.method == "rasa" else t
         if removed > d:
-            raise ValueError(
-                f"n_rounds times the number of targets, {removed} directions, must be at most "
-                f"n_features = {d}, got method={self.method!r} with {t} targets"
-            )
+            what = f"n_rounds={self.n_rounds} times {t} targets need"
+            if self.method != "rasa":
+                what = f"{t} targets of order={self.order} need" if self.targets == "cosine" else f"{t} targets need"
+            raise ValueError(f"{what} at least as many features, got n_features={d}")
         shared: dict[str, Any] = {"alpha": float(self.alpha), "stop": self.stop_r2}
         if self.method == "leace":
             self._keep(leace(moments, **shared))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from polyspan.linalg import coding_rate, doubly_stochastic
 
 from ._class_rate import ClassRate, SparseClassRate
+from ._symmetric_memberships import memberships_by_rounds
 
 BLOCK_BYTES = 2**27
 
@@ -168,7 +169,7 @@ class DoublyStochastic(nn.Module):
         Entropy weight, > 0, in units of the cosine. Smaller is sharper; at 0.5 hardly anything of the structure of
         a batch of hundreds is left.
     n_iter : int, default=3
-        Rounds; the gradient goes through them.
+        Rounds; the gradient is that of the rounds, in closed form, and can be differentiated again.
     symmetric : bool, default=True
     absolute : bool, default=True
         The kernel is the absolute cosine; otherwise the cosine itself.
@@ -198,11 +199,11 @@ class DoublyStochastic(nn.Module):
     def forward(self, C: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n n"]:
         with torch.autocast(C.device.type, enabled=False):
             rows = C.to(torch.promote_types(C.dtype, torch.float32))
+            if self.symmetric:
+                return memberships_by_rounds(rows, self.eta, self.n_iter, self.absolute).to(C.dtype)
             kernel = rows @ rows.mT
             kernel = kernel.abs() if self.absolute else kernel
-            gamma = doubly_stochastic(
-                kernel, temperature=self.eta, symmetric=self.symmetric, max_iter=self.n_iter, tol=None
-            )
+            gamma = doubly_stochastic(kernel, temperature=self.eta, symmetric=False, max_iter=self.n_iter, tol=None)
             return gamma.to(C.dtype)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,8 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 
 from polyspan.linalg import clustering_accuracy, principal_angles
 
-from .self_expressive import SelfExpressiveClustering, leading_directions
+from ._self_expressive_base import leading_directions
+from .self_expressive import SelfExpressiveClustering
 
 SILHOUETTE_ROWS = 2_000
 NEAREST_PAIRS = 5
