@@ -4,8 +4,10 @@ Targets: forward and backward at least 3 times as fast as separate ``nn.Embeddin
 50 features of 8,192 rows; a column of text hashed at least 50 times as fast as in a loop of Python.
 
 The texts are names of 8 to 21 bytes, of two kinds: 20,000 distinct ones, each drawn many times, and all distinct, each
-once. The loop takes a keyed BLAKE2b of each value, as Python's own ``hash`` differs from process to process. A column
-of text is an Arrow array, as Parquet and CSV readers give it; turning Python's strings into one is an arm of its own.
+once. Whole numbers as text and hexadecimal digits of one length, the forms in which click logs give their values, are
+raced beside them. The loop takes a keyed BLAKE2b of each value, as Python's own ``hash`` differs from process to
+process. A column of text is an Arrow array, as Parquet and CSV readers give it; turning Python's strings into one is an
+arm of its own.
 """
 
 import hashlib
@@ -20,6 +22,7 @@ from polyspan.learn import CategoricalHasher, UnifiedEmbedding
 FEATURES, BATCH, DIM, ROWS = (50, 10), 8_192, 16, 50_000
 TEXTS, DISTINCT, SIZE = (100_000, 1_000_000), 20_000, 2**20
 ONCE = 1_000_000
+FORMS = {"whole numbers": "{m:d}", "8 hexadecimal digits": "{h:08x}"}
 
 
 def layers(n_features, rows, *, sparse=False):
@@ -43,10 +46,10 @@ def layers(n_features, rows, *, sparse=False):
     return {"polyspan, one table": ours, "a module a feature, joined": theirs}
 
 
-def texts(n, distinct):
+def texts(n, distinct, form="user-{i:x}-{m:d}"):
     """Hash n texts: so many distinct ones drawn at random, or all of them once in random order where n are distinct."""
     rng = np.random.default_rng(0)
-    names = np.array([f"user-{i:x}-{i * 7919:d}" for i in range(distinct)], dtype=object)
+    names = np.array([form.format(i=i, m=i * 7919, h=i * 2654435761 % 2**32) for i in range(distinct)], dtype=object)
     values = names[rng.permutation(n) if distinct == n else rng.integers(distinct, size=n)]
     plain = pa.array(values)
     coded = plain.dictionary_encode()
@@ -82,12 +85,16 @@ def main(features=FEATURES, sizes=TEXTS, rows=ROWS, once=ONCE) -> None:
         )
     ]
     hashed = [race("hash text", texts(n, DISTINCT), size={"n": n, "distinct": DISTINCT}) for n in sizes]
+    hashed += [
+        race(f"hash text, {kind}", texts(sizes[-1], DISTINCT, form), size={"n": sizes[-1], "distinct": DISTINCT})
+        for kind, form in FORMS.items()
+    ]
     unique = race("hash text, all distinct", texts(once, once), size={"n": once, "distinct": once})
     save(
         "unified_embedding",
         [*found, *hashed, unique],
         growth_in_features=growth(found[: len(features)], "features"),
-        growth_in_texts=growth(hashed, "n"),
+        growth_in_texts=growth(hashed[: len(sizes)], "n"),
         targets={"forward and backward": 3, "hash text": 50, "hash text, all distinct": 50},
     )
 

@@ -253,8 +253,9 @@ def test_a_model_prepared_for_quantised_training_learns():
 
 def test_compiling_gives_one_graph_and_the_same_outputs(tmp_path):
     # In a process without the checks of types that tests hook into every function.
-    BASE.save_pretrained(tmp_path / "base")
-    adapted().save_pretrained(tmp_path / "adapter")
+    base = language_model(num_hidden_layers=1)
+    base.save_pretrained(tmp_path / "base")
+    adapted(base).save_pretrained(tmp_path / "adapter")
     code = f"""
 import warnings, torch
 warnings.simplefilter("ignore")
@@ -340,3 +341,24 @@ def test_what_peft_keeps_for_lora_alone_is_refused_in_words(tmp_path):
     for name in ("layer_replication", "target_parameters", "ensure_weight_tying", "use_dora"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
             config(**{name: True})
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_adapter_in_torchs_own_encoder_acts_in_evaluation_as_in_training(padded):
+    """In eval mode without gradients that encoder may read weights without calling the layers that hold them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        encoder = torch.nn.TransformerEncoder(layer, num_layers=2)
+        x = torch.randn(2, 4, 8)
+    mask = torch.tensor([[False] * 4, [False] * 2 + [True] * 2]) if padded else None
+    chosen = TuckerAdapterConfig(r_in=2, r_out=2, target_modules=["linear1", "linear2"], seed=0)
+    model = stir(peft.get_peft_model(encoder, chosen))
+    trained = model.train()(x, src_key_padding_mask=mask).detach()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*nested tensors.*", UserWarning)
+        seen = model.eval()(x, src_key_padding_mask=mask)
+        plain = model.merge_and_unload()(x, src_key_padding_mask=mask)
+    keep = torch.ones(2, 4, dtype=torch.bool) if mask is None else ~mask
+    close(seen[keep], trained[keep])
+    close(plain[keep], trained[keep])

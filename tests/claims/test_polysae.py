@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from polyspan.claims import measure, measure_claim
+from polyspan.claims import measure, measure_claim, polysae
 from polyspan.claims.polysae import (
     CLAIM,
     Activations,
@@ -28,7 +28,16 @@ def few(data, steps=20):
     return data._replace(recipe=recipe)
 
 
+@pytest.fixture
+def two_arms(monkeypatch):
+    """Train only the arms that are compared, not those that stand beside them in the evidence."""
+    arms = polysae._arms
+    compared = ("polynomial", "linear, as many parameters")
+    monkeypatch.setattr(polysae, "_arms", lambda *given: {name: arms(*given)[name] for name in compared})
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_arms")
 def test_products_explain_more_where_all_pairs_bind_and_keep_the_atoms():
     """That the control refutes it is among the public contracts."""
     found = measure(CLAIM, "planted", seeds=2)
@@ -120,6 +129,7 @@ def test_properties_are_of_the_token_and_of_the_next():
     ]
 
 
+@pytest.mark.usefixtures("two_arms")
 def test_a_user_measures_the_claim_on_activations_and_labels(tmp_path):
     data = planted(1)
     labels = (data.truth[:300, 0] > 0).astype(int)

@@ -37,13 +37,14 @@ def test_tables_say_what_was_done_and_talk_goes_to_stderr(files, capsys):
     base, tuned = files / "base.safetensors", files / "tuned.safetensors"
     extract(base, tuned, out=files / "a", error=0.1)
     told = capsys.readouterr()
-    assert told.out.splitlines() == ["conv\t6 x 4 x 3 x 3\t1 x 1 x 1 x 1\t17\t0.000"]
+    assert told.out.splitlines()[0] == "layer\tweight\tranks\tparameters\tleft out"
+    assert told.out.splitlines()[1:] == ["conv\t6 x 4 x 3 x 3\t1 x 1 x 1 x 1\t17\t0.000"]
     assert "1 tensors differ and are in no adapter: conv.bias" in told.err
     merge(base, files / "a", out=files / "m.safetensors")
     assert capsys.readouterr().out.splitlines() == ["conv.weight"]
     ranks(base, tuned, error=[0.5, 0.01], plot=files / "r.svg")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "conv\t6 x 4 x 3 x 3\t0.01\t1 x 1 x 1 x 1\t17\t7.9%"
+    assert lines[2] == "conv\t6 x 4 x 3 x 3\t0.01\t1 x 1 x 1 x 1\t17\t7.9%"
     assert (files / "r.svg").read_text().count("<svg") == 1
     ranks(base, tuned, json=True)
     assert [c["error"] for c in json.loads(capsys.readouterr().out)[0]["ranks"]] == [0.5, 0.2, 0.1]

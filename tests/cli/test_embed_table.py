@@ -47,7 +47,23 @@ def test_train_compares_and_writes_and_predict_and_report_follow(table, tmp_path
     assert np.shape(said["reader_overlap"]) == (2, 2)
     assert "<svg" in picture.read_text()
     report(out, table)
-    assert capsys.readouterr().out.startswith("user\t30\t")
+    head, first, *_ = capsys.readouterr().out.splitlines()
+    assert head.startswith("column\tvalues\t")
+    assert first.startswith("user\t30\t")
+
+
+def test_a_report_looks_at_as_many_rows_as_it_is_told_whatever_the_groups_of_the_file(table, tmp_path, capsys):
+    out, pieces = tmp_path / "m.safetensors", tmp_path / "pieces.parquet"
+    pq.write_table(pq.read_table(table), pieces, row_group_size=10)
+    train(table, target="click", out=out, columns=["user", "item"], budget_mb=0.01, width=4, epochs=1)
+    capsys.readouterr()
+    said = []
+    for source, rows in ((table, 1200), (pieces, 1200), (table, 25), (pieces, 25)):
+        report(out, source, batch_rows=rows, json=True)
+        said.append(json.loads(capsys.readouterr().out)["collisions"])
+    assert said[0]["user"]["n_values"] == 30
+    assert said[2]["user"]["n_values"] < 25
+    assert said[1::2] == said[::2]
 
 
 def test_numbers_are_learnt_from_text_tables_and_training_goes_on(table, tmp_path, capsys):

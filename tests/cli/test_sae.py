@@ -98,7 +98,9 @@ def test_interactions_are_ranked_and_drawn(data, sae, tmp_path, capsys):
     assert said["n_sets"] == found.n_sets
     assert "<svg" in picture.read_text()
     interactions(sae, data / "acts.npy", top=3, degree=3)
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head == "latents\tstrength\tlength\tshare of rows"
+    assert len(rows) == 3
 
 
 def test_a_models_activations_are_taken_trained_on_and_steered(language_model, tmp_path, capsys):

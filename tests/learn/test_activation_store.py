@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -335,3 +336,9 @@ def test_models_and_texts_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"dtype must be 'float32' for activations of up to .*, got 'float16'"):
         record(model=large, layer="model.embed_tokens")
     assert not path.exists()
+
+
+@pytest.mark.parametrize("sources", ["rows.npy", [Path("rows.npy")]], ids=["text", "list"])
+def test_paths_that_were_not_opened_are_refused_by_name(sources):
+    with pytest.raises(TypeError, match=r"sources must be readers or arrays, got .*from_files opens paths"):
+        ActivationStore(sources)

@@ -792,3 +792,17 @@ def test_numbers_that_float32_does_not_hold_are_refused(scale):
 def test_dates_are_no_activations():
     with pytest.raises(ValueError, match="got datetime64"):
         PolySAE(8, 2).fit(np.zeros((64, 6), "M8[s]"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tensors_of_any_precision_are_taken_as_their_rows(dtype):
+    X = torch.randn(80, 6, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    rows = X.detach().float().numpy()
+    options = {"k": 2, "max_tokens": 240, "batch_size": 40, "random_state": 0}
+    mine, plain = (PolySAE(12, **options).fit(given) for given in (X, rows))
+    found = mine.transform(X)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, plain.transform(rows))
+    np.testing.assert_array_equal(np.concatenate(list(ActivationStore.from_array(X).batches(99, shuffle=False))), rows)
+    if dtype == torch.float16:
+        np.testing.assert_array_equal(mine.transform(rows.astype(np.float16)), found)

@@ -14,7 +14,8 @@ from polyspan.learn import CategoricalHasher, FeatureSpec, UnifiedEmbedding, Uni
 from polyspan.learn._embedding_gather import gather_rows
 from polyspan.learn._lookup_plan import SCHEMES, lookup_plan, rows_of, rows_of_tensor, salt_of
 from polyspan.learn._row_adagrad import RowAdagrad
-from polyspan.learn._value_keys import BLOCK, MISSING, PAD, WIDE, hash_bytes, mix, one_key, value_keys
+from polyspan.learn._text_hashing import BLOCK, WIDE, hash_bytes, mix
+from polyspan.learn._value_keys import MISSING, PAD, one_key, value_keys
 
 VECTORS = [0xE220A8397B1DCDAF, 0x5E025F9ADE9EAF3E, 0x43AEF8B2706779E6, 0x742D84A24465EF7A]
 SALTS = [0x4B89B739ABDA598D, 0xD718BD3227C2F27F]
@@ -53,7 +54,7 @@ def test_another_process_with_another_hash_seed_gives_the_same_rows():
 def slow_key(text):
     data = text.encode() if isinstance(text, str) else text
     decimal = data.decode("ascii", "replace")
-    canonical = decimal.lstrip("-").isdecimal() and decimal.isascii() and str(int(decimal)) == decimal
+    canonical = decimal.removeprefix("-").isdecimal() and decimal.isascii() and str(int(decimal)) == decimal
     if canonical and abs(int(decimal)) < 2**63:
         return int(decimal)
     return int(np.uint64(hash_bytes(data)).astype(np.int64))
@@ -75,6 +76,19 @@ def test_texts_of_many_lengths_are_hashed_as_one_by_one_across_blocks_slices_and
         np.testing.assert_array_equal(value_keys(column.cast(kind), "t").dense(), expected)
 
 
+@example(["0", "00", "-0", "-", "--1", "-7", "07", "", "1" * 18, "9" * 19, "-" + "9" * 18, "1" * 20, "1 ", "1.0"])
+@given(st.lists(st.from_regex(r"\A-{0,2}0?[0-9]{0,20}a?\Z"), min_size=1, max_size=20))
+def test_texts_that_look_like_numbers_are_whole_numbers_only_in_their_one_form(texts):
+    assert value_keys(texts, "t").dense().tolist() == [slow_key(t) for t in texts]
+
+
+@pytest.mark.parametrize("width", [8, 24])
+def test_texts_of_one_whole_width_are_hashed_as_one_by_one(width):
+    rng = np.random.default_rng(width)
+    column = pa.array([rng.bytes(width) for _ in range(300)]).slice(7)
+    assert value_keys(column, "t").dense().tolist() == [slow_key(text) for text in column.to_pylist()]
+
+
 def test_views_of_text_have_the_keys_of_text():
     column = pa.array(["ann", None, "12", "größe" * 20])
     np.testing.assert_array_equal(
@@ -83,6 +97,8 @@ def test_views_of_text_have_the_keys_of_text():
 
 
 @settings(max_examples=20)
+@example(keys=list(range(-9, 9)), size=2, seed=0)
+@example(keys=list(range(-9, 9)), size=2**30, seed=1)
 @given(keys=st.lists(INT64, min_size=1, max_size=30), size=st.integers(2, 2**31 - 1), seed=st.integers(0, 2**40))
 def test_rows_agree_between_numpy_torch_and_arithmetic_of_any_width(keys, size, seed):
     plan = lookup_plan({"a": FeatureSpec(3)}, size, seed=seed)

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from polyspan.learn import UnifiedEmbeddingClassifier, UnifiedEmbeddingRegressor
+from polyspan.learn import CategoricalHasher, UnifiedEmbeddingClassifier, UnifiedEmbeddingRegressor
 from polyspan.learn._cross_network import CrossHead
 from polyspan.learn._table_files import TableFile
 from polyspan.learn.unified_embedding_plots import plot_collisions
@@ -284,6 +284,7 @@ def test_a_file_of_four_times_the_rows_takes_no_more_memory(tmp_path):
         ({"n_iter_no_change": 0}, "n_iter_no_change must be at least 1, got 0"),
         ({"n_cross": -1}, "n_cross must be at least 0, got -1"),
         ({"max_len": 0}, "max_len must be at least 1, got 0"),
+        ({"max_len": {"tags": 2}}, r"max_len must be at least 1, got \{'tags': 2\}"),
         ({"learning_rate": 0}, "learning_rate must be above 0, got 0"),
         ({"table_learning_rate": -1}, "table_learning_rate must be above 0, got -1"),
         ({"batch_size": 0}, "batch_size must be 'auto' or at least 1, got 0"),
@@ -375,3 +376,18 @@ def test_a_target_of_dates_is_refused_before_any_training(y):
         UnifiedEmbeddingClassifier().fit(X, y)
     with pytest.raises((ValueError), match="y must hold numbers"):
         UnifiedEmbeddingRegressor().fit(X, y)
+
+
+def test_a_table_of_tensors_is_read_like_one_of_arrays():
+    rng = np.random.default_rng(0)
+    X = {"kind": rng.integers(-3, 9, size=80), "size": rng.normal(size=80).astype(np.float32)}
+    tensors = {"kind": torch.from_numpy(X["kind"]), "size": torch.from_numpy(X["size"]).requires_grad_()}
+    y = X["kind"] > X["size"]
+    options = {"n_embeddings": 32, "chunk_dim": 2, "hidden": (4,), "max_epochs": 2, "random_state": 0}
+    mine, plain = (UnifiedEmbeddingClassifier(**options).fit(given, y) for given in (tensors, X))
+    assert (mine.categorical_features_, mine.dense_features_) == (["kind"], ["size"])
+    np.testing.assert_array_equal(mine.predict_proba(tensors), plain.predict_proba(X))
+    half = {"kind": torch.tensor([1.5, 2.0]).to(torch.bfloat16)}
+    np.testing.assert_array_equal(
+        CategoricalHasher().fit_transform(half), CategoricalHasher().fit_transform({"kind": [1.5, 2]})
+    )

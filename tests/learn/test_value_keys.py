@@ -154,6 +154,12 @@ def test_values_without_a_key_are_refused_by_name(column):
         value_keys(column, "c")
 
 
+@pytest.mark.parametrize("column", [["ann", "\ud800"], [1, "\ud800"]], ids=["text", "mixed"])
+def test_a_text_that_is_no_unicode_is_refused_by_name(column):
+    with pytest.raises(ValueError, match=r"a value of column 'c' must be text that UTF-8 can hold, got '\\ud800'"):
+        value_keys(column, "c")
+
+
 def test_dates_beyond_reckoning_and_decimals_of_endless_digits_are_refused():
     with pytest.raises(ValueError, match="within 2"):
         numpy_texts(np.array([2**60], "M8[Y]"))

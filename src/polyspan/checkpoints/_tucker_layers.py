@@ -42,6 +42,10 @@ def weight_shape(layer: Any) -> tuple[int, ...]:
     return tuple(layer.weight.shape)
 
 
+def _as_it_is(*_: Any) -> None:
+    """Leave an output as it is."""
+
+
 class TuckerLayer(tuners.BaseTunerLayer):
     """What all layers share: parameters, their first values, merging, and the sum over active adapters.
 
@@ -121,6 +125,14 @@ class TuckerLayer(tuners.BaseTunerLayer):
             getattr(self, name)[adapter_name] = nn.Parameter(
                 value.to(kind.device, kind.dtype), requires_grad=kind.requires_grad
             )
+
+    def insist_on_calls(self) -> None:
+        """Keep ``nn.TransformerEncoderLayer`` from its fast path, which in eval mode reads weights without calling.
+
+        It takes none where a part of it has a hook.
+        """
+        if not self._forward_hooks:
+            self.register_forward_hook(_as_it_is)
 
     def _choose_path(self, ranks: Sequence[int]) -> str:
         return "factored"
@@ -237,8 +249,13 @@ class TuckerLinear(TuckerLayer, nn.Module):
     def _delta_forward(self, x: Tensor, name: str, result: Tensor) -> Tensor:
         core, factors = self.parameters_of(name)
         middle = core if self.axis_in == 0 else core.T
-        hidden = self._dropped(x, name, core.dtype) @ factors[self.axis_in]
-        return (hidden @ (middle * self.tucker_adapter_scale[name])) @ factors[self.axis_out].T
+        hidden = _product(self._dropped(x, name, core.dtype), factors[self.axis_in])
+        return _product(_product(hidden, middle * self.tucker_adapter_scale[name]), factors[self.axis_out].T)
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``x @ matrix``, also of nested tensors, which torch's own encoder makes of padded rows."""
+    return F.linear(x, matrix.T) if x.is_nested else x @ matrix
 
 
 class TuckerConv(TuckerLayer, nn.Module):

@@ -299,6 +299,8 @@ class TuckerAdapterModel(tuners.BaseTuner):
         if layer is not target:
             layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, ranks, scale=scale, config=peft_config, key=current_key)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            layer.insist_on_calls()
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)

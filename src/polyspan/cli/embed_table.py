@@ -178,7 +178,7 @@ def report(model: Path, source: Path, *, batch_rows: int = 65536, plot: Path | N
 
     fitted = _load(model)
     with TableFile(source, None, list(fitted.feature_names_in_), batch_rows) as table:
-        _, columns, _ = next(table.batches())
+        columns = table.first(batch_rows)
     found, overlap = fitted.collision_report(columns), fitted.reader_overlap()
     if plot is not None:
         from polyspan.learn.unified_embedding_plots import plot_collisions

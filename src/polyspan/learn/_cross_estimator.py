@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,9 @@ class CrossEstimator(BaseEstimator):
 
     def _check_parameters(self) -> None:
         for name, least in (("max_epochs", 1), ("n_iter_no_change", 1), ("max_len", 1), ("n_cross", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
         for name in ("learning_rate", "table_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

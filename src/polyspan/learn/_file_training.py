@@ -12,7 +12,7 @@ from polyspan.run import Progress
 
 from ._cross_files import restore_estimator, write_estimator
 from ._epoch_keeper import EpochKeeper
-from ._value_keys import mix
+from ._text_hashing import mix
 
 EARLY_STOPPING_ROWS = 10_000
 

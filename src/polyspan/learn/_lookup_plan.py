@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._value_keys import BLOCK, FIRST, GOLDEN, MASK, SECOND, hash_bytes, mix_in_place, mix_int
+from ._text_hashing import BLOCK, FIRST, GOLDEN, MASK, SECOND, hash_bytes, mix_in_place, mix_int
 
 SCHEMES = {
     "multiplex": ("shared", "hash"),
@@ -181,16 +181,24 @@ def rows_of(keys: np.ndarray, plan: LookupPlan, *, out: np.ndarray | None = None
     n, s, half = len(keys), len(salt), np.uint64(32)
     made = np.empty((n, s), np.uint64) if out is None else out.view(np.uint64)
     step = max(1, BLOCK // s)
+    powers = [int(number).bit_length() - 1 for number in size]
+    # A range of 2^p rows takes the highest p bits, of which there are less than 31.
+    highest = np.array([64 - p for p in powers], np.uint64) if all(size == [2**p for p in powers]) else None
+
     spare = np.empty((min(step, n), s), np.uint64)
     for at in range(0, n, step):
         some, h = keys[at : at + step].view(np.uint64), made[at : at + step]
         # The keys of one column are as many as its lookups need by broadcasting.
         np.bitwise_xor(some if some.shape[1] == 1 else some[:, plan.column], salt, out=h)
-        mix_in_place(h, spare[: len(h)])
-        np.right_shift(h, half, out=h)
-        np.multiply(h, size, out=h)
-        np.right_shift(h, half, out=h)
-        np.add(h, offset, out=h)
+        mix_in_place(h, spare[: len(h)], high_bits_only=highest is not None)
+        if highest is not None:
+            np.right_shift(h, highest, out=h)
+        else:
+            np.right_shift(h, half, out=h)
+            np.multiply(h, size, out=h)
+            np.right_shift(h, half, out=h)
+        if offset.any():
+            np.add(h, offset, out=h)
     return made.view(np.int64)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import validate_data
 
+from ._tensors import as_array
+
 FLOAT_KINDS = "f"
 
 
@@ -15,6 +17,7 @@ def read_columns(estimator: Any, X: Any, *, reset: bool, absent: str | None = "e
     Later, columns are taken by name in the order of the fit, and further ones are left out. ``absent="missing"`` gives
     a column that is not there missing values, ``"error"`` refuses; ``None`` takes whatever comes.
     """
+    X = as_array(X)
     names = _names(X)
     if names is None:
         if isinstance(X, list) and X and isinstance(X[0], list | tuple):
@@ -34,7 +37,7 @@ def read_columns(estimator: Any, X: Any, *, reset: bool, absent: str | None = "e
         raise ValueError(f"X must have distinct column names, got {twice!r} twice")
     if not names:
         raise ValueError("X must have at least one column, got 0 feature(s)")
-    columns = {name: X[label] for name, label in zip(names, labels, strict=True)}
+    columns = {name: as_array(X[label]) for name, label in zip(names, labels, strict=True)}
     lengths = {len(column) for column in columns.values()}
     if len(lengths) > 1:
         raise ValueError(f"columns of X must be of one length, got {sorted(lengths)}")

@@ -89,6 +89,28 @@ class TableFile:
             columns = {name: batch.column(name) for name in self.names}
             yield start, columns, None if self.target is None else _target(batch.column(self.target), self.target)
 
+    def first(self, n: int) -> dict[str, Any]:
+        """Return the columns of the first ``n`` rows, or of all where there are fewer, however the file groups them.
+
+        Raises
+        ------
+        ValueError
+            The file has no row.
+        """
+        parts, count = [], 0
+        for _, columns, _ in self.batches():
+            parts.append(columns)
+            count += len(next(iter(columns.values())))
+            if count >= n:
+                break
+        if not count:
+            raise ValueError(f"{self.path.name} must have at least one row, got 0")
+        if self._whole is not None:
+            return {name: np.concatenate([part[name] for part in parts])[:n] for name in self.names}
+        import pyarrow as pa
+
+        return {name: pa.chunked_array([part[name] for part in parts]).slice(0, n) for name in self.names}
+
 
 def _target(column: Any, name: str) -> np.ndarray:
     import pyarrow.types as t

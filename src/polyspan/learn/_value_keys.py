@@ -17,20 +17,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._tensors import as_array
+from ._text_hashing import as_bytes, as_text, hash_bytes, hash_texts, layout
 from ._value_texts import arrow_texts, decimal_text, numpy_texts
 
-MASK = 2**64 - 1
-GOLDEN = 0x9E3779B97F4A7C15
-FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 PAD = -(2**63)
 MISSING = -0x61C8864680B583EB
 """Two keys that no value has but by a chance of 2⁻⁶⁴; as whole numbers they are given the key of their text."""
-BLOCK = 32_768
-"""Rows that are hashed at a time, so that what they need stays in the processor's cache."""
-WIDE = 64
-"""Bytes up to which texts are hashed side by side, filled up to one length."""
-WHOLE_TEXT, LONGEST_TEXT = r"^(0|-?[1-9][0-9]{0,17})$", r"^-?[1-9][0-9]{18}$"
-"""Decimal text of a whole number: one that is in int64 for sure, and one that may be."""
+REFUSED = OverflowError, TypeError, ValueError, NotImplementedError
+"""What Arrow raises of values that have no one type, or of text that is no Unicode; its own errors are among these."""
 
 
 class Keys(NamedTuple):
@@ -48,137 +43,8 @@ class Keys(NamedTuple):
         return self.distinct if self.codes is None else self.distinct[self.codes]
 
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """Return the finaliser of splitmix64, a bijection of 64 bits: every bit of ``x`` moves half of the others."""
-    return mix_in_place(x.copy(), np.empty_like(x))
-
-
-def mix_in_place(x: np.ndarray, spare: np.ndarray) -> np.ndarray:
-    """Return :func:`mix` of ``x`` in ``x`` itself; ``spare``, of the same shape, is overwritten."""
-    for shift, factor in ((30, FIRST), (27, SECOND)):
-        np.right_shift(x, np.uint64(shift), out=spare)
-        np.bitwise_xor(x, spare, out=x)
-        np.multiply(x, np.uint64(factor), out=x)
-    np.right_shift(x, np.uint64(31), out=spare)
-    return np.bitwise_xor(x, spare, out=x)
-
-
-def mix_int(x: int) -> int:
-    """Return what :func:`mix` gives of one number in [0, 2⁶⁴)."""
-    x = ((x ^ (x >> 30)) * FIRST) & MASK
-    x = ((x ^ (x >> 27)) * SECOND) & MASK
-    return x ^ (x >> 31)
-
-
-def hash_bytes(data: bytes) -> int:
-    """Return the 64-bit hash of one byte string, in [0, 2⁶⁴).
-
-    It starts from the mixed length, and takes in eight bytes at a time, little-endian, the last filled up with zeros.
-    """
-    h = mix_int((len(data) + GOLDEN) & MASK)
-    for at in range(0, len(data), 8):
-        h = mix_int(((h ^ int.from_bytes(data[at : at + 8], "little")) + GOLDEN) & MASK)
-    return h
-
-
-def hash_texts(texts: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return :func:`hash_bytes` of every value of an Arrow array of text or bytes, (v,) uint64, and first bytes.
-
-    Those are (v,) uint8, and 0 for the empty text and for texts of more than :data:`WIDE` bytes. Nulls have any hash.
-    """
-    texts = _bytes(texts)
-    _, lengths, _ = _layout(texts)
-    long = lengths > WIDE
-    if not long.any():
-        return _hash_short(texts, lengths)
-    import pyarrow as pa
-
-    hashes, heads = np.empty(len(texts), np.uint64), np.zeros(len(texts), np.uint8)
-    hashes[~long], heads[~long] = _hash_short(texts.filter(pa.array(~long)), lengths[~long])
-    # A long text costs more to hash than to look up.
-    coded = texts.filter(pa.array(long)).dictionary_encode()
-    hashes[long] = _hash_long(coded.dictionary)[coded.indices.to_numpy(zero_copy_only=False)]
-    return hashes, heads
-
-
-def _bytes(texts: Any) -> Any:
-    """Return an Arrow array of text or bytes as one of bytes on the same memory, without its nulls."""
-    import pyarrow as pa
-    import pyarrow.types as t
-
-    kind = texts.type
-    if not (t.is_string(kind) or t.is_binary(kind) or t.is_large_string(kind) or t.is_large_binary(kind)):
-        texts = texts.cast(pa.large_binary())
-    wide = t.is_large_string(texts.type) or t.is_large_binary(texts.type)
-    parts = [None, *texts.buffers()[1:]]
-    return pa.Array.from_buffers(pa.large_binary() if wide else pa.binary(), len(texts), parts, offset=texts.offset)
-
-
-def _layout(texts: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return starts and lengths (v,) of an Arrow array of bytes, and the bytes that they count in, uint8."""
-    import pyarrow.types as t
-
-    kind = np.dtype(np.int64 if t.is_large_binary(texts.type) else np.int32)
-    _, offsets, data = texts.buffers()
-    if not len(texts):
-        return np.zeros(0, kind), np.zeros(0, kind), np.zeros(0, np.uint8)
-    bounds = np.frombuffer(offsets, kind, count=len(texts) + 1, offset=kind.itemsize * texts.offset)
-    end = int(bounds[-1])
-    flat = np.frombuffer(data, np.uint8, count=end) if end else np.zeros(0, np.uint8)
-    return bounds[:-1], np.diff(bounds), flat
-
-
-def _hash_short(texts: Any, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hash an Arrow array of bytes, none longer than :data:`WIDE`: Arrow fills a block up to rows of equal length."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    kind = pa.large_string() if texts.type == pa.large_binary() else pa.string()
-    # Filling up looks at bytes alone, but Arrow has it for text only.
-    texts = pa.Array.from_buffers(kind, len(texts), texts.buffers(), offset=texts.offset)
-    begun = mix(np.arange(WIDE + 1, dtype=np.uint64) + np.uint64(GOLDEN))
-    hashes, heads = np.empty(len(texts), np.uint64), np.zeros(len(texts), np.uint8)
-    spare = np.empty(min(BLOCK, len(texts)), np.uint64)
-    for at in range(0, len(texts), BLOCK):
-        size, block = lengths[at : at + BLOCK], hashes[at : at + BLOCK]
-        begun.take(size, out=block, mode="clip")
-        n, least, n_words = len(block), int(size.min()), -(-int(size.max()) // 8)
-        if not n_words:
-            continue
-        padded = pc.call_function("ascii_rpad", [texts.slice(at, BLOCK)], pc.PadOptions(8 * n_words, "\0"))
-        rows = np.frombuffer(padded.buffers()[2], np.uint8, count=8 * n * n_words).reshape(n, 8 * n_words)
-        heads[at : at + BLOCK] = rows[:, 0]
-        for j, words in enumerate(rows.view("<u8").T):
-            ended = np.flatnonzero(size <= 8 * j) if least <= 8 * j else size[:0]
-            if 2 * len(ended) > n:
-                going = np.flatnonzero(size > 8 * j)
-                block[going] = mix((block[going] ^ words[going]) + np.uint64(GOLDEN))
-                continue
-            kept = block[ended]
-            np.bitwise_xor(block, words, out=block)
-            np.add(block, np.uint64(GOLDEN), out=block)
-            mix_in_place(block, spare[:n])
-            block[ended] = kept
-    return hashes, heads
-
-
-def _hash_long(texts: Any) -> np.ndarray:
-    """Hash an Arrow array of bytes of any length, eight bytes of all that go on at a time."""
-    starts, lengths, data = _layout(texts)
-    flat = np.append(data, np.zeros(8, np.uint8))
-    # Every byte offset as the start of a word: one gather takes the next eight bytes of all texts that go on.
-    words = np.ndarray(shape=(len(flat) - 7,), dtype="<u8", buffer=flat, strides=(1,))
-    h = mix(lengths.astype(np.uint64) + np.uint64(GOLDEN))
-    for at in range(0, int(lengths.max(initial=0)), 8):
-        going = np.flatnonzero(lengths > at)
-        left = np.minimum(lengths[going] - at, 8).astype(np.uint64)
-        word = words[starts[going] + at] & (np.uint64(MASK) >> (np.uint64(64) - np.uint64(8) * left))
-        h[going] = mix((h[going] ^ word) + np.uint64(GOLDEN))
-    return h
-
-
 def value_keys(column: Any, name: str, max_len: int | None = None) -> Keys:
-    """Return the keys of a column: NumPy, Arrow, a DataFrame's series or a list of values.
+    """Return the keys of a column: NumPy, Arrow, a tensor, a DataFrame's series or a list of values.
 
     Parameters
     ----------
@@ -193,8 +59,10 @@ def value_keys(column: Any, name: str, max_len: int | None = None) -> Keys:
     TypeError
         A value is neither text nor number nor date.
     ValueError
-        A column of lists came where single values were expected, or the reverse.
+        A column of lists came where single values were expected, or the reverse; a text is no Unicode, but half of a
+        surrogate pair.
     """
+    column = as_array(column)
     plain = np.asarray(column) if isinstance(column, np.ndarray) else None
     if plain is not None and plain.dtype.kind in "iufb" and max_len is None:
         return Keys(_number_keys(plain), None)
@@ -254,13 +122,32 @@ def _arrow(column: Any) -> Any:
         return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
     if isinstance(column, pa.Array):
         return column
-    if _bends(column):
+    made = _texts(column)
+    if made is None:
+        if _bends(column):
+            return None
+        try:
+            made = pa.array(column, from_pandas=True)
+        except REFUSED:
+            return None
+    return made.combine_chunks() if isinstance(made, pa.ChunkedArray) else made
+
+
+def _texts(column: Any) -> Any:
+    """Return Python objects that are all text, bytes or missing, as Arrow's text, or None of others.
+
+    What begins with a text mostly is. Arrow then reads it once, where finding out the kinds takes half as long again.
+    """
+    import pyarrow as pa
+
+    if getattr(column, "dtype", None) not in (None, object):
+        return None
+    if not isinstance(next((value for value in column if value is not None), None), str):
         return None
     try:
-        made = pa.array(column, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, TypeError):
+        return pa.array(column, pa.string(), from_pandas=True)
+    except REFUSED:
         return None
-    return made.combine_chunks() if isinstance(made, pa.ChunkedArray) else made
 
 
 MOMENTS = {datetime.datetime, datetime.date, datetime.time, datetime.timedelta}
@@ -348,26 +235,45 @@ def _is_text(kind: Any) -> bool:
 def _text_keys(texts: Any) -> np.ndarray:
     """Return keys of texts: those that are a whole number in decimal have that number's key."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    texts = _bytes(texts)
-    hashes, heads = hash_texts(texts)
+    texts = as_bytes(texts)
+    hashes, at = hash_texts(texts)
     keys = hashes.view(np.int64)
-    at = np.flatnonzero((heads - np.uint8(ord("0")) <= 9) | (heads == ord("-")))
     if not len(at):
         return keys
     some = texts if len(at) == len(texts) else texts.take(pa.array(at))
-    found = pc.call_function("match_substring_regex", [some], pc.MatchSubstringOptions(WHOLE_TEXT))
-    whole = some.filter(found)
-    if len(whole):
-        numbers = whole.cast(pa.large_string()).cast(pa.int64())
-        keys[at[found.to_numpy(zero_copy_only=False)]] = numbers.to_numpy(zero_copy_only=False)
-    longest = pc.call_function("match_substring_regex", [some], pc.MatchSubstringOptions(LONGEST_TEXT))
-    for i in np.flatnonzero(longest.to_numpy(zero_copy_only=False)):
+    sure, perhaps = _whole_numbers(some)
+    if sure.any():
+        whole = some if sure.all() else some.filter(pa.array(sure))
+        keys[at[sure]] = as_text(whole).cast(pa.int64()).to_numpy()
+    for i in np.flatnonzero(perhaps):
         value = int(some[int(i)].as_py())
         if -(2**63) < value < 2**63 and value != MISSING:
             keys[at[i]] = value
     return keys
+
+
+def _whole_numbers(texts: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of Arrow bytes (v,), each beginning with a digit or a minus sign, are a whole number in decimal.
+
+    That is "0", or digits of which the first is not 0, with a minus sign or without: of at most 18 digits, which are in
+    int64 for sure, and of 19, which may be.
+    """
+    import pyarrow.compute as pc
+
+    bounds, data = layout(texts)
+    lengths = np.diff(bounds)
+    signed = data[bounds[:-1]] == ord("-")
+    digits = as_text(texts)
+    if signed.any():
+        digits = pc.call_function("ascii_ltrim", [digits], pc.TrimOptions("-"))
+    bounds, data = layout(digits)
+    n_digits = np.diff(bounds)
+    decimal = pc.call_function("ascii_is_decimal", [digits]).to_numpy(zero_copy_only=False)
+    # Nothing is left of texts that are minus signs alone, and no byte may stand where the last of them begins.
+    first = np.append(data, np.uint8(0))[bounds[:-1]] if signed.any() else data[bounds[:-1]]
+    canonical = decimal & (n_digits + signed == lengths) & ((first != ord("0")) | (lengths == 1))
+    return canonical & (n_digits <= 18), canonical & (n_digits == 19)
 
 
 def _by_codes(distinct: np.ndarray, indices: Any) -> Keys:
@@ -443,7 +349,12 @@ def one_key(value: Any, name: str = "value") -> int:
     if isinstance(value, str | bytes):
         import pyarrow as pa
 
-        return int(_text_keys(pa.array([value]))[0])
+        try:
+            return int(_text_keys(pa.array([value]))[0])
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"a value of column {name!r} must be text that UTF-8 can hold, got {value!r:.80}"
+            ) from None
     if isinstance(value, Decimal):
         return MISSING if value.is_nan() else one_key(decimal_text(value))
     moment, zoned = _moment(value)

@@ -14,6 +14,8 @@ from polyspan.io.atomic import settle
 from polyspan.io.text import dump_json
 from polyspan.run import Journal, Progress, first_interrupt_finishes
 
+from ._tensors import as_array
+
 SUFFIXES = (".npy", ".npz", ".safetensors", ".parquet", ".arrow", ".feather", ".fvecs")
 BLOCK_ROWS = 1024
 BUFFER_ROWS, BUFFER_BYTES = 65_536, 2**28
@@ -40,7 +42,7 @@ class ActivationStore:
     Parameters
     ----------
     sources : sequence of EmbeddingReader or ndarray
-        Of one width.
+        Of one width; paths go to :meth:`from_files`.
     buffer_rows : int, optional
         Rows that are shuffled together; left out, 65,536, or as many as take 256 MiB in float32.
     block_rows : int, default=1_024
@@ -52,11 +54,17 @@ class ActivationStore:
 
     Raises
     ------
+    TypeError
+        A source is neither.
     ValueError
         No source, widths that differ, or sizes below 1.
     """
 
     def __init__(self, sources: Sequence[Any], *, buffer_rows: int | None = None, block_rows: int = BLOCK_ROWS):
+        if isinstance(sources, str | Path) or not all(isinstance(s, EmbeddingReader | np.ndarray) for s in sources):
+            raise TypeError(
+                f"sources must be readers or arrays, got {sources!r:.80}; ActivationStore.from_files opens paths"
+            )
         if not sources:
             raise ValueError("sources must be at least one, got none")
         widths = [_shape(source)[1] for source in sources]
@@ -75,8 +83,9 @@ class ActivationStore:
         return self.n_rows
 
     @classmethod
-    def from_array(cls, rows: np.ndarray, **options: Any) -> "ActivationStore":
-        """Hand out the rows of an array (n, d), which is not copied."""
+    def from_array(cls, rows: Any, **options: Any) -> "ActivationStore":
+        """Hand out the rows of an array or tensor (n, d); it is not copied, unless it is on a device or of bfloat16."""
+        rows = as_array(rows)
         if np.ndim(rows) != 2 or 0 in np.shape(rows):
             raise ValueError(f"rows must be an array (n, d) of at least one row and column, got {np.shape(rows)}")
         return cls([np.asarray(rows)], **options)

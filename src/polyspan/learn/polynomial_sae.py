@@ -13,6 +13,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from ._sae_interactions import co_firing
+from ._tensors import as_array
 from .activation_store import ActivationStore
 
 PASSES = 16
@@ -204,8 +205,8 @@ class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array of shape (n, d), or ActivationStore
-            A store may be larger than memory.
+        X : array or tensor of shape (n, d), or ActivationStore
+            Half precision is widened to float32. A store may be larger than memory.
         y : ignored
         checkpoint : path, optional
             A .safetensors file that is written every ``checkpoint_every`` steps and at the end. One that is there, of
@@ -269,8 +270,11 @@ class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     def _checked(self, X: Any, *, reset: bool = False, **options: Any) -> np.ndarray:
         """Return the rows of X as floats; the first that is not finite is named, and dates are no numbers."""
+        X = as_array(X)
         if getattr(getattr(X, "dtype", None), "kind", "f") in "mM":
             raise ValueError(f"X must hold numbers, got {X.dtype}")
+        if isinstance(X, np.ndarray) and X.dtype == np.float16:
+            X = X.astype(np.float32)
         floats = [np.float64, np.float32]
         rows = validate_data(self, X, reset=reset, dtype=floats, ensure_all_finite=False, **options)
         strange = np.flatnonzero(~np.isfinite(rows).all(axis=1))
