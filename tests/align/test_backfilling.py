@@ -161,6 +161,10 @@ def test_rows_and_labels_that_do_not_fit_are_refused(tmp_path):
         backfill_distances(lambda: [], [0, 1])
     with pytest.raises(ValueError, match="metric must be 'euclidean' or 'cosine', got 'dot'"):
         backfill_order(lifted, labels, metric="dot")
+    with pytest.raises(ValueError, match="labels must have no NaN, got one at row 4"):
+        backfill_order(lifted, np.where(np.arange(len(labels)) == 4, np.nan, labels))
+    with pytest.raises(ValueError, match="labels must be of one kind, got NoneType, int"):
+        backfill_order(lifted, [None, *labels[1:].tolist()])
     lifted[7, 1] = np.inf
     with pytest.raises(ValueError, match="got NaN or infinity at row 7"):
         backfill_distances(lambda: [lifted[:5], lifted[5:]], labels)

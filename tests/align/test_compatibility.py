@@ -156,7 +156,7 @@ X, Y = vectors(0)
         (lambda: evaluate_compatibility(X, X, Y[:5], Y), r"query_labels must have shape \(60,\), got \(5,\)"),
         (lambda: evaluate_compatibility(X, X, Y, Y[:5]), r"gallery_labels must have shape \(60,\), got \(5,\)"),
         (lambda: evaluate_compatibility(X, X[:9], Y, Y[:9], True), "exclude_self needs one gallery row a query"),
-        (lambda: evaluate_compatibility(X, X, Y, Y, ks=(0,)), r"ks must be positive, got \[0\]"),
+        (lambda: evaluate_compatibility(X, X, Y, Y, ks=(0,)), "ks must be at least 1, got 0"),
         (lambda: evaluate_compatibility(X, X, Y, Y, widths="cut"), "widths must be one of .* got 'cut'"),
         (lambda: evaluate_compatibility(X * 0, X, Y, Y), "query must have no all-zero row, got one at row 0"),
         (lambda: evaluate_compatibility(X, X * np.nan, Y, Y), "gallery must be finite, got NaN or infinity in row 0"),

@@ -408,7 +408,7 @@ OLD = unit(np.random.default_rng(0).normal(size=(240, 5)))
         ({"max_iter": 0}, None, "max_iter must be at least 1, got 0"),
         ({"warmup": 7}, None, "warmup must be between 0 and max_iter=6 epochs, got 7"),
         ({"learning_rate": 0}, None, "learning_rate must be positive, got 0"),
-        ({"weight_decay": -1}, None, "weight_decay must be at least 0, got -1"),
+        ({"weight_decay": -1}, None, "weight_decay must be finite and at least 0, got -1"),
         ({"w_bct": -2}, None, "w_bct must be at least 0 and finite, got -2"),
     ],
 )
@@ -469,8 +469,8 @@ def test_labels_and_widths_that_do_not_fit_the_loss_are_named():
     [
         (np.eye(3), [0, 1], None, r"labels must have one entry a row of embeddings \(3\), got 2"),
         (np.eye(3), [0, 1, 3], None, r"every class must have a row, got none of 1 classes, the first \[2\]"),
-        (np.eye(3), [0, 1, 2], 2, "labels must lie in 0"),
-        (np.eye(3), [0, -1, 2], None, "labels must lie in 0"),
+        (np.eye(3), [0, 1, 2], 2, "labels must be between 0 and n_classes - 1 = 1, got 0 to 2"),
+        (np.eye(3), [0, -1, 2], None, "labels must be at least 0, got -1 to 2"),
         (np.eye(3), [0.0, 1.0, 2.0], None, "labels must be one-dimensional integers"),
         (np.eye(3), None, None, "labels must be given with an array of embeddings"),
         (np.zeros((3, 2)), [0, 1, 2], None, "embeddings must have no all-zero row, got one at row 0"),

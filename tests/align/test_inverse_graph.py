@@ -17,7 +17,7 @@ def unit(X):
     return X / np.linalg.norm(X, axis=1, keepdims=True)
 
 
-def cone(seed, n, d=12, shift=1.5, blur=0.0, common=None):
+def cone(seed, n, d=12, shift=1.5, blur=0.5, common=None):
     """Rows about one direction; the twin of a row is the same row blurred."""
     rng = np.random.default_rng(seed)
     common = np.ones(d) / np.sqrt(d) if common is None else common
@@ -335,7 +335,7 @@ def test_rows_that_have_no_direction_are_named():
     G[2] = 0
     with pytest.raises(ValueError, match="X must have no all-zero row when normalize=True, got one at row 2"):
         InverseGraphConvolution(block_rows=2).fit(BG).transform(G)
-    with pytest.raises(ValueError, match="gallery must have no all-zero row"):
+    with pytest.raises(ValueError, match="X must have no all-zero row"):
         InverseGraphConvolution().fit(G)
     with pytest.raises(ValueError, match="X must have no all-zero row, got one at row 2"):
         mean_pairwise_cosine(G)

@@ -357,7 +357,7 @@ def test_constant_features_take_no_part():
     np.testing.assert_allclose(
         SubspaceAligner(4, reg=0.0).fit(with_constant[0], Y).similarity(with_constant[1], B), plain, atol=1e-6
     )
-    with pytest.raises(ValueError, match="is constant over its rows"):
+    with pytest.raises(ValueError, match="X must vary from row to row"):
         SubspaceAligner().fit(np.ones((30, 3)), Y[:30])
 
 
@@ -462,7 +462,7 @@ def test_queries_that_do_not_fit_are_refused(monkeypatch):
         ({"bandwidth": 1.0}, "bandwidth is for kernel='rbf', got 1.0"),
         ({"kernel": "rbf", "bandwidth": 0.0}, "bandwidth must be positive and finite, got 0.0"),
         ({"X_anchor": np.ones((5, 3))}, "one row an anchor"),
-        ({"X_anchor": np.ones((20, 3))}, "anchors must vary in both views"),
+        ({"X_anchor": np.ones((20, 3))}, "X_anchor must vary"),
         ({"X_anchor": np.ones((20, 3)), "kernel": "rbf"}, "X_anchor must vary, got rows that are all equal"),
         ({"X": np.ones((2, 4))}, "X must have 3 features, got 4"),
         ({"Y": np.full((2, 2), np.nan)}, "Input Y contains NaN"),

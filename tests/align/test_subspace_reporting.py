@@ -149,7 +149,7 @@ def test_pictures_have_equal_bytes_and_only_known_suffixes(report, world, tmp_pa
         (lambda X, Y: subspace_report(X, Y, held_share=1.0), "held_share must lie above 0 and below 1, got 1.0"),
         (lambda X, Y: subspace_report(X, Y, n_shuffles=0), "n_shuffles must be at least 1, got 0"),
         (lambda X, Y: subspace_report(X, Y * np.nan), "y contains NaN"),
-        (lambda X, Y: subspace_report(X * 0, Y), "is constant over its rows"),
+        (lambda X, Y: subspace_report(X * 0, Y), "X must vary from row to row"),
         (lambda X, Y: scores_by_size(X, Y, X, Y, sizes=(99,)), "sizes must hold a dimension between 1 and 40, got"),
         (lambda X, Y: scores_by_size(X, Y, X, Y, n_anchors=(1,)), "n_anchors must lie between 2 and 600, got 1"),
         (lambda X, Y: topk_accuracy(X, 61), "k must be between 1 and 60, got 61"),

@@ -237,7 +237,13 @@ def test_list_and_show_tell_what_there_is(capsys):
 def test_a_claim_writes_evidence_and_check_turns_a_verdict_into_an_exit_code(home, capsys, monkeypatch):
     import polyspan.claims.canonicalize as module
 
-    small = {"worlds": module.CLAIM.worlds, "levels": {"quick": ("planted",)}}
+    monkeypatch.setattr(module, "ResidualMLPMap", lambda **_: module.RidgeMap())  # beside the claim, and long to train
+
+    def against_least_squares(pair, seed):
+        arms = module.trial(pair, seed)
+        return arms | {"baseline": arms["least squares"]}
+
+    small = {"trial": against_least_squares, "levels": {"quick": ("planted",)}}
     claim = module.CLAIM.__class__(**{**vars(module.CLAIM), **small})
     monkeypatch.setattr(module, "CLAIM", claim)
     assert run(["claim", "canonicalize", "--seeds", "4", "--json", "--check"]) == 0

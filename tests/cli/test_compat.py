@@ -61,6 +61,23 @@ def test_old_vectors_stand_for_an_old_encoder_and_not_beside_it(files, capsys):
         train(files / "X.npy", files / "y.npy", old=files / "old.safetensors", **given)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_classes_come_from_a_table_by_name_too(files, capsys, suffix):
+    names = [("fine", "none", "poor")[i] for i in np.load(files / "y.npy") % 3]
+    table = files / f"classes{suffix}"
+    table.write_text("label\n" + "\n".join(names) + "\n")
+    train(files / "X.npy", table, out=files / "named.safetensors", hidden=(16,), epochs=1, dim=4, json=True)
+    assert json.loads(capsys.readouterr().out)["classes"] == 3
+    assert CompatibleClassifier.load(files / "named.safetensors").classes_.tolist() == ["fine", "none", "poor"]
+    numbers = files / "numbers.npy"
+    np.save(numbers, np.load(files / "y.npy") % 3)
+    scores = []
+    for labels in (table, numbers):
+        evaluate([files / "X.npy"], labels=labels, json=True)
+        scores.append(json.loads(capsys.readouterr().out)["scores"])
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
 def test_classes_beyond_two_to_the_53_stay_apart(files, capsys, suffix):
     y = 2**53 + np.arange(120) % 3

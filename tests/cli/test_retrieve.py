@@ -102,6 +102,34 @@ def test_warnings_go_to_stderr_and_into_the_report(files, capsys):
     assert "same file as the gallery's bank" in shown.err
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"bank_queries": "gallery"}, "the bank of queries is the gallery itself"),
+        ({"tune_gallery": "gallery", "tune_queries": "queries"}, "rates are tuned on the gallery itself"),
+        ({"tune_gallery": "bank_gallery", "tune_queries": "bank_queries"}, "rates are tuned on the bank"),
+        (
+            {"tune_gallery": "tune_gallery", "tune_queries": "tune_queries", "queries": "tune_queries"},
+            "rates are tuned on the queries that measure them",
+        ),
+    ],
+)
+def test_files_that_are_given_for_two_things_are_told_of(files, capsys, options, text):
+    given = banks(files) | {name: files / f"{stem}.npy" for name, stem in options.items()}
+    debias(files / "gallery.npy", out=files / "out.npy", **given, json=True)
+    shown = capsys.readouterr()
+    assert text in shown.err
+    assert any(text in told for told in json.loads(shown.out)["warnings"])
+
+
+def test_a_gallery_that_is_its_own_bank_is_not_pushed_off_itself(files):
+    write_array(files / "copy.npy", read_array(files / "gallery.npy"))
+    for bank in ("gallery.npy", "copy.npy"):
+        with pytest.raises(ValueError, match="must hold other items than the gallery for --adjacency local"):
+            debias(files / "gallery.npy", out=files / "out.npy", bank_gallery=files / bank, adjacency="local")
+    assert not (files / "out.npy").exists()
+
+
 def test_pictures_have_equal_bytes_for_equal_input(files):
     for name in ("one.svg", "two.svg", "three.png"):
         debias(files / "gallery.npy", out=files / "out.npy", **banks(files), plot=files / name)

@@ -10,6 +10,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from polyspan.errors import WrongContent
 from polyspan.io import Fitted, load_fitted, save_fitted
 
+from ._checks import check_kind, check_squares, checked_weights, finite_rows, scale_rows
+
 
 class Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """What all aligners share; a subclass defines ``_fit_rows`` and ``_apply``.
@@ -32,8 +34,13 @@ class Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            Row counts differ, fewer than two anchors, a value is not finite, or a row is all zero and directions are
-            asked for (``normalize=True``).
+            Row counts differ, fewer than two anchors, a value is not finite or so large or small that its square is
+            not, or a row is all zero and directions are asked for (``normalize=True``).
+
+        Warns
+        -----
+        UserWarning
+            Rows hold 8-bit codes, whose scale and offset nobody told.
         """
         X, Y, weights = self._anchors(X, y, sample_weight, reset=True)
         if len(X) < 2:
@@ -43,8 +50,9 @@ class Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X) -> np.ndarray:
-        """Return ``X`` (m, d_A) as seen from space B, (m, d_B), in the float width of ``X``."""
+        """Return ``X`` (m, d_A) as seen from space B, (m, d_B), in its own width; float64 for float16 and integers."""
         check_is_fitted(self)
+        check_kind(X, "X")
         X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
         return self._apply(self._directions(X))
 
@@ -64,11 +72,10 @@ class Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         A map may raise the cosine and lower retrieval: see :func:`polyspan.align.choose_aligner`.
         """
         check_is_fitted(self)
-        Z, Y = self.transform(X), _rows(y)
+        Z, Y = self.transform(X), finite_rows(y, "y")
         if Z.shape != Y.shape:
             raise ValueError(f"y must have shape {Z.shape}, got {Y.shape}")
-        norms = np.linalg.norm(Z, axis=1) * np.linalg.norm(Y, axis=1)
-        return float(np.mean(np.sum(Z * Y, axis=1) / np.where(norms > 0, norms, 1.0)))
+        return float(np.mean(np.sum(scale_rows(Z)[0] * scale_rows(Y)[0], axis=1)))
 
     def save(self, path: Path | str, **about: Any) -> Path:
         """Write the fitted map to one .safetensors file, atomically; ``about`` holds facts such as model names."""
@@ -111,25 +118,29 @@ class Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             setattr(self, name, value)
 
     def _anchors(self, X, y, sample_weight, *, reset: bool):
+        check_kind(X, "X", 4)
+        check_kind(y, "y", 4)
         X, Y = validate_data(self, X, y, reset=reset, multi_output=True, y_numeric=True, dtype=np.float64)
         Y = Y.reshape(len(Y), -1).astype(np.float64)
-        weights = None
-        if sample_weight is not None:
-            weights = np.broadcast_to(np.asarray(sample_weight, dtype=np.float64), (len(X),))
-            if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
-                raise ValueError("sample_weight must be finite, non-negative and not all zero, got other values")
-        self._n_features_out = Y.shape[1]
-        return self._directions(X), self._directions(Y, "y"), weights
+        weights = checked_weights(sample_weight, len(X))
+        X, Y = self._directions(X), self._directions(Y, "y")
+        check_squares(X, "X")
+        check_squares(Y, "y")
+        if reset:
+            self._n_features_out = Y.shape[1]
+        elif Y.shape[1] != self._n_features_out:
+            raise ValueError(f"y must have {self._n_features_out} features as before, got {Y.shape[1]}")
+        return X, Y, weights
 
     def _directions(self, X: np.ndarray, name: str = "X") -> np.ndarray:
         """Return unit rows where ``normalize`` asks for them."""
         if not self.normalize:
             return X
-        norms = np.linalg.norm(X, axis=1, keepdims=True)
-        if not norms.all():
-            row = int(np.flatnonzero(norms[:, 0] == 0)[0])
+        made, lengths = scale_rows(X)
+        if not lengths.all():
+            row = int(np.flatnonzero(lengths[:, 0] == 0)[0])
             raise ValueError(f"{name} must have no all-zero row when normalize=True, got one at row {row}")
-        return X / norms
+        return made
 
     def _fit_rows(self, X: np.ndarray, Y: np.ndarray, weights: np.ndarray | None) -> None:
         raise NotImplementedError
@@ -141,11 +152,6 @@ class Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.target_tags.required = tags.target_tags.multi_output = True
         return tags
-
-
-def _rows(y: Any) -> np.ndarray:
-    y = np.asarray(y)
-    return y.reshape(len(y), -1)
 
 
 def residual_share(mapped: np.ndarray, target: np.ndarray, mean: np.ndarray) -> float:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ._checks import scale_rows
+
 UNIT_TOLERANCE = 1e-3
 
 
@@ -14,6 +16,8 @@ def as_rows(X: Any, name: str) -> np.ndarray:
     X = X.detach().cpu().numpy() if hasattr(X, "detach") else np.asarray(X)
     if X.ndim != 2 or X.shape[1] == 0:
         raise ValueError(f"{name} must be 2-d, one vector a row, got shape {X.shape}")
+    if X.dtype.kind not in "fiubO":
+        raise ValueError(f"{name} must hold real numbers, got {X.dtype}")
     return X if X.dtype in (np.float32, np.float64) else X.astype(np.float64)
 
 
@@ -22,15 +26,15 @@ def unit_rows(X: np.ndarray, name: str, first: int = 0) -> np.ndarray:
     if not np.isfinite(X).all():
         row = first + int(np.flatnonzero(~np.isfinite(X).all(axis=1))[0])
         raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
-    lengths = np.linalg.norm(X, axis=1, keepdims=True)
+    made, lengths = scale_rows(X)
     if not lengths.all():
         raise ValueError(f"{name} must have no all-zero row, got one at row {first + int(np.argmin(lengths[:, 0]))}")
-    return X / lengths
+    return made
 
 
 def tell_of_lengths(X: np.ndarray, name: str, stacklevel: int) -> bool:
     """Return whether rows are unit vectors, and warn where they are not: only their direction is used."""
-    lengths = np.linalg.norm(X, axis=1)
+    lengths = scale_rows(X)[1]
     unit = bool(np.all(np.abs(lengths - 1) < UNIT_TOLERANCE))
     if not unit:
         warnings.warn(
@@ -95,7 +99,8 @@ def class_prototypes(
             continue
         most = int(y.max()) + 1
         if y.min() < 0 or (n_classes is not None and most > n_classes):
-            raise ValueError(f"labels must lie in 0..n_classes-1 = {n_classes}-1, got {y.min()} to {y.max()}")
+            bound = "at least 0" if n_classes is None else f"between 0 and n_classes - 1 = {n_classes - 1}"
+            raise ValueError(f"labels must be {bound}, got {y.min()} to {y.max()}")
         if sums.shape[1] not in (0, X.shape[1]):
             raise ValueError(f"embeddings must have one width, got {sums.shape[1]} and then {X.shape[1]}")
         unit = unit_rows(X, "embeddings", first)

@@ -12,6 +12,8 @@ from polyspan.io import digest_array
 from polyspan.linalg import label_hits, mean_average_precision, top_k
 from polyspan.run import Journal
 
+from ._checks import check_labels
+
 BLOCK_ROWS = 65_536
 
 
@@ -44,7 +46,7 @@ def backfill_distances(batches: Callable[[], Iterable[Any]], labels: Any, *, met
     """
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f"metric must be 'euclidean' or 'cosine', got {metric!r}")
-    classes, codes = np.unique(np.asarray(labels), return_inverse=True)
+    classes, codes = np.unique(check_labels(labels, "labels"), return_inverse=True)
     means = _class_means(batches(), codes, len(classes))
     found, done = np.empty(len(codes)), 0
     for batch in batches():

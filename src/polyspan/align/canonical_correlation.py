@@ -9,6 +9,8 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from polyspan.linalg import PairedMoments, cca_from_moments
 
+from ._checks import check_kind, check_number, check_squares, checked_weights
+
 FLOATS = [np.float64, np.float32]
 MOST = 50
 VIEWS = ("x", "y")
@@ -57,8 +59,10 @@ def canonical_subspaces(moments: PairedMoments, n_components: Any, reg: Any) -> 
 
 def all_subspaces(moments: PairedMoments, reg: Any) -> CanonicalSubspaces:
     """Solve for as many pairs of directions as the views have."""
-    if isinstance(reg, bool) or not (np.isfinite(reg) and reg >= 0):
-        raise ValueError(f"reg must be finite and at least 0, got {reg!r}")
+    check_number("reg", reg)
+    for name, cov in (("X", moments.cov_in), ("y", moments.cov_out)):
+        if not np.trace(cov) > 0:
+            raise ValueError(f"{name} must vary from row to row, got a constant view, which correlates with nothing")
     found = cca_from_moments(moments, reg=reg)
     weights = found.weights_in, found.weights_out
     covs = (ridged(cov / moments.weight, reg) for cov in (moments.cov_in, moments.cov_out))
@@ -157,13 +161,25 @@ class CanonicalCorrelation(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         ----------
         solve : bool
             Solve for the subspaces now. False only gathers, which is cheap: the last batch must solve.
+
+        Warns
+        -----
+        UserWarning
+            It solves for fewer anchors than features of both views.
         """
         self._gather(X, y, sample_weight, reset=not hasattr(self, "_moments"))
-        return self._solve() if solve else self
+        if solve:
+            self._solve()
+            warn_if_few(self._moments, 2)
+        return self
 
     def _gather(self, X, y, sample_weight, *, reset: bool) -> None:
+        check_kind(X, "X", 3)
+        check_kind(y, "y", 3)
         X, Y = validate_data(self, X, y, reset=reset, multi_output=True, y_numeric=True, dtype=np.float64)
         Y = Y.reshape(len(Y), -1).astype(np.float64)
+        check_squares(X, "X")
+        check_squares(Y, "y")
         if reset:
             self._moments = PairedMoments(X.shape[1], Y.shape[1])
         self._moments.update(X, Y, checked_weights(sample_weight, len(X)))
@@ -242,16 +258,6 @@ def coordinate_correlations(A: np.ndarray, B: np.ndarray) -> np.ndarray:
     A, B = (Z.astype(np.float64) - Z.mean(axis=0, dtype=np.float64) for Z in (A, B))
     norms = np.linalg.norm(A, axis=0) * np.linalg.norm(B, axis=0)
     return np.sum(A * B, axis=0) / np.where(norms > 0, norms, 1.0)
-
-
-def checked_weights(sample_weight: Any, n: int) -> np.ndarray | None:
-    """Return one weight a row, or None."""
-    if sample_weight is None:
-        return None
-    weights = np.broadcast_to(np.asarray(sample_weight, dtype=np.float64), (n,))
-    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
-        raise ValueError("sample_weight must be finite, non-negative and not all zero, got other values")
-    return weights
 
 
 def checked_rows(rows: Any, name: str, width: int) -> np.ndarray:

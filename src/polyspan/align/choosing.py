@@ -6,13 +6,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from sklearn.base import clone
 from sklearn.model_selection import KFold
+from sklearn.utils.validation import check_is_fitted
 
 from polyspan.linalg import PairedMoments, label_hits, mean_average_precision, recall_at_k, top_k
 
 from ._aligner import Aligner
+from ._checks import check_count, check_labels, check_squares, finite_rows
 from .orthogonal_map import IdentityMap, MeanShift, OrthogonalMap, ResidualMLPMap, RidgeMap
 
 Direction = Literal["gallery", "query"]
+DIRECTIONS: tuple[Direction, ...] = ("gallery", "query")
 
 
 class AlignerScore(NamedTuple):
@@ -80,16 +83,24 @@ def choose_aligner(
     Raises
     ------
     ValueError
-        The metric is unknown or needs labels; fewer anchors than folds allow.
+        The metric is unknown or needs labels; labels are not one an anchor; a direction is unknown, or there is none,
+        or no candidate; fewer anchors than folds allow.
     """
     X, Y = np.asarray(X), np.asarray(Y)
     if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
         raise ValueError(f"X and Y must be 2-d with one row an anchor, got shapes {X.shape} and {Y.shape}")
-    labels = None if labels is None else np.asarray(labels)
+    labels = None if labels is None else check_labels(labels, "labels")
+    if labels is not None and labels.shape != (len(X),):
+        raise ValueError(f"labels must have shape ({len(X)},), one an anchor, got {labels.shape}")
+    if not len(directions) or not set(directions) <= set(DIRECTIONS):
+        raise ValueError(f"directions must be some of {DIRECTIONS}, got {tuple(directions)}")
+    check_count("n_splits", n_splits, 2)
     k = _parse_metric(metric, labels)
     if len(X) < 4 * n_splits:
         raise ValueError(f"X must hold at least 4 anchors a fold ({4 * n_splits}), got {len(X)}")
     tried = candidates if candidates is not None else default_candidates(X.shape[1], Y.shape[1], len(X), random_state)
+    if not tried:
+        raise ValueError("candidates must hold at least one aligner, got none")
     folds = list(KFold(n_splits, shuffle=True, random_state=random_state).split(X))
     table = []
     for direction in directions:
@@ -142,10 +153,19 @@ def pairing_p_value(X: Any, Y: Any, *, n_permutations: int = 199, max_rows: int 
     X, Y : arrays of shape (n, d_A) and (n, d_B)
     max_rows : int
         A seeded sample of the rows is enough, and bounds the cost by its square.
+
+    Raises
+    ------
+    ValueError
+        Row counts differ, a value is not finite, or a number is below 1.
     """
+    check_count("n_permutations", n_permutations)
+    check_count("max_rows", max_rows, 2)
+    if len(X) != len(Y):
+        raise ValueError(f"X and Y must have one row an item, got {len(X)} and {len(Y)} rows")
     rng = np.random.default_rng(random_state)
     rows = rng.permutation(len(X))[:max_rows]
-    K, L = (_centred_gram(np.asarray(A)[rows]) for A in (X, Y))
+    K, L = (_centred_gram(finite_rows(np.asarray(A)[rows], name)) for A, name in ((X, "X"), (Y, "Y")))
     observed = np.sum(K * L)
     shuffles = (rng.permutation(len(rows)) for _ in range(n_permutations))
     beaten = sum(np.sum(K * L[np.ix_(order, order)]) >= observed for order in shuffles)
@@ -153,7 +173,9 @@ def pairing_p_value(X: Any, Y: Any, *, n_permutations: int = 199, max_rows: int 
 
 
 def _centred_gram(A: np.ndarray) -> np.ndarray:
-    A = A.astype(np.float64) - A.mean(axis=0)
+    """Return the Gram matrix (n, n) of centred rows, in units of their largest number."""
+    A = A / (np.abs(A).max() or 1.0)
+    A = A - A.mean(axis=0)
     return A @ A.T
 
 
@@ -176,8 +198,18 @@ def kernel_agreement(images_a: Any, texts_a: Any, images_b: Any, texts_b: Any) -
         ``pearson``: correlation of the entries of the two kernels, in [-1, 1]; ``cka``: their inner product after
         centring rows and columns, normalised, in [-1, 1]. Both are 0 where a kernel is constant.
         Source: catalogue entry ``canonicalize``; the centred form for rectangular kernels is ours.
+
+    Raises
+    ------
+    ValueError
+        Items or widths do not fit, or a value is not finite or its square would not be.
     """
-    arrays = [np.asarray(A, dtype=np.float64) for A in (images_a, texts_a, images_b, texts_b)]
+    names = ("images_a", "texts_a", "images_b", "texts_b")
+    arrays = [finite_rows(A, name) for A, name in zip((images_a, texts_a, images_b, texts_b), names, strict=True)]
+    for A, name in zip(arrays, names, strict=True):
+        check_squares(A, name)
+    # Neither measure depends on the scale of a view, and products of four views stay in range.
+    arrays = [A / (np.abs(A).max() or 1.0) for A in arrays]
     fa, ga, fb, gb = arrays
     if len(fa) != len(fb) or len(ga) != len(gb) or fa.shape[1] != ga.shape[1] or fb.shape[1] != gb.shape[1]:
         raise ValueError(
@@ -214,8 +246,23 @@ def alignment_report(aligner: Aligner, X: Any, Y: Any, *, k: int = 10, random_st
         ``n``; ``cosine`` before (None where widths differ) and after; ``recall`` at 1 and at k of each row's own twin
         and of the new model's neighbours; ``unexplained``: residual share; ``pairing_p``: see :func:`pairing_p_value`;
         ``warnings``: list of sentences: rows that seem unpaired, a direction that seems swapped, too few anchors.
+
+    Raises
+    ------
+    ValueError
+        Rows do not pair, are fewer than two, or are not of the map's widths; where these are the other way round, the
+        error says so.
     """
     X, Y = np.asarray(X), np.asarray(Y)
+    if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y) or len(X) < 2:
+        raise ValueError(f"X and Y must be 2-d with one row an item, at least 2, got shapes {X.shape} and {Y.shape}")
+    check_is_fitted(aligner)
+    if X.shape[1] != Y.shape[1] and (Y.shape[1], X.shape[1]) == (aligner.n_features_in_, aligner._n_features_out):
+        raise ValueError(
+            f"X must have the {aligner.n_features_in_} features that the map takes, got {X.shape[1]}, which is what it "
+            "gives: are X and Y swapped?"
+        )
+    check_count("k", k)
     mapped = aligner.transform(X)
     n, twins = len(X), np.arange(len(X))
     k = min(k, n - 1)

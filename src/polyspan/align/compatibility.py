@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._checks import check_count, check_labels
 from ._prototypes import as_rows, unit_rows
 
 WIDTHS = ("equal", "truncate", "pad")
@@ -144,6 +145,9 @@ def evaluate_compatibility(
         if independent is not None:
             raise ValueError("reference must be given with independent, got None")
         return Compatibility(score, None, None, None, None)
+    reference = as_rows(reference, "reference")
+    if len(reference) != len(query):
+        raise ValueError(f"reference must hold one row a query ({len(query)}), got {len(reference)}")
     old = _scores(reference, gallery, query_labels, gallery_labels, exclude_self, ks, "equal", query_rows)
     mine, theirs = _by_name(score), _by_name(old)
     gain = {name: mine[name] - theirs[name] for name in mine}
@@ -197,6 +201,12 @@ def compatibility_matrix(
     stored, marks = (models, labels) if galleries is None else (galleries, gallery_labels)
     if len(stored) != len(models):
         raise ValueError(f"galleries must hold one array a model ({len(models)}), got {len(stored)}")
+    for name, arrays in (("models", models), ("galleries", stored)):
+        for i, rows in enumerate(arrays):
+            if len(rows) != len(arrays[0]):
+                raise ValueError(
+                    f"{name} must hold the same items, got {len(arrays[0])} rows and {len(rows)} in number {i}"
+                )
     own = alone if exclude_self is None else exclude_self
     ks = (1,) if metric != "top-5" else (5,)
     T = len(models)
@@ -258,14 +268,19 @@ def _scores(query, gallery, query_labels, gallery_labels, exclude_self, ks, widt
     The gallery is sorted by label first, so that a query's items are one slice of its row of scores.
     """
     Q, G = _common(query, gallery, widths)
-    y, marks = np.asarray(query_labels), np.asarray(gallery_labels)
+    y, marks = check_labels(query_labels, "query_labels"), check_labels(gallery_labels, "gallery_labels")
     for name, rows, found in (("query_labels", Q, y), ("gallery_labels", G, marks)):
         if found.shape != (len(rows),):
             raise ValueError(f"{name} must have shape {(len(rows),)}, got {found.shape}")
     if exclude_self and len(Q) != len(G):
         raise ValueError(f"exclude_self needs one gallery row a query, got {len(Q)} queries and {len(G)} rows")
-    if not len(ks) or min(ks) < 1:
-        raise ValueError(f"ks must be positive, got {list(ks)}")
+    if not len(G):
+        raise ValueError("gallery must hold at least one row, got none")
+    if not len(ks):
+        raise ValueError("ks must hold at least one length, got none")
+    for k in ks:
+        check_count("ks", k)
+    check_count("query_rows", query_rows)
     kinds, codes = np.unique(marks, return_inverse=True)
     order = np.argsort(codes, kind="stable")
     place = np.empty(len(G), np.int64)

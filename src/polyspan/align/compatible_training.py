@@ -25,6 +25,7 @@ from polyspan.io import (
 )
 from polyspan.run import layers_draw_from, pick_device
 
+from ._checks import check_count, check_kind, check_number
 from ._compatible_fit import Encoder, Recipe, multilayer_perceptron, output_width, run_rows, train
 from ._compatible_head import CompatibleOutput, OrthogonalCompatibleHead, OrthogonalCompatibleLoss
 from ._orthogonal_transform import ORTHOGONAL_MAPS
@@ -191,6 +192,7 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
             Old vectors are not of length 1; an old model puts a class where it had another one; the loss stopped being
             finite.
         """
+        check_kind(X, "X")
         X, y = validate_data(self, X, y, dtype=FLOATS)
         check_classification_targets(y)
         self._check_parameters()
@@ -202,8 +204,8 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
         generator = torch.Generator().manual_seed(int(rng.randint(2**31 - 1)))
         self.prototypes_ = self.separability_ = self.old_unit_ = None
         if old_rows is not None:
-            self.old_unit_ = tell_of_lengths(old_rows, "old", 2)
             unit = unit_rows(old_rows, "old")
+            self.old_unit_ = tell_of_lengths(old_rows, "old", 2)
             self.prototypes_ = class_prototypes(unit, labels, len(classes))
             self.separability_ = prototype_separability(unit, labels, self.prototypes_)
             if isinstance(old, CompatibleClassifier):
@@ -382,14 +384,11 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name, least in (("embedding_dim", 1), ("extra_dim", 0), ("max_iter", 1), ("batch_size", 2)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            check_count(name, getattr(self, name), least)
         if self.backbone == "mlp" and not (len(self.hidden) and min(self.hidden) >= 1):
             raise ValueError(f"hidden must hold at least one positive width, got {self.hidden!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        check_number("learning_rate", self.learning_rate, positive=True)
+        check_number("weight_decay", self.weight_decay)
         if not 0 <= self.warmup <= self.max_iter:
             raise ValueError(f"warmup must be between 0 and max_iter={self.max_iter} epochs, got {self.warmup}")
 

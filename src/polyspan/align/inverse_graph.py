@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,22 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from polyspan.io import load_fitted, save_fitted
 from polyspan.linalg import PairedMoments, top_k
 
+from ._checks import check_count, check_kind, check_squares, scale_rows
+from ._hubness import FLOATS, Hubness, hubness, mean_pairwise_cosine, mean_row
+
+__all__ = [
+    "Hubness",
+    "InverseGraphConvolution",
+    "RateChoice",
+    "RateScore",
+    "hubness",
+    "mean_pairwise_cosine",
+]
+
 ADJACENCIES = ("full", "local")
 MEANS = ("bank", "gallery", None)
-FLOATS = [np.float64, np.float32]
+BANKS = {"gallery": "X", "query": "queries"}
+"""The argument that each bank comes by."""
 RATES = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 
 
@@ -37,21 +51,6 @@ class RateChoice(NamedTuple):
     pool_share: float | None
     score: float
     table: list[RateScore]
-
-
-class Hubness(NamedTuple):
-    r"""How unevenly a gallery is returned.
-
-    ``skewness`` is the third standardised moment of the k-occurrences: 0 where every item is returned equally often,
-    about :math:`1/\sqrt{mk/n}` by chance alone, above 2 where a few items crowd out the rest. ``occurrences`` (n,)
-    counts the lists an item is in; ``never_share`` in [0, 1] are the items in none; ``top_share`` in [0, 1] is the part
-    of all places that the most returned hundredth of the items takes (one item at least).
-    """
-
-    skewness: float
-    occurrences: np.ndarray
-    never_share: float
-    top_share: float
 
 
 def _is_full(estimator: Any) -> bool:
@@ -160,7 +159,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         Warns
         -----
         UserWarning
-            A rate is more than twice its limit.
+            A rate is more than twice its limit, or both banks hold the same rows.
         """
         return self._learn(X, queries, reset=True)
 
@@ -171,6 +170,8 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
 
     def _learn(self, X, queries, *, reset: bool) -> "InverseGraphConvolution":
         self._check_parameters()
+        check_kind(X, "X", 3)
+        check_kind(queries, "queries", 3)
         X = validate_data(self, X, reset=reset, dtype=FLOATS)
         d = X.shape[1]
         self._n_features_out = d
@@ -179,20 +180,26 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             banks["query"] = check_array(queries, dtype=FLOATS, input_name="queries")
             if banks["query"].shape[1] != d:
                 raise ValueError(f"queries must have {d} features like X, got {banks['query'].shape[1]}")
+            if np.array_equal(X, banks["query"]):
+                warnings.warn("queries are the rows of X: a gallery was given for a bank of queries", stacklevel=3)
+        if not self.normalize:
+            for side, bank in banks.items():
+                check_squares(bank, BANKS[side])
         if self.adjacency == "local":
             for side in ("gallery", "query"):
-                bank = self._unit(banks[side], side) if side in banks else np.zeros((0, d), X.dtype)
+                bank = self._unit(banks[side], BANKS[side]) if side in banks else np.zeros((0, d), X.dtype)
                 setattr(self, f"bank_{side}_", bank)
                 setattr(self, f"n_bank_{side}_", len(bank))
                 setattr(self, f"rate_limit_{side}_", None)
                 if len(bank):
                     self._pool(side, self.pool_share)
+            self._know_rates()
             return self
         if reset:
             self._moments = {side: PairedMoments(d) for side in ("gallery", "query")}
         for side, bank in banks.items():
             for start in range(0, len(bank), self.block_rows):
-                self._moments[side].update(self._unit(bank[start : start + self.block_rows], side, start))
+                self._moments[side].update(self._unit(bank[start : start + self.block_rows], BANKS[side], start))
         for side, moments in self._moments.items():
             gram = moments.uncentred().cov_in / max(moments.weight, 1.0)
             largest = float(np.linalg.eigvalsh(gram)[-1])
@@ -201,17 +208,28 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             setattr(self, f"mean_{side}_", moments.mean_in.copy())
             setattr(self, f"n_bank_{side}_", moments.n_rows)
             setattr(self, f"rate_limit_{side}_", limit)
-            rate = getattr(self, f"rate_{side}")
-            if limit is not None and rate > 2 * limit:
+        self._known_rates = {}
+        self._tell_of_rates(4)
+        return self
+
+    def _tell_of_rates(self, stacklevel: int) -> None:
+        """Warn of rates above twice their limit that were neither told of before nor chosen by :meth:`tune`."""
+        for side in ("gallery", "query"):
+            rate, limit = getattr(self, f"rate_{side}"), getattr(self, f"rate_limit_{side}_")
+            if limit is not None and rate > 2 * limit and self._known_rates.get(side) != (rate, limit):
                 warnings.warn(
                     f"rate_{side}={rate:g} is above twice its limit {limit:.3g}: the bank's top direction changes its "
                     "sign and grows",
-                    stacklevel=3,
+                    stacklevel=stacklevel,
                 )
-        return self
+        self._know_rates()
+
+    def _know_rates(self) -> None:
+        sides = ("gallery", "query")
+        self._known_rates = {s: (getattr(self, f"rate_{s}"), getattr(self, f"rate_limit_{s}_")) for s in sides}
 
     def transform(self, X, *, own=None, gallery_mean=None) -> np.ndarray:
-        """Return the corrected gallery (n, d), unit rows, in the float width of ``X``.
+        """Return the corrected gallery (n, d), unit rows, in the width of ``X``; float64 for float16 and integers.
 
         Parameters
         ----------
@@ -225,9 +243,16 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         ------
         ValueError
             A row is all zero, or the step takes all of it away.
+
+        Warns
+        -----
+        UserWarning
+            A rate that was set after the fit is more than twice its limit.
         """
         check_is_fitted(self)
         self._check_parameters()
+        self._tell_of_rates(3)
+        check_kind(X, "X")
         X = validate_data(self, X, reset=False, dtype=FLOATS)
         own = self._own_rows(own, len(X))
         offsets = self._mean_similarities(X, gallery_mean)
@@ -255,7 +280,8 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         ----------
         gallery, queries : arrays of shape (n, d) and (m, d)
         relevant : array of shape (m,) or (m, r), optional
-            Gallery rows that answer each query: any of them is a hit. Left out, row i answers query i.
+            Gallery rows that answer each query: any of them is a hit, and -1 fills up where a query has fewer. Left
+            out, row i answers query i.
         k : int
             A query counts where a right row is among its first k.
         rates : sequence of float
@@ -266,9 +292,15 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         Raises
         ------
         ValueError
-            0 is not among the rates, or rows do not match.
+            0 is not among the rates, a rate or share is out of its range, rows do not match, or ``relevant`` holds
+            other numbers than rows of the gallery.
         """
         check_is_fitted(self)
+        check_count("k", k)
+        for rate in rates:
+            self._check_rate("rates", rate)
+        for share in pool_shares or ():
+            _check_share("pool_shares", share)
         if 0 not in rates:
             raise ValueError(f"rates must hold 0, which is no correction, got {list(rates)}")
         gallery = validate_data(self, gallery, reset=False, dtype=FLOATS)
@@ -279,11 +311,16 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         right = right.reshape(len(right), -1)
         if len(right) != len(queries):
             raise ValueError(f"relevant must have one row a query ({len(queries)}), got {len(right)}")
+        if right.dtype.kind not in "iu" or right.min() < -1 or right.max() >= len(gallery):
+            raise ValueError(
+                f"relevant must hold rows of the gallery, 0..{len(gallery) - 1}, or -1, got {right.dtype} from "
+                f"{right.min()} to {right.max()}"
+            )
         local = self.adjacency == "local"
         shares = (pool_shares or (self.pool_share,)) if local else (self.pool_share,)
         U, offsets = self._unit(gallery, "gallery"), self._mean_similarities(gallery, None)
         sides = self._rates().keys()
-        seen = queries.astype(U.dtype, copy=False)
+        seen = self._unit(queries, "queries").astype(U.dtype, copy=False)
         table = []
         for share in shares:
             pushes = self._pushes(U, offsets, None, share, every=True)
@@ -298,6 +335,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         best = table[0]
         self.rate_gallery, self.rate_query = best.rate_gallery, best.rate_query
         self.pool_share = best.pool_share if best.pool_share is not None else self.pool_share
+        self._know_rates()
         return RateChoice(*best, table)
 
     def affine_step(self, side: str = "gallery") -> tuple[np.ndarray, np.ndarray]:
@@ -342,6 +380,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         made = cls(**found.params["init"])
         for name, value in {**found.params["facts"], **found.arrays}.items():
             setattr(made, name, value)
+        made._know_rates()
         return made
 
     def _stored(self) -> list[str]:
@@ -359,16 +398,16 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             raise ValueError(f"adjacency must be 'full' or 'local', got {self.adjacency!r}")
         if self.mean not in MEANS:
             raise ValueError(f"mean must be 'bank', 'gallery' or None, got {self.mean!r}")
-        if not 0 < self.pool_share <= 1:
-            raise ValueError(f"pool_share must lie above 0 and at most at 1, got {self.pool_share}")
-        if self.block_rows < 1:
-            raise ValueError(f"block_rows must be at least 1, got {self.block_rows}")
+        _check_share("pool_share", self.pool_share)
+        check_count("block_rows", self.block_rows)
         for name in ("rate_gallery", "rate_query"):
-            rate = getattr(self, name)
-            if not np.isfinite(rate):
-                raise ValueError(f"{name} must be finite, got {rate}")
-            if rate < 0 and not self.allow_negative:
-                raise ValueError(f"{name} must be at least 0 (allow_negative=True adds instead), got {rate}")
+            self._check_rate(name, getattr(self, name))
+
+    def _check_rate(self, name: str, rate: Any) -> None:
+        if isinstance(rate, bool | np.bool_) or not isinstance(rate, Real) or not np.isfinite(rate):
+            raise ValueError(f"{name} must be finite, got {rate!r}")
+        if rate < 0 and not self.allow_negative:
+            raise ValueError(f"{name} must be at least 0 (allow_negative=True adds instead), got {rate}")
 
     def _pool(self, side: str, share: float) -> int:
         """Return how many bank rows push; the small term undoes rounding such as 0.29 * 100 = 28.999…."""
@@ -403,7 +442,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         if self.mean == "bank":
             gallery_mean = self.mean_gallery_
         elif gallery_mean is None:
-            gallery_mean = _mean_row(X, self.block_rows, unit=self.normalize)
+            gallery_mean = mean_row(X, self.block_rows, unit=self.normalize)
         return {side: float(gallery_mean @ getattr(self, f"mean_{side}_")) for side in self._rates()}
 
     def _pushes(self, U, offsets, own, share, *, every: bool = False) -> dict[str, np.ndarray]:
@@ -450,8 +489,8 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         """
         if not self.normalize:
             return X
-        norms = np.linalg.norm(X, axis=1, keepdims=True)
         eps = np.finfo(X.dtype).eps
+        scaled, norms = scale_rows(X, slack=8 * float(eps))
         gone = norms[:, 0] <= (64 * eps if made else 0)
         if gone.any():
             row = first + int(np.argmax(gone))
@@ -461,12 +500,17 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
                     "own= for items of the bank"
                 )
             raise ValueError(f"{name} must have no all-zero row when normalize=True, got one at row {row}")
-        return X / np.where(np.abs(norms - 1) <= 8 * eps, norms.dtype.type(1), norms)
+        return scaled
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _check_share(name: str, share: Any) -> None:
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
+        raise ValueError(f"{name} must lie above 0 and at most at 1, got {share!r}")
 
 
 _FACTS = (
@@ -477,84 +521,3 @@ _FACTS = (
     "rate_limit_gallery_",
     "rate_limit_query_",
 )
-
-
-def hubness(queries: Any, gallery: Any, k: int = 10, *, metric: str = "cosine", exclude: Any = None) -> Hubness:
-    r"""Measure how unevenly a gallery is returned: skewness of the counts :math:`N_k(x)` of lists that hold item x.
-
-    Parameters
-    ----------
-    queries, gallery : arrays of shape (m, d) and (n, d)
-        NumPy (a memory map will do) or torch, of one kind.
-    k : int
-        Length of a list. Where m k is much smaller than n, most items are never returned by chance alone.
-    metric : {"cosine", "dot", "euclidean"}
-    exclude : array of m ints, optional
-        A gallery row that each query must not find: its own.
-
-    Raises
-    ------
-    ValueError
-        Widths differ, k is out of range, or the metric is unknown.
-    """
-    found = np.asarray(top_k(queries, gallery, k, metric=metric, exclude=exclude).indices)
-    counts = np.bincount(found.ravel(), minlength=gallery.shape[0])
-    centred = counts - counts.mean()
-    spread = float(np.mean(centred**2))
-    skewness = float(np.mean(centred**3)) / spread**1.5 if spread > 0 else 0.0
-    leaders = np.sort(counts)[::-1][: max(1, len(counts) // 100)]
-    return Hubness(skewness, counts, float(np.mean(counts == 0)), float(leaders.sum() / counts.sum()))
-
-
-def mean_pairwise_cosine(X: Any, Y: Any = None, *, nearest: int | None = None, block_rows: int = 8192) -> float:
-    r"""Measure the cone that vectors lie in: the mean cosine over pairs, in [-1, 1], in linear time.
-
-    Over all pairs of different rows of X it is :math:`(\lVert \sum_i u_i \rVert^2 - n) / (n(n-1))` of unit rows u; over
-    pairs of a row of X and one of Y the inner product of the two mean unit rows.
-
-    Parameters
-    ----------
-    X, Y : arrays of shape (n, d) and (m, d)
-    nearest : int, optional
-        Only each row's so many nearest others (of Y, where given), found exactly by blocks in quadratic time.
-
-    Raises
-    ------
-    ValueError
-        Fewer than two rows, a row is all zero or not finite, or widths differ.
-    """
-    X = _checked(X, "X")
-    Y = None if Y is None else _checked(Y, "Y")
-    if Y is not None and Y.shape[1] != X.shape[1]:
-        raise ValueError(f"Y must have {X.shape[1]} features like X, got {Y.shape[1]}")
-    if Y is None and len(X) < 2:
-        raise ValueError(f"X must have at least 2 rows to pair, got {len(X)}")
-    if nearest is not None:
-        own = np.arange(len(X)) if Y is None else None
-        found = top_k(X, X if Y is None else Y.astype(X.dtype), nearest, block_rows=block_rows, exclude=own)
-        return float(np.mean(found.scores, dtype=np.float64))
-    mean = _mean_row(X, block_rows)
-    if Y is not None:
-        return float(mean @ _mean_row(Y, block_rows))
-    n = len(X)
-    return float((n * (mean @ mean) - 1.0) / (n - 1))
-
-
-def _checked(X: Any, name: str) -> np.ndarray:
-    found = check_array(X, dtype=FLOATS, input_name=name)
-    lengths = np.einsum("ij,ij->i", found, found)
-    if not lengths.all():
-        raise ValueError(f"{name} must have no all-zero row, got one at row {int(np.argmin(lengths))}")
-    return found
-
-
-def _mean_row(X: np.ndarray, block_rows: int, *, unit: bool = True) -> np.ndarray:
-    """Return the mean row in float64, of unit rows where asked; a block at a time."""
-    total = np.zeros(X.shape[1])
-    for start in range(0, len(X), block_rows):
-        rows = X[start : start + block_rows].astype(np.float64)
-        if unit:
-            norms = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows /= np.where(norms > 0, norms, 1.0)
-        total += rows.sum(axis=0)
-    return total / len(X)

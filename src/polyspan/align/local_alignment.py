@@ -4,8 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyspan.linalg import PairedMoments
-
+from ._checks import check_squares
 from .canonical_correlation import checked_rows
 
 KERNELS = ("linear", "rbf")
@@ -63,8 +62,8 @@ def local_cka(
     Raises
     ------
     ValueError
-        Shapes do not fit, a value is not finite, the kernel is unknown, a bandwidth is not positive, or a view of the
-        anchors is constant.
+        Shapes do not fit, a value is not finite or its square would not be, the kernel is unknown, a bandwidth is not
+        positive, or a view of the anchors is constant.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be 'linear' or 'rbf', got {kernel!r}")
@@ -83,16 +82,21 @@ def local_cka(
             (Y, "Y", Y_anchor.shape[1]),
         )
     )
-    if kernel == "linear":
-        if bandwidth is not None:
-            raise ValueError(f"bandwidth is for kernel='rbf', got {bandwidth!r}")
-        moments = PairedMoments(X_anchor.shape[1], Y_anchor.shape[1]).update(X_anchor, Y_anchor)
-        anchors = AnchorProducts(moments.weight, moments.cross, moments.cov_in, moments.cov_out)
-        return linear_local_cka(anchors, X - moments.mean_in, Y - moments.mean_out)
+    for name, rows in (("X_anchor", X_anchor), ("Y_anchor", Y_anchor), ("X", X), ("Y", Y)):
+        check_squares(rows, name)
+    for name, rows in (("X_anchor", X_anchor), ("Y_anchor", Y_anchor)):
+        if not np.ptp(rows, axis=0).any():
+            raise ValueError(f"{name} must vary, got rows that are all equal")
+    if kernel == "linear" and bandwidth is not None:
+        raise ValueError(f"bandwidth is for kernel='rbf', got {bandwidth!r}")
     # About the anchors' mean, so that data far from the origin lose no digits.
     X, Y = X - X_anchor.mean(axis=0), Y - Y_anchor.mean(axis=0)
-    X_anchor, Y_anchor = (A - A.mean(axis=0) for A in (X_anchor, Y_anchor))
-    return _rbf_local_cka(X_anchor, Y_anchor, X, Y, _bandwidths(bandwidth, X_anchor, Y_anchor))
+    A, B = (rows - rows.mean(axis=0) for rows in (X_anchor, Y_anchor))
+    if kernel == "linear":
+        if len(A) < A.shape[1] + B.shape[1]:
+            return _linear_by_rows(A, B, X, Y)
+        return linear_local_cka(AnchorProducts(float(len(A)), A.T @ B, A.T @ A, B.T @ B), X, Y)
+    return _rbf_local_cka(A, B, X, Y, _bandwidths(bandwidth, A, B))
 
 
 def linear_local_cka(anchors: AnchorProducts, U: np.ndarray, V: np.ndarray) -> np.ndarray:
@@ -103,26 +107,45 @@ def linear_local_cka(anchors: AnchorProducts, U: np.ndarray, V: np.ndarray) -> n
     # Views scaled to unit norm of their grams: fourth powers stay in range.
     U, V = (Z.astype(np.float64) / np.sqrt(size) for Z, size in zip((U, V), own, strict=True))
     C = anchors.cross / np.sqrt(own[0] * own[1])
-    c = anchors.n / (anchors.n + 1.0)
-    squares = [np.einsum("ij,ij->i", Z, Z) for Z in (U, V)]
-    scores = (2 * c * (U @ C)) @ V.T
-    scores += np.sum(C * C) + np.multiply.outer(c * squares[0], c * squares[1])
-    for Z, gram, size, square, axis in (
-        (U, anchors.gram_x, own[0], squares[0], 1),
-        (V, anchors.gram_y, own[1], squares[1], 0),
-    ):
-        length = np.sqrt(1.0 + 2 * c * np.einsum("ij,ij->i", Z @ (gram / size), Z) + (c * square) ** 2)
-        scores /= np.expand_dims(length, axis)
+    grams = anchors.gram_x / own[0], anchors.gram_y / own[1]
+    inner = [np.einsum("ij,ij->i", Z @ gram, Z) for Z, gram in zip((U, V), grams, strict=True)]
+    return _put_together(anchors.n, float(np.vdot(C, C)), (U @ C) @ V.T, (U, V), inner)
+
+
+def _linear_by_rows(A: np.ndarray, B: np.ndarray, U: np.ndarray, V: np.ndarray) -> np.ndarray:
+    """Score the same from products of rows, which are the smaller ones where anchors are fewer than features."""
+    K, L = A @ A.T, B @ B.T
+    own = np.linalg.norm(K), np.linalg.norm(L)
+    P, R = U @ (A.T / own[0]), V @ (B.T / own[1])
+    inner = [np.einsum("ij,ij->i", Z, Z) for Z in (P, R)]
+    return _put_together(
+        float(len(A)), float(np.vdot(K / own[0], L / own[1])), P @ R.T, (U / own[0] ** 0.5, V / own[1] ** 0.5), inner
+    )
+
+
+def _put_together(n: float, shared: float, scores: np.ndarray, sides: Any, inner: Any) -> np.ndarray:
+    r"""Return the scores, in the place of :math:`u^\top C v`; all in units in which both grams have norm 1.
+
+    ``shared`` is the square norm of C, ``sides`` are u and v, and ``inner`` their products with the own grams.
+    """
+    c = n / (n + 1.0)
+    squares = [np.einsum("ij,ij->i", Z, Z) for Z in sides]
+    scores *= 2 * c
+    scores += shared + np.multiply.outer(c * squares[0], c * squares[1])
+    for quadratic, square, axis in zip(inner, squares, (1, 0), strict=True):
+        scores /= np.expand_dims(np.sqrt(1.0 + 2 * c * quadratic + (c * square) ** 2), axis)
     return scores
 
 
 def _bandwidths(bandwidth: Any, X: np.ndarray, Y: np.ndarray) -> list[float]:
     if bandwidth is None:
         return [_median_bandwidth(A, name) for A, name in ((X, "X_anchor"), (Y, "Y_anchor"))]
-    pair = list(np.broadcast_to(np.asarray(bandwidth, dtype=np.float64), (2,)))
-    if not all(np.isfinite(sigma) and sigma > 0 for sigma in pair):
+    pair = np.asarray(bandwidth, dtype=np.float64)
+    if pair.shape not in ((), (1,), (2,)):
+        raise ValueError(f"bandwidth must be one number or two, one a view, got shape {pair.shape}")
+    if not (np.isfinite(pair).all() and (pair > 0).all()):
         raise ValueError(f"bandwidth must be positive and finite, got {bandwidth!r}")
-    return [float(sigma) for sigma in pair]
+    return [float(sigma) for sigma in np.broadcast_to(pair, (2,))]
 
 
 def _median_bandwidth(A: np.ndarray, name: str) -> float:

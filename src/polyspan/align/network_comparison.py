@@ -1,15 +1,13 @@
 """Two networks compared unit by unit on the same inputs, with what chance alone would give beside every number."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.utils import check_random_state
 
-from polyspan.io import read_array
 from polyspan.linalg import (
     PairedMoments,
     cca_from_moments,
@@ -19,11 +17,12 @@ from polyspan.linalg import (
 )
 from polyspan.run import Progress
 
-from .unit_activations import ActivationCollector
+from ._checks import check_count
+from ._network_batches import array_batches, model_batches, scrambled_copy
+from .unit_activations import CHANNELS, REDUCTIONS
 from .unit_matching import UnitCorrelations, UnitMatching, match_units, unit_correlations
 from .unit_sharing import ALPHAS, SparseUnitMapping, UnitCoClustering, unexplained_share
 
-CHUNK = 1024
 NULLS = ("shuffle", "rotation", "scramble")
 LEAST_ROWS = 8
 LEVEL, LEAST_SHUFFLES = 0.05, 19
@@ -217,8 +216,17 @@ def compare_networks(
     unknown = [name for name in nulls if name not in NULLS]
     if unknown:
         raise ValueError(f"nulls must be among {NULLS}, got {unknown[0]!r}")
-    if n_shuffles < 1 or batch_rows < LEAST_ROWS:
-        raise ValueError(f"n_shuffles must be >= 1 and batch_rows >= {LEAST_ROWS}, got {n_shuffles}, {batch_rows}")
+    check_count("n_shuffles", n_shuffles)
+    check_count("batch_rows", batch_rows, LEAST_ROWS)
+    if max_positions is not None:
+        check_count("max_positions", max_positions)
+    for name, value, allowed in (("reduce", reduce, REDUCTIONS), ("channels", channels, CHANNELS)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    if not len(alphas):
+        raise ValueError("alphas must hold at least one penalty, got none")
+    if untrained is not None and len(untrained) != 2:
+        raise ValueError(f"untrained must be a pair like a and b, got {len(untrained)}")
     seed = int(check_random_state(random_state).randint(2**31 - 1))
     options = {"reduce": reduce, "channels": channels, "mask": mask, "max_positions": max_positions}
     options |= {"batch_rows": batch_rows, "seed": seed}
@@ -232,7 +240,7 @@ def compare_networks(
     gathered = _gather(a, b, inputs, layers, n_shuffles if "shuffle" in nulls else 0, label, options)
     others: dict[str, dict[tuple[str, str], _Gathered]] = {}
     if models and "scramble" in nulls:
-        scrambled = [_scrambled(model, [seed, i]) for i, model in enumerate((a, b))]
+        scrambled = [scrambled_copy(model, [seed, i]) for i, model in enumerate((a, b))]
         others["scramble"] = _gather(*scrambled, inputs, layers, 0, label, options)
     if untrained is not None:
         others["untrained"] = _gather(*untrained, inputs, layers, 0, label, options)
@@ -415,9 +423,9 @@ def _gather(
     seen: dict[tuple[str, str], _Gathered] = {}
     rng = np.random.default_rng([options["seed"], 3])
     if _is_model(a):
-        batches = _model_batches(a, b, inputs, layers or (), options)
+        batches = model_batches(a, b, inputs, layers or (), options)
     else:
-        batches = _array_batches(a, b, layers, options["batch_rows"])
+        batches = array_batches(a, b, layers, options["batch_rows"])
     with Progress(label) as shown:
         for names, X, Y in batches:
             for side, x, name in (("a", X, names[0]), ("b", Y, names[1])):
@@ -431,112 +439,3 @@ def _gather(
     if not seen:
         raise ValueError("inputs must hold at least one batch, got none")
     return seen
-
-
-def _pairs(layers: Sequence[Any]) -> list[tuple[str, str]]:
-    return [(layer, layer) if isinstance(layer, str) else (str(layer[0]), str(layer[1])) for layer in layers]
-
-
-def _array_batches(
-    a: Any, b: Any, layers: Sequence[Any] | None, batch_rows: int
-) -> Iterator[tuple[tuple[str, str], np.ndarray, np.ndarray]]:
-    """Yield batches (rows, 1, units) that each span the whole table, so that sorted rows are shuffled well."""
-    sides = [{name: _table(x, name, side) for name, x in _named(given).items()} for side, given in (("a", a), ("b", b))]
-    if layers is not None:
-        names = _pairs(layers)
-    elif all(len(side) == 1 for side in sides):
-        names = [(next(iter(sides[0])), next(iter(sides[1])))]
-    else:
-        names = [(name, name) for name in sides[0] if name in sides[1]]
-    if not names:
-        raise ValueError(f"a and b must have a name in common, got {sorted(sides[0])} and {sorted(sides[1])}")
-    for first, second in names:
-        for side, name, label in ((sides[0], first, "a"), (sides[1], second, "b")):
-            if name not in side:
-                raise ValueError(f"layers must be names in {label}, {sorted(side)}, got {name!r}")
-        X, Y = sides[0][first], sides[1][second]
-        if len(X) != len(Y):
-            raise ValueError(f"a and b must have one row an input, got {len(X)} and {len(Y)} rows in {first!r}")
-        n_batches = -(-len(X) // batch_rows)
-        size = min(CHUNK, batch_rows)
-        starts = range(0, len(X), size)
-        for i in range(min(n_batches, len(starts))):
-            mine = [slice(start, start + size) for start in starts[i::n_batches]]
-            rows, partners = (np.concatenate([np.asarray(Z[part]) for part in mine])[:, None] for Z in (X, Y))
-            yield (first, second), rows, partners
-
-
-def _named(given: Any) -> dict[str, Any]:
-    return dict(given) if isinstance(given, Mapping) else {"units": given}
-
-
-def _table(x: Any, name: str, side: str) -> np.ndarray:
-    if isinstance(x, str | Path):
-        return read_array(x, finite=False)
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-        x = (x if x.element_size() >= 4 else x.float()).numpy()
-    x = np.asarray(x)
-    if x.ndim != 2 or 0 in x.shape or x.dtype.kind not in "fiub":
-        raise ValueError(f"{side} must hold numbers of shape (n, d), got {x.shape} {x.dtype} for {name!r}")
-    return x
-
-
-def _model_batches(
-    a: Any, b: Any, inputs: Any, layers: Sequence[Any], options: dict
-) -> Iterator[tuple[tuple[str, str], np.ndarray, np.ndarray]]:
-    names = _pairs(layers)
-    if not names:
-        raise ValueError("layers must name at least one layer, got none")
-    rng = np.random.default_rng([options["seed"], 4])
-    how = {"reduce": options["reduce"], "channels": options["channels"]}
-    sides = [sorted({pair[i] for pair in names}) for i in range(2)]
-    with ActivationCollector(a, sides[0], **how) as left, ActivationCollector(b, sides[1], **how) as right:
-        for batch in _batches(inputs):
-            caught = left(batch), right(batch)
-            for first, second in names:
-                X, Y = caught[0][first], caught[1][second]
-                if X.shape[:2] != Y.shape[:2]:
-                    raise ValueError(
-                        f"layers must give as many items and positions in both networks, got {X.shape[:2]} in "
-                        f"{first!r} and {Y.shape[:2]} in {second!r}; reduce='mean' averages positions"
-                    )
-                yield (first, second), *_kept(X, Y, batch, rng, options)
-
-
-def _kept(X: np.ndarray, Y: np.ndarray, batch: Any, rng: np.random.Generator, options: dict):
-    """Leave out padding, which makes every token an item of its own, and positions beyond the most wanted."""
-    if options["mask"] is not None:
-        if not isinstance(batch, Mapping) or options["mask"] not in batch:
-            raise ValueError(f"mask must be a key of every batch, got {options['mask']!r}")
-        keep = np.asarray(batch[options["mask"]]) != 0
-        if keep.shape != X.shape[:2]:
-            raise ValueError(f"mask must have shape (items, tokens) {X.shape[:2]}, got {keep.shape}")
-        return X[keep][:, None], Y[keep][:, None]
-    most = options["max_positions"]
-    if most is not None and most < X.shape[1]:
-        at = np.sort(rng.choice(X.shape[1], size=most, replace=False))
-        return X[:, at], Y[:, at]
-    return X, Y
-
-
-def _batches(inputs: Any) -> Iterable[Any]:
-    """Split a tensor or an array into batches of 256; pass batches through."""
-    import torch
-
-    if isinstance(inputs, np.ndarray):
-        inputs = torch.as_tensor(inputs)
-    return inputs.split(256) if isinstance(inputs, torch.Tensor) else inputs
-
-
-def _scrambled(model: Any, seed: list[int]) -> Any:
-    """Copy a model and put the entries of every parameter in random order: sizes stay, what was learnt goes."""
-    import torch
-
-    made = copy.deepcopy(model)
-    rng = np.random.default_rng(seed)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            order = torch.as_tensor(rng.permutation(parameter.numel()), device=parameter.device)
-            parameter.copy_(parameter.reshape(-1)[order].reshape(parameter.shape))
-    return made

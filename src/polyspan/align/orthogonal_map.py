@@ -7,8 +7,10 @@ import numpy as np
 from sklearn.utils.validation import check_is_fitted, check_random_state
 
 from polyspan.linalg import PairedMoments, procrustes_from_moments, ridge_from_moments
+from polyspan.run import pick_device
 
-from ._aligner import Aligner, _rows, residual_share
+from ._aligner import Aligner, residual_share
+from ._checks import check_count, check_number, finite_rows
 
 
 class OrthogonalMap(Aligner):
@@ -62,6 +64,8 @@ class OrthogonalMap(Aligner):
         self.rank = rank
 
     def _fit_rows(self, X, Y, weights) -> None:
+        if self.rank is not None:
+            check_count("rank", self.rank)
         # How far the map carries rows that it does not keep whole hangs on their covariance.
         loses = X.shape[1] > Y.shape[1] or self.rank is not None
         moments = PairedMoments(X.shape[1], Y.shape[1], keep_cov_in=loses, keep_cov_out=False)
@@ -70,8 +74,19 @@ class OrthogonalMap(Aligner):
         self._solve()
 
     def partial_fit(self, X, y, sample_weight=None) -> "OrthogonalMap":
-        """Add a batch of anchors to those seen so far and refit; equal to one :meth:`fit` on all of them."""
+        """Add a batch of anchors to those seen so far and refit; equal to one :meth:`fit` on all of them.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`fit`; or the map was read from a file, where the anchors' moments are not kept.
+        """
         if not hasattr(self, "_moments"):
+            if hasattr(self, "rotation_"):
+                raise ValueError(
+                    f"partial_fit must go on from anchors seen in this process, got a map of {self.n_anchors_} anchors "
+                    "read from a file, which keeps none of them: fit anew"
+                )
             return self.fit(X, y, sample_weight)
         X, Y, weights = self._anchors(X, y, sample_weight, reset=False)
         self._moments.update(X, Y, weights)
@@ -104,7 +119,7 @@ class OrthogonalMap(Aligner):
             For instance captions embedded by text tower A and by text tower B.
         """
         check_is_fitted(self)
-        X, Y = self._directions(_finite(X, "X")), self._directions(_finite(y, "y"), "y")
+        X, Y = self._directions(finite_rows(X, "X")), self._directions(finite_rows(y, "y"), "y")
         if (X.shape[1], Y.shape[1]) != self.rotation_.shape:
             raise ValueError(f"X and y must have widths {self.rotation_.shape}, got {X.shape[1]} and {Y.shape[1]}")
         self.modality_means_[name] = (X.mean(axis=0), Y.mean(axis=0))
@@ -149,9 +164,7 @@ class OrthogonalMap(Aligner):
         With ``normalize=True`` it gives back directions: the lengths are gone.
         """
         check_is_fitted(self)
-        Z = _finite(Z, "Z", keep=True)
-        if Z.shape[1] != self.rotation_.shape[1]:
-            raise ValueError(f"Z must have {self.rotation_.shape[1]} features, got {Z.shape[1]}")
+        Z = _as_wide(finite_rows(Z, "Z", keep=True), self.rotation_.shape[1])
         Q, a, b = (p.astype(Z.dtype) for p in (self.rotation_, self.mean_in_, self.mean_out_))
         return ((Z - b) / Z.dtype.type(self.scale_)) @ Q.T + a
 
@@ -203,6 +216,8 @@ class RidgeMap(Aligner):
         self.normalize = normalize
 
     def _fit_rows(self, X, Y, weights) -> None:
+        if self.alpha != "gcv":
+            check_number("alpha", self.alpha)
         moments = PairedMoments(X.shape[1], Y.shape[1]).update(X, Y, weights)
         fit = ridge_from_moments(moments, alpha=self.alpha, shift=self.shift)
         self.weights_, self.mean_in_, self.mean_out_, self.alpha_ = fit
@@ -247,7 +262,7 @@ class MeanShift(Aligner):
     def inverse_transform(self, Z) -> np.ndarray:
         """Return rows of space B (m, d) as seen from space A."""
         check_is_fitted(self)
-        Z = _finite(Z, "Z", keep=True)
+        Z = _as_wide(finite_rows(Z, "Z", keep=True), len(self.shift_))
         return Z - self.shift_.astype(Z.dtype)
 
 
@@ -283,7 +298,7 @@ class IdentityMap(Aligner):
     def inverse_transform(self, Z) -> np.ndarray:
         """Return ``Z`` unchanged."""
         check_is_fitted(self)
-        return _finite(Z, "Z", keep=True).copy()
+        return _as_wide(finite_rows(Z, "Z", keep=True), len(self.mean_out_)).copy()
 
 
 class ResidualMLPMap(Aligner):
@@ -343,6 +358,10 @@ class ResidualMLPMap(Aligner):
     def _fit_rows(self, X, Y, weights) -> None:
         import torch
 
+        for name, least in (("hidden", 1), ("max_iter", 0), ("batch_size", 1)):
+            check_count(name, getattr(self, name), least)
+        check_number("learning_rate", self.learning_rate, positive=True)
+        device = pick_device(self.device)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(X), generator=generator).numpy()
@@ -353,19 +372,21 @@ class ResidualMLPMap(Aligner):
         spread = float(np.sqrt(np.mean((X - self.mean_in_) ** 2))) or 1.0
 
         def tensor(a):
-            return torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32, device=self.device)
+            return torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32, device=device)
 
         inputs, target = tensor((X - self.mean_in_) / spread), tensor(Y)
         start = tensor((X - self.mean_in_) @ self.weights_ + self.mean_out_)
         first = torch.randn(X.shape[1], self.hidden, generator=generator) / np.sqrt(X.shape[1])
         parts = [
-            first.to(self.device).requires_grad_(),
-            torch.zeros(self.hidden, device=self.device, requires_grad=True),
-            torch.zeros(self.hidden, Y.shape[1], device=self.device, requires_grad=True),
-            torch.zeros(Y.shape[1], device=self.device, requires_grad=True),
+            first.to(device).requires_grad_(),
+            torch.zeros(self.hidden, device=device, requires_grad=True),
+            torch.zeros(self.hidden, Y.shape[1], device=device, requires_grad=True),
+            torch.zeros(Y.shape[1], device=device, requires_grad=True),
         ]
         optimiser = torch.optim.AdamW(parts, lr=self.learning_rate, weight_decay=1e-2)
         unit = float(np.mean((Y - self.mean_out_) ** 2)) or 1.0
+        if not 1e-15 < unit**0.5 < 1e15:
+            raise ValueError(f"y must vary by 1e-15 to 1e15 to be trained on in float32, got {unit**0.5:.3g}: scale it")
 
         def loss(rows):
             guess = start[rows] + torch.nn.functional.gelu(inputs[rows] @ parts[0] + parts[1]) @ parts[2] + parts[3]
@@ -376,11 +397,11 @@ class ResidualMLPMap(Aligner):
             with torch.no_grad():
                 return float(loss(held_rows))
 
-        held_rows, kept_rows = torch.as_tensor(held, device=self.device), torch.as_tensor(kept)
+        held_rows, kept_rows = torch.as_tensor(held, device=device), torch.as_tensor(kept)
         best, waited, best_parts = held_loss(), 0, [p.detach().clone() for p in parts]
         self.n_iter_ = 0
         while self.n_iter_ < self.max_iter and waited < 10:
-            shuffled = kept_rows[torch.randperm(len(kept_rows), generator=generator)].to(self.device)
+            shuffled = kept_rows[torch.randperm(len(kept_rows), generator=generator)].to(device)
             for rows in shuffled.split(self.batch_size):
                 optimiser.zero_grad(set_to_none=True)
                 loss(rows).backward()
@@ -409,17 +430,12 @@ class ResidualMLPMap(Aligner):
         return tags
 
 
+def _as_wide(Z: np.ndarray, width: int) -> np.ndarray:
+    if Z.shape[1] != width:
+        raise ValueError(f"Z must have {width} features, got {Z.shape[1]}")
+    return Z
+
+
 def _same_width(aligner: Aligner, X: np.ndarray, Y: np.ndarray) -> None:
     if X.shape[1] != Y.shape[1]:
         raise ValueError(f"{type(aligner).__name__} needs spaces of one width, got {X.shape[1]} and {Y.shape[1]}")
-
-
-def _finite(X, name: str, *, keep: bool = False) -> np.ndarray:
-    """Return 2-d finite floats: float64, or with ``keep`` in their own width."""
-    X = _rows(X)
-    X = X.astype(X.dtype if keep and X.dtype in (np.float32, np.float64) else np.float64, copy=False)
-    if not np.isfinite(X).all():
-        raise ValueError(
-            f"{name} must be finite, got NaN or infinity at row {int(np.argmin(np.isfinite(X).all(axis=1)))}"
-        )
-    return X

@@ -61,14 +61,16 @@ def read_shape(path: Path | str) -> Mesh:
         [(p[0], p[i], p[i + 1]) for p in polygons for i in range(1, len(p) - 1)], dtype=np.int64
     ).reshape(-1, 3)
     if triangles.size and not (triangles.min() >= 0 and triangles.max() < len(vertices)):
-        raise CorruptFile(
-            path, found=f"a face with point {triangles.max()}", expected=f"points 0 to {len(vertices) - 1}"
-        )
+        wrong = triangles.min() if triangles.min() < 0 else triangles.max()
+        raise CorruptFile(path, found=f"a face with point {wrong}", expected=f"points 0 to {len(vertices) - 1}")
     return Mesh(vertices, triangles)
 
 
 def _table(rows: list[list[float]]) -> np.ndarray:
     """Return rows of one length as an array, of no rows as (0, 3)."""
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(f"lines of {lengths[0]} and of {lengths[-1]} numbers")
     return np.array(rows, dtype=np.float64) if rows else np.zeros((0, 3))
 
 
@@ -98,6 +100,8 @@ def _obj(lines: list[list[str]]) -> tuple[np.ndarray, list]:
         elif line[0] == "f":
             # Indices count from 1; below 0 they count back from the last point so far.
             found = [int(cell.split("/")[0]) for cell in line[1:]]
+            if 0 in found:
+                raise ValueError("a face with point 0, where points count from 1")
             faces.append([i - 1 if i > 0 else len(vertices) + i for i in found])
     return _table(vertices), faces
 
@@ -198,11 +202,16 @@ def normalize_points(points: Any) -> np.ndarray:
         Fewer than two points, points that are all equal, not finite, or not in three dimensions.
     """
     points = np.asarray(points)
+    if points.dtype.kind not in "fiub":
+        raise ValueError(f"points must hold real numbers, got {points.dtype}")
     if points.ndim != 2 or points.shape[1] != 3 or len(points) < 2:
         raise ValueError(f"points must have shape (n, 3) with n at least 2, got {points.shape}")
     if not np.isfinite(points).all():
         raise ValueError("points must be finite, got NaN or infinity")
     points = points.astype(points.dtype if points.dtype in (np.float32, np.float64) else np.float64)
+    size = np.abs(points).max()
+    if size > 0 and not 1e-15 < size < 1e15:  # squares would leave the range of float32
+        points = points / size
     centred = points - points.mean(axis=0)
     radius = np.linalg.norm(centred, axis=1).max()
     if not radius > 0:

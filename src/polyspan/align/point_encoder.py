@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polyspan.run import Progress, torch_generator
+from polyspan.run import Progress, pick_device, torch_generator
 
 
 class PointNetEncoder(nn.Module):
@@ -42,6 +42,8 @@ class PointNetEncoder(nn.Module):
         self.head = nn.Sequential(linear(2 * widths[-1], widths[-1]), nn.ReLU(), linear(widths[-1], embedding_dim))
 
     def forward(self, points: Float[Tensor, "*batch n 3"]) -> Float[Tensor, "*batch d"]:
+        if points.shape[-2] == 0:
+            raise ValueError(f"points must hold at least one point a cloud, got shape {tuple(points.shape)}")
         each = self.points(points)
         return self.head(torch.cat([each.amax(dim=-2), each.mean(dim=-2)], dim=-1))
 
@@ -84,25 +86,25 @@ def train_point_encoder(
             "epochs, batch_size - 1, temperature and learning_rate must be positive, got "
             f"{epochs}, {batch_size - 1}, {temperature} and {learning_rate}"
         )
-    generator = torch_generator(random_state)
+    chosen, generator = pick_device(device), torch_generator(random_state)
     with torch.random.fork_rng(devices=[]):  # layers draw from the global generator first; its state must stay
         encoder, projector = PointNetEncoder(embedding_dim), nn.Linear(embedding_dim, 64)
     with torch.no_grad():
         for layer in [m for part in (encoder, projector) for m in part.modules() if isinstance(m, nn.Linear)]:
             layer.weight.normal_(std=(2 / layer.in_features) ** 0.5, generator=generator)
             layer.bias.zero_()
-    encoder, projector = encoder.to(device), projector.to(device)
+    encoder, projector = encoder.to(chosen), projector.to(chosen)
     optimiser = torch.optim.Adam([*encoder.parameters(), *projector.parameters()], lr=learning_rate)
     with Progress("training the point encoder", epochs) as shown:
         for _ in range(epochs):
             for rows in torch.randperm(len(points), generator=generator).split(batch_size):
                 if len(rows) < 2:
                     continue
-                views = torch.cat([_view(points[rows], generator) for _ in range(2)]).to(device)
+                views = torch.cat([_view(points[rows], generator) for _ in range(2)]).to(chosen)
                 codes = nn.functional.normalize(projector(encoder(views)), dim=-1)
                 logits = codes @ codes.T / temperature
-                logits = logits.masked_fill(torch.eye(len(codes), dtype=torch.bool, device=device), -torch.inf)
-                twins = torch.arange(len(codes), device=device).roll(len(rows))
+                logits = logits.masked_fill(torch.eye(len(codes), dtype=torch.bool, device=chosen), -torch.inf)
+                twins = torch.arange(len(codes), device=chosen).roll(len(rows))
                 optimiser.zero_grad(set_to_none=True)
                 nn.functional.cross_entropy(logits, twins).backward()
                 optimiser.step()

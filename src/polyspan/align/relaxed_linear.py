@@ -45,9 +45,11 @@ def relaxed_orthogonality(
     Raises
     ------
     ValueError
-        ``lam`` is negative or NaN, or ``steepness`` or ``max_slope`` is not positive.
+        ``lam`` is negative or NaN, ``steepness`` or ``max_slope`` is not positive, or ``weight`` is no matrix.
     """
     check_threshold(lam, steepness)
+    if weight.ndim < 2:
+        raise ValueError(f"weight must be a matrix (*batch, out, in), got shape {tuple(weight.shape)}")
     if max_slope is not None and not max_slope > 0:
         raise ValueError(f"max_slope must be positive, got {max_slope}")
     deviation = deviation_from_isometry(weight)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from torch import Tensor
 from polyspan.linalg import fix_signs, label_hits, nearest_isometry, procrustes, ridge_map, top_k
 from polyspan.run import pick_device
 
-from ._aligner import Aligner, _rows, residual_share
+from ._aligner import Aligner, residual_share
+from ._checks import check_count, check_labels, check_number, finite_rows
 from ._paired_training import Maps, Recipe, gelu, held_out_loss, train
-from .orthogonal_map import _finite
 from .relaxed_linear import check_threshold, deviation_from_isometry, relaxed_orthogonality
 
 MODES = ("relaxed", "orthogonal", "affine")
@@ -207,7 +208,7 @@ class RelaxedOrthogonalAdapter(Aligner):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.lam != "auto":
-            if isinstance(self.lam, str) or not math.isfinite(self.lam):
+            if not isinstance(self.lam, Real) or not math.isfinite(self.lam):
                 raise ValueError(
                     f"lam must be a finite number or 'auto', got {self.lam!r}; no threshold at all is mode='affine'"
                 )
@@ -217,21 +218,17 @@ class RelaxedOrthogonalAdapter(Aligner):
         if weights.shape != (3,) or not np.isfinite(weights).all() or (weights < 0).any():
             raise ValueError(f"loss_weights must be three non-negative numbers, got {self.loss_weights!r}")
         for name in ("temperature", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), positive=True)
         for name, least in (("max_iter", 0), ("batch_size", 2), ("hidden", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            check_count(name, getattr(self, name), least)
 
     def _codes(self, labels: Any, X: np.ndarray, Y: np.ndarray, rng: Any) -> np.ndarray | None:
         """Return classes numbered from 0, or None where there is nothing to tell apart."""
         if labels is None:
             return None
-        labels = np.asarray(labels)
+        labels = check_labels(labels, "labels")
         if labels.shape != (len(X),):
             raise ValueError(f"labels must have shape ({len(X)},), one an anchor, got {labels.shape}")
-        if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-            raise ValueError("labels must be finite, got NaN or infinity")
         classes, codes = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
             warnings.warn("labels hold one class only; items are contrasted as pairs instead", stacklevel=3)
@@ -376,7 +373,7 @@ class RelaxedOrthogonalAdapter(Aligner):
 
     def _old_rows(self, Y) -> np.ndarray:
         check_is_fitted(self)
-        Y = _finite(Y, "Y", keep=True)
+        Y = finite_rows(Y, "Y", keep=True)
         if Y.shape[1] != self.n_features_old_:
             raise ValueError(f"Y must have the {self.n_features_old_} features of old vectors, got {Y.shape[1]}")
         return self._directions(Y, "Y")
@@ -388,14 +385,14 @@ class RelaxedOrthogonalAdapter(Aligner):
         With ``normalize=True`` it gives back directions.
         """
         check_is_fitted(self)
-        Z = _finite(Z, "Z", keep=True)
+        Z = finite_rows(Z, "Z", keep=True)
         if Z.shape[1] != len(self.bias_):
             raise ValueError(f"Z must have {len(self.bias_)} features, got {Z.shape[1]}")
         return (Z - self.bias_.astype(Z.dtype)) @ np.linalg.pinv(self.weights_).astype(Z.dtype)
 
     def score(self, X, y) -> float:
         """Return the mean cosine between ``transform(X)`` and the old vectors ``y``, placed in the shared space."""
-        return super().score(X, self.place_old(_rows(y)))
+        return super().score(X, self.place_old(y))
 
     def _to_arrays(self):
         there = {name: getattr(self, name, None) for name in self._optional}

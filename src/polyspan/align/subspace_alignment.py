@@ -1,6 +1,7 @@
 """Match and retrieve across two embedding spaces trained apart, in the small subspaces in which they agree."""
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,13 +14,13 @@ from polyspan.linalg import Neighbours, PairedMoments, top_k
 from polyspan.run import available_memory_bytes
 
 from ._aligner import Aligner
+from ._checks import check_count, check_number, checked_weights, scale_rows
 from .canonical_correlation import (
     FLOATS,
     CanonicalSubspaces,
     all_subspaces,
     canonical_subspaces,
     checked_rows,
-    checked_weights,
     warn_if_few,
 )
 from .local_alignment import AnchorProducts, linear_local_cka
@@ -160,18 +161,30 @@ class SubspaceAligner(Aligner):
         Raises
         ------
         ValueError
-            As :meth:`fit`, or ``n_components="auto"``, which needs all anchors at once.
+            As :meth:`fit`; ``n_components="auto"``, which needs all anchors at once; or the subspaces were read from a
+            file, where the anchors' moments are not kept.
+
+        Warns
+        -----
+        UserWarning
+            It solves for fewer anchors than features of both views.
         """
         self._check_parameters()
         if self.n_components == "auto":
             raise ValueError("n_components must be a number or None for partial_fit, got 'auto'")
         first = not hasattr(self, "_moments")
+        if first and hasattr(self, "x_weights_"):
+            raise ValueError(
+                f"partial_fit must go on from anchors seen in this process, got subspaces of {self.n_anchors_} anchors "
+                "read from a file, which keeps none of them: fit anew"
+            )
         X, Y, weights = self._anchors(X, y, sample_weight, reset=first)
         if first:
             self._start(X, Y)
         self._add(X, Y, weights)
         if solve:
             self._solve(self.n_components)
+            warn_if_few(self._moments, 2)
         return self
 
     def _fit_rows(self, X, Y, weights) -> None:
@@ -313,8 +326,7 @@ class SubspaceAligner(Aligner):
             scores = self._scores(A, B).astype(np.float64)
             rows, columns = linear_sum_assignment(scores, maximize=True)
             return _judged(rows, columns, scores)
-        if isinstance(candidates, bool) or candidates < 1:
-            raise ValueError(f"candidates must be at least 1, got {candidates!r}")
+        check_count("candidates", candidates)
         return self._sparse_match(A, B, int(candidates))
 
     def _sparse_match(self, A, B, candidates: int) -> Match:
@@ -370,7 +382,7 @@ class SubspaceAligner(Aligner):
             ``k`` is not between 1 and b.
         """
         A, B = self._both(X, Y)
-        if isinstance(k, bool) or not 1 <= k <= len(B):
+        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= len(B):
             raise ValueError(f"k must be between 1 and the {len(B)} rows of the gallery, got {k!r}")
         return self._nearest(A, B, k)
 
@@ -394,6 +406,10 @@ class SubspaceAligner(Aligner):
         X = self._directions(validate_data(self, X, reset=False, dtype=np.float64))
         return np.isin(row_marks(X), self.anchor_marks_)
 
+    def __sklearn_is_fitted__(self) -> bool:
+        # Anchors that are only gathered make no subspaces yet.
+        return hasattr(self, "x_weights_")
+
     def _both(self, X, Y) -> tuple[np.ndarray, np.ndarray]:
         self._check_parameters()
         A, B = self.transform_x(X), self.transform_y(Y)
@@ -405,8 +421,7 @@ class SubspaceAligner(Aligner):
             raise ValueError(f"method must be 'affine', 'local_cka' or 'cosine', got {self.method!r}")
         if isinstance(self.n_components, str) and self.n_components not in ("auto", "all"):
             raise ValueError(f"n_components must be a number, 'auto', 'all' or None, got {self.n_components!r}")
-        if not (np.isfinite(self.rho_power) and self.rho_power >= 0):
-            raise ValueError(f"rho_power must be finite and at least 0, got {self.rho_power!r}")
+        check_number("rho_power", self.rho_power)
 
 
 def _some(weights: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
@@ -415,8 +430,7 @@ def _some(weights: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
 
 def unit_rows(Z: np.ndarray) -> np.ndarray:
     """Scale rows to length 1; a row of zeros stays."""
-    norms = np.linalg.norm(Z, axis=1, keepdims=True)
-    return Z / np.where(norms > 0, norms, norms.dtype.type(1))
+    return scale_rows(Z)[0]
 
 
 def row_marks(X: np.ndarray) -> np.ndarray:

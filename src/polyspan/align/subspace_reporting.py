@@ -1,6 +1,7 @@
 """Say whether two spaces share a subspace at all, how large it is, and what matching in it is worth."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from sklearn.utils.validation import check_array, check_consistent_length
 from polyspan.linalg import PairedMoments, linear_cka, linear_cka_from_moments, ridge_from_moments
 from polyspan.run import Progress, numpy_generator
 
+from ._checks import check_count
 from .canonical_correlation import (
     CanonicalSubspaces,
     all_subspaces,
@@ -79,7 +81,7 @@ def matching_accuracy(found: Any, truth: Any = None) -> float:
     rows, columns = (
         (found.rows, found.columns) if isinstance(found, Match) else (np.arange(len(found)), np.asarray(found))
     )
-    truth = np.arange(1 + (rows.max() if len(rows) else 0)) if truth is None else np.asarray(truth)
+    truth = np.arange(1 + rows.max() if len(rows) else 0) if truth is None else np.asarray(truth)
     if (
         truth.ndim != 1
         or len(truth) < (len(rows) and 1 + rows.max())
@@ -107,12 +109,14 @@ def topk_accuracy(scores: Any, k: int = 5, truth: Any = None) -> float:
     Raises
     ------
     ValueError
-        ``k`` or ``truth`` does not fit.
+        ``k`` or ``truth`` does not fit, or a score is NaN.
     """
     scores = np.asarray(scores)
     if scores.ndim != 2 or 0 in scores.shape:
         raise ValueError(f"scores must have shape (a, b), got {scores.shape}")
-    if isinstance(k, bool) or not 1 <= k <= scores.shape[1]:
+    if np.isnan(scores).any():
+        raise ValueError(f"scores must be numbers, got NaN in row {int(np.isnan(scores).any(axis=1).argmax())}")
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= scores.shape[1]:
         raise ValueError(f"k must be between 1 and {scores.shape[1]}, got {k!r}")
     truth = np.arange(len(scores)) if truth is None else np.asarray(truth)
     if truth.shape != (len(scores),) or truth.min() < 0 or truth.max() >= scores.shape[1]:
@@ -123,13 +127,17 @@ def topk_accuracy(scores: Any, k: int = 5, truth: Any = None) -> float:
 
 
 def duplicate_ceiling(rows: Any, k: int = 1) -> float:
-    """Best expected share of hits among k, in [0, 1], where queries that are equal rows have different partners.
+    """Best expected share of hits among k, in [0, 1], where items that are equal rows have different partners.
 
     Parameters
     ----------
     rows : array of shape (n, d)
-        Queries, such as captions: m equal ones cannot be told apart, and each finds its own with probability k / m.
+        Such as captions: m equal ones cannot be told apart, so that each finds its own, or is found, with probability
+        k / m.
+    k : int
+        At least 1.
     """
+    check_count("k", k)
     rows = check_array(rows, dtype=np.float64, input_name="rows")
     _, which, counts = np.unique(row_marks(rows), return_inverse=True, return_counts=True)
     return float(np.mean(np.minimum(1.0, k / counts[which])))
@@ -142,8 +150,8 @@ def crossmodal_scores(aligner: SubspaceAligner, X: Any, Y: Any, *, k: int = 5) -
     -------
     dict
         ``n``; ``matching``, ``top_1``, ``top_k``: shares; ``k``; ``chance``: what a random ranking finds among k;
-        ``ceiling``: see :func:`duplicate_ceiling`, at 1 and at k; ``warnings``: rows that equal an anchor's,
-        which flatter the scores, and duplicates.
+        ``ceiling``: see :func:`duplicate_ceiling`, at 1 and at k, the lower one of queries and gallery;
+        ``warnings``: rows that equal an anchor's, which flatter the scores, and duplicates.
 
     Raises
     ------
@@ -159,9 +167,12 @@ def crossmodal_scores(aligner: SubspaceAligner, X: Any, Y: Any, *, k: int = 5) -
     leaked = int(aligner.seen(X).sum())
     if leaked:
         said.append(f"{leaked} of {n} queries equal the row of an anchor: scores on them may be too good")
-    ceilings = {"at_1": duplicate_ceiling(X, 1), "at_k": duplicate_ceiling(X, k)}
-    if ceilings["at_1"] < 1:
-        said.append(f"queries repeat: no more than {ceilings['at_1']:.1%} can be found first")
+    sides = {"queries": X, "rows of the gallery": Y}
+    first = {name: duplicate_ceiling(rows, 1) for name, rows in sides.items()}
+    ceilings = {"at_1": min(first.values()), "at_k": min(duplicate_ceiling(rows, k) for rows in sides.values())}
+    said += [
+        f"{name} repeat: no more than {share:.1%} can be found first" for name, share in first.items() if share < 1
+    ]
     return {
         "n": n,
         "k": k,

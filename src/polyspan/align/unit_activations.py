@@ -116,7 +116,7 @@ class ActivationCollector:
 
 
 def _find(model: Any, name: str) -> Any:
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # a module that is shared has several names
     for key in (name, f"module.{name}", name.removeprefix("module.")):
         if key and key in modules:
             return modules[key]

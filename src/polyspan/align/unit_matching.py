@@ -6,6 +6,8 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.optimize import linear_sum_assignment
 
+from ._checks import check_count, finite_rows
+
 METHODS = ("bipartite", "semi", "greedy")
 
 
@@ -113,7 +115,10 @@ def match_units(between: Any, *, method: str = "bipartite", absolute: bool = Fal
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    scores = np.array(between, dtype=np.float64)
+    given = np.asarray(between)
+    if given.dtype.kind not in "fiub":
+        raise ValueError(f"between must hold real numbers, got {given.dtype}")
+    scores = given.astype(np.float64)
     if scores.ndim != 2 or 0 in scores.shape:
         raise ValueError(f"between must have shape (d_A, d_B) with both at least 1, got {scores.shape}")
     missing = np.isnan(scores)
@@ -176,11 +181,8 @@ def unit_mutual_information(X: Any, Y: Any, *, n_bins: int = 16) -> np.ndarray:
     X, Y = np.asarray(X), np.asarray(Y)
     if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y) or 0 in (*X.shape, *Y.shape):
         raise ValueError(f"X and Y must have shapes (n, d_A) and (n, d_B) with one n, got {X.shape} and {Y.shape}")
-    if n_bins < 2:
-        raise ValueError(f"n_bins must be at least 2, got {n_bins}")
-    for name, rows in (("X", X), ("Y", Y)):
-        if not np.isfinite(rows).all():
-            raise ValueError(f"{name} must be finite, got NaN or infinity")
+    check_count("n_bins", n_bins, 2)
+    X, Y = finite_rows(X, "X"), finite_rows(Y, "Y")
     n, (A, used_a), (B, used_b) = len(X), _binned(X, n_bins), _binned(Y, n_bins)
     joint = np.asarray((A.T @ B).todense(), dtype=np.float64).reshape(X.shape[1], n_bins, Y.shape[1], n_bins) / n
     p, q = joint.sum(axis=3)[:, :, :1], joint.sum(axis=1)[:1]

@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from polyspan.linalg import PairedMoments, discretize_embedding
 
+from ._checks import check_count, check_kind, check_number
 from .unit_matching import UnitCorrelations, deviations, unit_correlations
 
 ALPHAS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -84,6 +85,8 @@ class SparseUnitMapping(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     def fit(self, X, y) -> "SparseUnitMapping":
         """Fit on activations ``X`` (n, d_A) and ``y`` (n, d_B) or (n,): row i of both is the same input."""
+        check_kind(X, "X")
+        check_kind(y, "y")
         X, Y = validate_data(self, X, y, multi_output=True, y_numeric=True, dtype=np.float64)
         if len(X) < 2:
             raise ValueError(f"SparseUnitMapping needs at least 2 rows, got {len(X)} sample")
@@ -107,8 +110,12 @@ class SparseUnitMapping(MultiOutputMixin, RegressorMixin, BaseEstimator):
             raise ValueError(f"alphas must be finite numbers of at least 0, got {self.alphas!r}")
         if self.max_units is None and float(self.alpha) not in path:
             raise ValueError(f"alpha must be one of alphas {self.alphas!r}, got {self.alpha!r}")
-        if self.max_units is not None and not self.max_units >= 1:
-            raise ValueError(f"max_units must be at least 1, got {self.max_units!r}")
+        if self.max_units is not None:
+            check_count("max_units", self.max_units)
+        check_number("tol", self.tol)
+        check_count("max_iter", self.max_iter)
+        if not all(np.isfinite(part).all() for part in (moments.cov_in, moments.cross, moments.cov_out)):
+            raise ValueError("moments must be finite, got NaN or infinity: a value is not finite, or its square is not")
         n = moments.weight
         s = deviations(np.diag(moments.cov_in), moments.mean_in, n)
         t = deviations(np.diag(moments.cov_out), moments.mean_out, n)
@@ -177,6 +184,9 @@ class SparseUnitMapping(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """
         check_is_fitted(self)
         weights, offset = np.atleast_2d(self.coef_).T, np.atleast_1d(self.intercept_)
+        for name, seen in (("moments", moments), ("relative_to", relative_to)):
+            if seen is not None and (seen.d_in, seen.d_out) != weights.shape:
+                raise ValueError(f"{name} must be of widths {weights.shape}, as fitted, got {(seen.d_in, seen.d_out)}")
         return unexplained_share(moments, weights, offset, moments if relative_to is None else relative_to)
 
 
@@ -308,6 +318,8 @@ class UnitCoClustering(BaseEstimator):
 
     def fit(self, X, y) -> "UnitCoClustering":
         """Group the columns of ``X`` (n, d_A) and of ``y`` (n, d_B) or (n,); row i of both is the same input."""
+        check_kind(X, "X")
+        check_kind(y, "y")
         X, Y = validate_data(self, X, y, multi_output=True, y_numeric=True, dtype=np.float64)
         if len(X) < 2:
             raise ValueError(f"UnitCoClustering needs at least 2 rows, got {len(X)} sample")
@@ -322,14 +334,14 @@ class UnitCoClustering(BaseEstimator):
     def _group(self, found: UnitCorrelations) -> "UnitCoClustering":
         if self.affinity not in AFFINITIES:
             raise ValueError(f"affinity must be one of {AFFINITIES}, got {self.affinity!r}")
-        if self.n_init < 1:
-            raise ValueError(f"n_init must be at least 1, got {self.n_init!r}")
+        check_count("n_init", self.n_init)
         live = np.concatenate([found.live_in, found.live_out])
         whole = np.block([[found.within_in, found.between], [found.between.T, found.within_out]])
         units, given = int(live.sum()), self.n_clusters
         if isinstance(given, str) and given != "eigengap":
             raise ValueError(f"n_clusters must be a number or 'eigengap', got {given!r}")
-        if not isinstance(given, str) and not (isinstance(given, Integral) and 1 <= given <= units):
+        counted = isinstance(given, Integral) and not isinstance(given, bool)
+        if not isinstance(given, str) and not (counted and 1 <= given <= units):
             raise ValueError(f"n_clusters must be between 1 and the number of live units {units}, got {given!r}")
         if not units:
             raise ValueError("X and y must have a unit that varies, got none")

@@ -138,6 +138,7 @@ def trial(pair: Pair | Captioned, seed: int) -> dict[str, float]:
     """Fit every map on the same few image anchors; score how often a text finds its own twin.
 
     Texts have another mean than images; as in the paper it is taken from unpaired texts of both models, for every arm.
+    Texts are compared by their cosine about that mean: a distance would punish a map for shrinking, which ridge does.
     """
     if isinstance(pair, Captioned):
         anchors = pair.anchors
@@ -155,8 +156,8 @@ def trial(pair: Pair | Captioned, seed: int) -> dict[str, float]:
 
     def recall(arm):
         carried = arm.fit(source, target).transform(pair.texts_a)
-        carried = carried - carried.mean(axis=0) + pair.texts_b.mean(axis=0)
-        return recall_at_k(top_k(carried, pair.texts_b, 1, metric="euclidean").indices, twins)
+        sides = (rows - rows.mean(axis=0) for rows in (carried, pair.texts_b))
+        return recall_at_k(top_k(*sides, 1).indices, twins)
 
     return {name: recall(arm) for name, arm in arms.items()}
 
@@ -180,9 +181,13 @@ CLAIM = Claim(
     user_data=Pair,
     spoil=shuffle_texts,
     why=(
-        "The rotation wins where anchors are few. Measured on MNIST over three seeds, with anchors drawn from all "
-        "images: with 40 it finds 90 % of the texts and ridge 87 %, with 400 both find 98 %, and with all 3,333 "
-        "it is one point ahead. Where a map may be fitted on the kind of vectors that it is to carry, ridge can be the "
-        "better one: choose_aligner tries both by retrieval."
+        "The rotation wins where anchors are few. On digits, where they come from ten captions, it finds 0.56 of the "
+        "texts and ridge 0.49; on MNIST 0.86 and 0.75. In the planted world it is ahead by 3 points, 0.96 and 0.93, "
+        "which 8 seeds do not tell from the margin. There ridge finds 0.71 only if texts are ranked by distance: it "
+        "shrinks towards the mean, and a distance punishes that, which says nothing of where vectors point. On MNIST, "
+        "ranked by distance, with anchors drawn from all images and over three seeds: with 40 the rotation finds 90 % "
+        "of the texts and ridge 87 %, with 400 both find 98 %, and with all 3,333 it is one point ahead. Where a map "
+        "may be fitted on the kind of vectors that it is to carry, ridge can be the better one: choose_aligner tries "
+        "both by retrieval."
     ),
 )

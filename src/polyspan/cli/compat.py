@@ -1,7 +1,7 @@
 """``polyspan compat train``, ``embed`` and ``evaluate``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -37,7 +37,7 @@ def train(
     features : Path
         Training rows (.npy, .npz, .parquet, .arrow, .safetensors, .csv).
     labels : Path
-        The class of each row, whole numbers (.npy, .npz, .safetensors).
+        The class of each row: whole numbers (.npy, .npz, .safetensors, .mat), or a .csv or .tsv with a column label.
     out : Path
         The encoder, one .safetensors file.
     old : Path
@@ -70,12 +70,12 @@ def train(
         Print JSON.
     """
     from polyspan.align import CompatibleClassifier
-    from polyspan.io import digest_file, read_array
+    from polyspan.io import digest_file, read_array, read_labels
 
     if old is not None and old_vectors is not None:
         raise ValueError(f"--old and --old-vectors exclude one another, got {old} and {old_vectors}")
     X = read_array(features, member=member, column=column)
-    y = _read_labels(labels)
+    y = read_labels(labels)
     if len(X) != len(y):
         raise ValueError(f"labels must have one entry a row of {features} ({len(X)}), got {len(y)}")
     older = None if old is None else CompatibleClassifier.load(old)
@@ -113,21 +113,6 @@ def train(
         show_json(facts)
     else:
         show_table("", ("what", "value"), [(name, str(value)) for name, value in facts.items()])
-
-
-def _read_labels(path: Path) -> Any:
-    """Return classes (n,), whole numbers of 64 bits, from a file of shape (n,) or (n, 1)."""
-    import numpy as np
-
-    from polyspan.errors import WrongContent
-    from polyspan.io import read_array
-
-    found = read_array(path, ndim=None, dtype=np.int64)
-    if found.ndim == 2 and found.shape[1] == 1:
-        found = found[:, 0]
-    if found.ndim != 1:
-        raise WrongContent(path, found=f"shape {found.shape}", expected="one class a row: (n,) or (n, 1)")
-    return found
 
 
 def embed(
@@ -208,7 +193,7 @@ def evaluate(
     models : list of Path
         The same items embedded by each encoder, oldest first; a query's own row is not to be found.
     labels : Path
-        The class of each item, whole numbers (.npy, .npz, .safetensors).
+        The class of each item: whole numbers (.npy, .npz, .safetensors, .mat), or a .csv or .tsv with a column label.
     metric : {"map", "top-1", "top-5"}
         Mean average precision, or the share of queries with a hit among the first.
     plot : Path
@@ -219,9 +204,9 @@ def evaluate(
     import math
 
     from polyspan.align import compatibility_matrix
-    from polyspan.io import read_array
+    from polyspan.io import read_array, read_labels
 
-    y = _read_labels(labels)
+    y = read_labels(labels)
     made = compatibility_matrix([read_array(path) for path in models], y, metric=metric)
     if plot is not None:
         from polyspan.align.compatibility_plots import plot_compatibility

@@ -112,6 +112,11 @@ def debias(
     }
     if not again and _is_result(gallery, digests["gallery"]):
         raise ValueError(f"gallery must not be corrected twice: {gallery} is a result of this command; --again insists")
+    if adjacency == "local" and digests["bank_gallery"] == digests["gallery"]:
+        raise ValueError(
+            f"--bank-gallery must hold other items than the gallery for --adjacency local, got {bank_gallery}, which "
+            "is the gallery: it would be pushed off itself"
+        )
 
     def bank(path):
         """A bank in a file of its own is its only array; the gallery's names are for the gallery."""
@@ -147,9 +152,10 @@ def debias(
         tuned = None
         if tune_gallery is not None and tune_queries is not None:
             tuned = estimator.tune(read_array(tune_gallery), read_array(tune_queries))
-    told = [] if tuned else [str(w.message) for w in caught]
-    if digests.get("bank_gallery", digests["gallery"]) == digests.get("bank_queries"):
-        told.append("the bank of queries is the same file as the gallery's bank")
+    # What the estimator says of equal banks is said below, of files.
+    told = [] if tuned else [str(w.message) for w in caught if "a gallery was given" not in str(w.message)]
+    further = {"tune_gallery": tune_gallery, "tune_queries": tune_queries, "queries": queries}
+    told += _shared_files(digests | {name: digest_file(path) for name, path in further.items() if path is not None})
     for text in told:
         say(f"warning: {text}")
     options: dict[str, Any] = {}
@@ -208,6 +214,18 @@ def debias(
         show_json(result)
     else:
         show_table("", ("what", "value"), _rows(result))
+
+
+def _shared_files(digests: dict[str, str]) -> list[str]:
+    """Return sentences about files that are given for two things which should be others."""
+    pairs = {
+        ("bank_queries", "gallery"): "the bank of queries is the gallery itself",
+        ("bank_queries", "bank_gallery"): "the bank of queries is the same file as the gallery's bank",
+        ("tune_gallery", "gallery"): "rates are tuned on the gallery itself: scores on it are too good",
+        ("tune_gallery", "bank_gallery"): "rates are tuned on the bank, whose items are pushed off themselves",
+        ("tune_queries", "queries"): "rates are tuned on the queries that measure them: what is measured is too good",
+    }
+    return [text for (one, other), text in pairs.items() if one in digests and digests[one] == digests.get(other)]
 
 
 def _mark(path: Path) -> Path:
