@@ -10,7 +10,8 @@ from polyspan.checkpoints import SparseDictionaryCompressor, compress_checkpoint
 from polyspan.checkpoints._compressed_files import read_layers, write_layers
 from polyspan.checkpoints._compression import windows
 from polyspan.checkpoints._layer_methods import Settings, Sizes, compress_unit, layer_config
-from polyspan.checkpoints.compress_files import COMPARED, JOURNAL, open_model, token_ids
+from polyspan.checkpoints._text_models import open_model, token_ids
+from polyspan.checkpoints.compress_files import COMPARED, JOURNAL
 from polyspan.errors import CorruptFile, UnreadableFile, WrongContent
 from polyspan.io import ShardedState, list_folder, read_json, write_bytes, write_json, write_tensor_file, write_text
 from polyspan.run import torch_generator

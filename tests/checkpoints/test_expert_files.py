@@ -230,7 +230,7 @@ STAGES = {
     "merging": ("_expert_jobs", "layer_report", 2, 5),
     "perplexity": ("expert_files", "perplexities", 1, 6),
     "scoring": ("_expert_jobs", "installed", 2, 7),
-    "writing": ("expert_files", "write_tensor_blocks", 4, 12),
+    "writing": ("_expert_export", "write_tensor_blocks", 4, 12),
     "reporting": ("expert_files", "report_json", 1, None),
 }
 

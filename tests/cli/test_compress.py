@@ -59,7 +59,7 @@ def test_a_table_for_people_ratios_by_name_and_a_dense_export(base, capsys):
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     layers = {row[0].rsplit(".", 1)[-1]: row for row in rows if len(row) == 7}
     assert int(layers["q_proj"][2]) < int(layers["k_proj"][2])
-    assert [row[0] for row in rows if len(row) == 4] == ["dense", "threshold"]
+    assert [row[0] for row in rows if len(row) == 4] == ["method", "dense", "threshold"]
     assert "model.safetensors" in {path.name for path in list_folder(base / "out")}
     transformers.AutoModelForCausalLM.from_pretrained(base / "out")
 

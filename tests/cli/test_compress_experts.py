@@ -53,7 +53,8 @@ def test_the_report_as_json_holds_what_was_merged_and_what_it_cost(files, tmp_pa
 def test_tables_name_every_layer_and_every_rival_and_talk_goes_to_stderr(files, tmp_path, capsys):
     compress(files, tmp_path / "out", export="hf", compare=True, plot=tmp_path / "merge.svg", preset="published")
     told = capsys.readouterr()
-    lines = [line.split("\t") for line in told.out.splitlines()]
+    header, *lines = [line.split("\t") for line in told.out.splitlines()]
+    assert header[0] == "layer"
     assert [line[0] for line in lines[:2]] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     assert lines[0][1] == "4 to 3"
     assert sorted(map(int, lines[0][2].split()))[-1] == 2
@@ -69,7 +70,7 @@ def test_tables_name_every_layer_and_every_rival_and_talk_goes_to_stderr(files, 
 
 def test_dropped_experts_are_shown_as_such(files, tmp_path, capsys):
     compress(files, tmp_path / "out", export="hf", preset="published", pruning="frequency")
-    line = capsys.readouterr().out.splitlines()[0].split("\t")
+    line = capsys.readouterr().out.splitlines()[1].split("\t")
     assert line[2].split().count("-") == 1
     assert line[5] == "tokens are routed anew"
 

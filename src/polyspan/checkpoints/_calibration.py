@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from polyspan.run import progress
 
@@ -20,6 +21,11 @@ TARGETS = (
     "dense_h_to_4h", "dense_4h_to_h", "query", "key", "value", "q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "w1",
     "w2", "w3",
 )  # fmt: skip
+# Layers of transformers that compute what nn.Linear does, besides it.
+LINEAR_KINDS = (
+    ("transformers.pytorch_utils", "Conv1D"),
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
+)
 FIRST_EPS, LAST_EPS = 1e-6, 1.0
 
 
@@ -51,7 +57,7 @@ def find_layers(model: nn.Module, targets: Sequence[str] | None = None) -> list[
     Raises
     ------
     ValueError
-        There is none, or one is quantised, carries an adapter, or is compressed already.
+        There is none, or one is quantised, carries an adapter, is tied to an embedding or is compressed already.
     """
     if isinstance(targets, str):
         raise ValueError(f"targets must be a list of names, got the string {targets!r}")
@@ -61,6 +67,10 @@ def find_layers(model: nn.Module, targets: Sequence[str] | None = None) -> list[
     found: list[TargetLayer] = []
     owners: dict[int, str] = {}
     others: list[str] = []
+    tables: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            tables.setdefault(id(module.weight), name)
     for name, module in model.named_modules():
         if not _is_wanted(name, wanted):
             others += [name] if _is_linear(module) else []
@@ -68,6 +78,11 @@ def find_layers(model: nn.Module, targets: Sequence[str] | None = None) -> list[
         _refuse(name, module)
         if not _is_linear(module):
             continue
+        if id(module.weight) in tables:
+            raise ValueError(
+                f"targets must name layers with weights of their own, got {name}, tied to {tables[id(module.weight)]}: "
+                "the embedding would stay as large as it is"
+            )
         transposed = not isinstance(module, nn.Linear)
         d_out, d_in = reversed(module.weight.shape) if transposed else module.weight.shape
         owner = owners.setdefault(id(module.weight), name)
@@ -91,7 +106,7 @@ def _is_wanted(name: str, wanted: Sequence[str]) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     kind = type(module)
-    return kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils")
+    return kind is nn.Linear or (kind.__module__, kind.__name__) in LINEAR_KINDS
 
 
 def _refuse(name: str, module: nn.Module) -> None:
@@ -103,7 +118,10 @@ def _refuse(name: str, module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     strange = hasattr(module, "qweight") or (isinstance(module, nn.Linear) and not _is_linear(module))
     if strange or (_is_linear(module) and weight is not None and not weight.is_floating_point()):
-        raise ValueError(f"model must hold plain weights, got {name}, a {type(module).__name__}: load it unquantised")
+        raise ValueError(
+            f"model must hold plain weights, got {name}, a {type(module).__name__}: load it unquantised, or leave it "
+            "out of targets"
+        )
 
 
 def weight_dtypes(model: Any, layers: Sequence[TargetLayer]) -> dict[str, torch.dtype]:
@@ -164,12 +182,40 @@ def as_batches(calibration: Any, *, context: int = 128, batch_size: int = 8) -> 
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """Run the model on one batch, on the device of its embeddings or first weights."""
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    if isinstance(batch, Mapping):
-        given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
-        return model(**given)
-    return model(batch.to(device))
+    """Run the model on one batch, on the device of its embeddings or first weights, and in their float dtype."""
+    first = next((p for p in model.parameters() if not p.is_meta), torch.empty(0))
+    if isinstance(batch, Tensor):
+        ids = batch.to(first.device)
+        return model(**halved_text(model, ids)) if takes_halves(model) else model(ids)
+    given = {name: part for name, part in batch.items() if name != "labels"}
+    for name, part in given.items():
+        if isinstance(part, Tensor):
+            given[name] = part.to(first.device, first.dtype if part.is_floating_point() else part.dtype)
+    return model(**given)
+
+
+def takes_halves(model: Any) -> bool:
+    """Tell whether a model is an encoder-decoder, to which a text is given in two halves."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def halved_text(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Return the arguments of an encoder-decoder for pieces of text (b, t).
+
+    It gets the first half of each, and its decoder a token to begin with and the rest but the last.
+
+    Raises
+    ------
+    ValueError
+        The pieces have one token.
+    """
+    config = model.config
+    half = ids.shape[1] // 2
+    if not half:
+        raise ValueError(f"ids must be pieces of 2 tokens or more for an encoder-decoder, got {tuple(ids.shape)}")
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    begin = next((n for n in (getattr(config, name, None) for name in names) if n is not None), 0)
+    return {"input_ids": ids[:, :half], "decoder_input_ids": F.pad(ids[:, half:-1], (1, 0), value=begin)}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from polyspan.io import ShardedState, TensorEntry, make_folder, remove_file, wri
 from ._compressed_layers import LowRankLinear, SparseDictionaryLinear
 from ._compression import join, with_bias
 from ._layer_methods import layer_from_config
+from ._stored_names import stored_form_entries
 from .merge_files import copy_others, plan_shards
 
 QUANT_METHOD = "polyspan_compressed"
@@ -23,7 +24,10 @@ FORMAT = 1
 
 
 def stored_entries(model: nn.Module, *, dense: bool = False) -> dict[str, TensorEntry]:
-    """Return all tensors of a model that a file must hold, each once; ``dense`` has compressed layers as weights."""
+    """Return all tensors of a model that a file must hold, each once.
+
+    With ``dense``, compressed layers are weights, and all have the names and layouts that other programs know.
+    """
     entries: dict[str, TensorEntry] = {}
     seen: set[tuple] = set()
     kinds = SparseDictionaryLinear | LowRankLinear
@@ -44,7 +48,7 @@ def stored_entries(model: nn.Module, *, dense: bool = False) -> dict[str, Tensor
         entries[f"{name}.weight"] = TensorEntry(
             module.weight_dtype(), shape, lambda module=module: dense_weight(module)
         )
-    return entries
+    return stored_form_entries(model, entries) if dense else entries
 
 
 def dense_weight(module: Any) -> Tensor:

@@ -49,8 +49,8 @@ class SparseDictionaryLinear(nn.Module):
     r"""A linear layer whose weight is a small dictionary times sparse coefficients: :math:`y = (x D) S + b`.
 
     D is (in_features, num_atoms); each output has its own ``num_nonzero`` atoms. Outputs therefore lie in a union of
-    subspaces, where those of a low-rank layer all lie in one. Drop-in for ``nn.Linear`` at inference, except for code
-    that reads its ``weight``: there is none; :meth:`weight_matrix` makes it, and :meth:`to_linear` the dense layer.
+    subspaces, where those of a low-rank layer all lie in one. Drop-in for ``nn.Linear`` at inference; code that reads
+    its ``weight`` gets what :meth:`weight_matrix` makes, anew each time. :meth:`to_linear` makes the dense layer.
 
     How S is multiplied is chosen by :attr:`product`; results differ by rounding only:
 
@@ -259,6 +259,9 @@ class SparseDictionaryLinear(nn.Module):
             held += [part.crow_indices(), part.col_indices(), part.values()] if sparse else [part]
         return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in held}.values())
 
+    def __getattr__(self, name: str) -> Any:
+        return self.weight_matrix() if name == "weight" else super().__getattr__(name)
+
     def weight_dtype(self) -> torch.dtype:
         """Return the dtype of the weight that this layer stands for."""
         return self._like.dtype
@@ -320,7 +323,8 @@ class SparseDictionaryLinear(nn.Module):
         else:
             places, numbers = self._kept("places"), self._kept("numbers")
             y = F.embedding_bag(places, rows.mT.contiguous(), per_sample_weights=numbers, mode="sum").mT
-        y = y.reshape(*x.shape[:-1], self.out_features)
+        # As nn.Linear gives it: some models look at the numbers of an output where they lie.
+        y = y.contiguous().view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -374,6 +378,9 @@ class LowRankLinear(nn.Module):
         self.transposed = False
         self.right = nn.Parameter(torch.zeros(rank, out_features, **options))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **options)) if bias else None)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.weight_matrix() if name == "weight" else super().__getattr__(name)
 
     def weight_dtype(self) -> torch.dtype:
         """Return the dtype of the weight that this layer stands for."""

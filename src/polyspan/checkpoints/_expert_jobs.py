@@ -175,15 +175,15 @@ def installed(model: torch.nn.Module, layer: ExpertLayer, outcome: Outcome) -> G
     """Have an outcome in a layer's place inside the block."""
     holders = [layer.block] if layer.router is None else [layer.block, layer.router]
     plain = [{k: v for k, v in vars(holder).items() if isinstance(v, int)} for holder in holders]
-    router: Any = layer.router
-    held = None if router is None else (dict(router._parameters), dict(router._buffers))
+    routers = [] if layer.router is None else list(layer.router.modules())
+    held = [(dict(module._parameters), dict(module._buffers)) for module in routers]
     try:
         install(model, layer, outcome)
         yield
     finally:
         put_module(model, layer.name, layer.experts)
-        if held is not None:
-            router._parameters, router._buffers = held
+        for module, (parameters, buffers) in zip(routers, held, strict=True):
+            module._parameters, module._buffers = parameters, buffers
         for holder, values in zip(holders, plain, strict=True):
             vars(holder).update(values)
 

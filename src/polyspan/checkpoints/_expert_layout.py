@@ -1,6 +1,7 @@
 """One way to read and set the experts of mixture-of-experts layers, stacked in one tensor or kept as modules."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 TRIPLES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 PAIRS = (("up_proj", "down_proj"), ("fc1", "fc2"), ("wi", "wo"))
 ROUTERS = ("gate", "router")
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts")
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 ADVICE = "load the model unquantised, in bfloat16 for instance, merge, and quantise the result"
 
 
@@ -262,7 +263,8 @@ def find_expert_layers(model: nn.Module) -> list[ExpertLayer]:
     Raises
     ------
     ValueError
-        There are none, they are quantised or have a norm behind them, or the model carries adapters.
+        There are none, they are quantised, routed in another way, or have a norm behind them, or the model carries
+        adapters.
     """
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("model must be without adapters, got some of PEFT: merge them first, by merge_and_unload")
@@ -306,10 +308,21 @@ def _is_list(name: str, module: nn.Module) -> bool:
 def _check_supported(layer: ExpertLayer) -> None:
     if getattr(layer.experts, "has_post_expert_norm", False):
         raise ValueError(f"model must have experts without a norm behind them, got {type(layer.experts).__name__}")
+    if layer.fused and not _takes_routes(type(layer.experts).forward):
+        raise ValueError(
+            "model must hand its experts tokens, indices and weights, got others for "
+            f"{type(layer.experts).__name__} in {layer.name}"
+        )
     weights = [p for p in layer.experts.parameters() if p.ndim > 1]
     narrow = next((p.dtype for p in weights if not p.is_floating_point() or p.dtype.itemsize < 2), None)
     if narrow is not None:
         raise ValueError(f"model must not be quantised, got {narrow} in {layer.name}: {ADVICE}")
+
+
+def _takes_routes(forward: Callable) -> bool:
+    """Tell whether a forward takes three arguments besides the module."""
+    given = inspect.signature(forward).parameters.values()
+    return len(given) > 3 or any(p.kind is p.VAR_POSITIONAL for p in given)
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -338,10 +351,14 @@ def reduced_router(layer: ExpertLayer, rows: Tensor) -> dict[str, Tensor]:
     check_reducible(layer)
     router, made = layer.router, {}
     assert router is not None
-    for name, part in (*router.named_parameters(recurse=False), *router.named_buffers(recurse=False)):
-        if part.ndim and len(part) == layer.n_experts:
-            wide = rows.to(part.device, torch.float64) @ part.detach().double().flatten(1 if part.ndim > 1 else 0)
-            made[name] = wide.view(len(rows), *part.shape[1:]).to(part.dtype)
+    for name, part in (*router.named_parameters(), *router.named_buffers()):
+        # Some keep a number an expert as one row.
+        row = part.numel() == layer.n_experts and part.shape[-1] == layer.n_experts
+        held = part.detach().double().flatten() if row else part.detach().double()
+        if row or (part.ndim and len(part) == layer.n_experts):
+            wide = rows.to(part.device, torch.float64) @ held.flatten(min(1, held.ndim - 1))
+            shape = (*part.shape[:-1], len(rows)) if row else (len(rows), *part.shape[1:])
+            made[name] = wide.view(shape).to(part.dtype)
     return made
 
 
@@ -350,10 +367,12 @@ def set_router(layer: ExpertLayer, tensors: dict[str, Tensor]) -> None:
     router = layer.router
     assert router is not None
     for name, part in tensors.items():
-        if name in router._parameters:
-            setattr(router, name, nn.Parameter(part, requires_grad=getattr(router, name).requires_grad))
+        owner, _, leaf = name.rpartition(".")
+        holder = router.get_submodule(owner)
+        if leaf in holder._parameters:
+            setattr(holder, leaf, nn.Parameter(part, requires_grad=getattr(holder, leaf).requires_grad))
         else:
-            setattr(router, name, part)
+            setattr(holder, leaf, part)
     if isinstance(router, nn.Linear):
         router.out_features = len(router.weight)
     k = len(next(iter(tensors.values())))

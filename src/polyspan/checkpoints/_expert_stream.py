@@ -39,7 +39,7 @@ class StreamedModel:
     MissingExtra
         transformers is not installed.
     WrongContent
-        The checkpoint is quantised, or its tensors do not fill the model.
+        The checkpoint is quantised, no causal language model, or its tensors do not fill the model.
     ValueError
         The model has no layers with experts.
     """
@@ -49,6 +49,10 @@ class StreamedModel:
         self.path, self.device = Path(path), torch.device(device)
         self.config = read_config(self.path)
         self.state = ShardedState(self.path)
+        if type(self.config) not in transformers.AutoModelForCausalLM._model_mapping:
+            raise WrongContent(
+                self.path, found=f"a model of type {self.config.model_type}", expected="a causal language model"
+            )
         with torch.device("meta"):
             # Other implementations refuse some dtypes, and merged experts take the place of all of them.
             self.model = transformers.AutoModelForCausalLM.from_config(self.config, experts_implementation="eager")

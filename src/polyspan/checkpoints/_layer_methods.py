@@ -93,6 +93,8 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"rho must be at least 1, got {settings.rho}")
     if settings.max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {settings.max_iter}")
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {settings.seed}")
     if settings.word_bytes is not None and settings.word_bytes not in (2, 4, 8):
         raise ValueError(f"word_bytes must be 2, 4 or 8, got {settings.word_bytes}")
 

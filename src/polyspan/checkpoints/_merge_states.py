@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from polyspan.errors import WrongContent
 from polyspan.io import ShardedState, read_json
 
+from ._stored_names import file_names
+
 ADAPTER = "adapter_config.json"
 STATISTICS = ("running_mean", "running_var")
 SHOWN = 10
@@ -50,7 +52,11 @@ class AdaptedState(Mapping[str, Tensor]):
                 if other not in self._factors:
                     raise WrongContent(self.path, found=f"no tensor {other!r}", expected=f"one beside {key}")
                 self._pairs[match[1] + ".weight"] = (key, other)
+        self._modules = {name: name.removesuffix(".weight") for name in self._pairs}
         missing = [name for name in (*self._pairs, *self._whole) if name not in base]
+        if missing and isinstance(base, ShardedState):
+            self._rename(file_names(base.path))
+            missing = [name for name in (*self._pairs, *self._whole) if name not in base]
         if missing:
             raise WrongContent(self.path, found=f"an update of {missing[0]}", expected="names that the base has")
 
@@ -59,6 +65,12 @@ class AdaptedState(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.base)
+
+    def _rename(self, names: Mapping[str, str]) -> None:
+        """Go by the names of the base's files, where PEFT goes by those of the model in memory."""
+        self._pairs = {names.get(name, name): keys for name, keys in self._pairs.items()}
+        self._whole = {names.get(name, name): key for name, key in self._whole.items()}
+        self._modules = {names.get(f"{module}.weight", name): module for name, module in self._modules.items()}
 
     def _scale(self, module: str, rank: int) -> float:
         def said(patterns: Mapping[str, Any], default: Any) -> Any:
@@ -93,7 +105,7 @@ class AdaptedState(Mapping[str, Tensor]):
                 where=name,
             )
         # The sum stays in float32: in the base's own 16 bits a small update would drown.
-        scale = self._scale(name.removesuffix(".weight"), len(A))
+        scale = self._scale(self._modules[name], len(A))
         with one_thread():
             update = left[lo:hi] @ right
         return weight.float() + scale * update.view(weight.shape).to(weight.device)

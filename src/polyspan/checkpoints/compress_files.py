@@ -10,23 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from polyspan.errors import CorruptFile, UnreadableFile, WrongContent, require
-from polyspan.io import (
-    ShardedState,
-    digest_array,
-    digest_file,
-    list_folder,
-    make_folder,
-    read_json,
-    read_text,
-    write_json,
-    write_tensor_file,
-)
+from polyspan.errors import CorruptFile, UnreadableFile
+from polyspan.io import ShardedState, digest_array, digest_file, list_folder, make_folder, write_json, write_tensor_file
 from polyspan.run import Journal, map_tasks, pick_device
 
-from ._calibration import as_batches, find_layers, gather_grams, trace_sites, warn_of_few, weight_dtypes, weight_of
+from ._calibration import find_layers, gather_grams, trace_sites, warn_of_few, weight_dtypes, weight_of
 from ._compressed_files import (
-    CONFIG,
     DENSE_STEM,
     SHARD_BYTES,
     STEM,
@@ -51,19 +40,24 @@ from ._compression import (
     unit_grams,
     windows,
 )
+from ._expert_layout import expert_layers
 from ._hub import local_checkpoint
 from ._layer_methods import Settings, Sizes, check_settings, compress_unit, group_size, layer_config, named_method
+from ._text_models import calibration_batches, longest_context, open_model, perplexity
 from .merge_files import digests
-from .transformers_bars import quiet_transformers
 
 JOURNAL = "compress.journal.jsonl"
 REPORT = "compression.json"
+CONTEXT = 128
 WORK = "work-"
 COMPARED = ("svd", "svd-llm", "asvd", "basis-sharing", "wanda", "magnitude")
 
 
 class MethodReport(NamedTuple):
-    """One way to compress the model: mean error of its layers, bytes of all tensors, perplexity (None: not asked)."""
+    """One way to compress the model: mean error of its layers, bytes of all tensors, perplexity.
+
+    The last is None where it was not asked for, or is no finite number.
+    """
 
     method: str
     mean_error: float
@@ -125,7 +119,7 @@ def compress_checkpoint(
     sequential: bool = False,
     compare: Sequence[str] = (),
     dense: bool = False,
-    context: int = 128,
+    context: int | None = None,
     batch_size: int = 8,
     max_iter: int = 20,
     pursuit: str = "exchange",
@@ -157,21 +151,24 @@ def compress_checkpoint(
     out : path
         New, empty, or begun by the same call.
     calibration : path, Tensor of ids (n,) or (b, t), or sequence of batches
-        A text file is tokenised by the model's own tokenizer.
+        A text file is tokenised by the model's own tokenizer; members of a .npz or .safetensors file are arguments of
+        the model, one row an item. An encoder-decoder gets the first half of each piece of text, its decoder the rest.
     method : str
         "sparse-dictionary", "orthogonal", "threshold", or one of those of ``compare``.
     ratio, rho, groups, targets, index_cost, coef_dtype, sequential, max_iter, pursuit, word_bytes, skip_bad_batches,
     seed
         As of :class:`~polyspan.checkpoints.sparse_dictionary.SparseDictionaryCompressor`.
     evaluation : Tensor of ids (n,), optional
-        Held-out text whose perplexity is measured before and after.
+        Held-out text whose perplexity is measured before and after, for models that predict the next token.
     compare : sequence of {"svd", "svd-llm", "asvd", "basis-sharing", "wanda", "magnitude", ...}
         Methods measured beside at the same ratio, on the same Gram matrices; they are not written. ``coef_dtype`` is
         that of pruned weights too; factors of low rank stay in the model's own.
     dense : bool
         Write an ordinary checkpoint of dense weights, as large as the first, for programs that know nothing of this.
-    context, batch_size : int
-        Tokens of a piece of calibration or evaluation text, and pieces at a time.
+    context : int, optional
+        Tokens of a piece of calibration or evaluation text; the model's longest, at most 128, where not given.
+    batch_size : int
+        Pieces at a time.
     memory_bytes : int
     shard_bytes : int, optional
         Largest weight file; an eighth of ``memory_bytes``, at most 512 MiB, where not given.
@@ -198,10 +195,25 @@ def compress_checkpoint(
         check_settings(settings)
     if memory_bytes < 1 or (shard_bytes is not None and shard_bytes < 1):
         raise ValueError(f"memory_bytes and shard_bytes must be at least 1, got {memory_bytes} and {shard_bytes}")
-    if isinstance(calibration, str | Path):
-        calibration = token_ids(source, calibration)
-    batches = as_batches(calibration, context=context, batch_size=batch_size)
+    longest = longest_context(source)
+    if context is None:
+        context = min(CONTEXT, longest)
+    if not 1 <= context <= longest:
+        raise ValueError(f"context must be from 1 to {longest}, the most that the model takes, got {context}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batches = calibration_batches(source, calibration, context=context, batch_size=batch_size)
     network = open_model(source, device_map=device_map)
+    if evaluation is not None and not network.can_generate():
+        raise ValueError(f"evaluation must go with a model that predicts text, got a {type(network).__name__}")
+    stacks = expert_layers(network)
+    if any(layer.fused for layer in stacks):
+        warnings.warn(
+            f"experts in {len(stacks)} layers, {stacks[0].name} first, stay as they are: merge_expert_checkpoint, or "
+            "the method experts of the command, makes them fewer",
+            UserWarning,
+            stacklevel=2,
+        )
     chosen = None if device is None else pick_device(device)
     if chosen is not None and device_map is None:
         network.to(chosen)
@@ -416,7 +428,11 @@ class _Course:
             return None
         key = f"perplexity/{name}"
         if key not in self.journal.done:
-            self.journal.record(key, perplexity(self.network, evaluation, context=context))
+            found = perplexity(self.network, evaluation, context=context)
+            if not math.isfinite(found):
+                warnings.warn(f"perplexity of {name} is {found} on the evaluation text", UserWarning, stacklevel=3)
+            # JSON has no number for it.
+            self.journal.record(key, found if math.isfinite(found) else None)
         return self.journal.done[key]
 
     def reports(self, settings: Settings) -> list[LayerReport]:
@@ -460,88 +476,6 @@ def _compress_item(item: dict[str, Any]) -> dict[str, Any]:
         "ridge": found.eps,
         "sweeps": found.sweeps,
     }
-
-
-def perplexity(model: nn.Module, ids: Tensor, *, context: int = 128, batch_size: int = 8) -> float:
-    """Return the perplexity of a causal model of transformers on a text (n,), in pieces of ``context`` tokens."""
-    from polyspan.nn.text_training import score_next_token
-
-    class Logits(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.model(ids).logits
-
-    device = next(p.device for p in model.parameters() if not p.is_meta)
-    length = min(context, len(ids) - 1)
-    return math.exp(score_next_token(Logits(), ids.to(device), length=length, batch_size=batch_size))
-
-
-def open_model(folder: Path, *, device_map: Any = None) -> Any:
-    """Return a checkpoint's model of the class that its configuration names, its weights mapped from the files.
-
-    Raises
-    ------
-    WrongContent, CorruptFile
-        The folder holds no model of transformers, or a broken file.
-    ValueError
-        It is quantised or compressed already.
-    """
-    kind = check_model(folder)
-    options = {} if device_map is None else {"device_map": device_map}
-    with quiet_transformers():
-        return kind.from_pretrained(folder, dtype="auto", **options).eval()
-
-
-def check_model(folder: Path) -> Any:
-    """Return the class of transformers that a checkpoint is of, without reading weights; errors as of open_model."""
-    transformers = require("transformers", extra="hf", purpose="reading a checkpoint's model")
-    config = read_json(folder / CONFIG)
-    kinds = config.get("architectures") if isinstance(config, dict) else None
-    if not isinstance(kinds, list) or not kinds or not hasattr(transformers, str(kinds[0])):
-        raise WrongContent(folder / CONFIG, found=f"architectures {kinds}", expected="a class of transformers")
-    if config.get("quantization_config"):
-        told = config["quantization_config"].get("quant_method")
-        raise ValueError(f"model must hold plain weights, got one quantised by {told}: {folder}")
-    # transformers would end in the library's own error; ours names file and fault.
-    ShardedState(folder)
-    return getattr(transformers, kinds[0])
-
-
-def longest_context(folder: Path, default: int) -> int:
-    """Return how many tokens a checkpoint's model takes, by its configuration; ``default`` where it does not say."""
-    config = read_json(folder / CONFIG)
-    for name in ("max_position_embeddings", "n_positions"):
-        found = config.get(name) if isinstance(config, dict) else None
-        if isinstance(found, int) and found > 0:
-            return found
-    return default
-
-
-def token_ids(folder: Path | str, text: Path | str, *, limit: int | None = None) -> Tensor:
-    """Return the tokens (n,) of a text file by the tokenizer in a checkpoint's folder, at most ``limit``.
-
-    Raises
-    ------
-    WrongContent
-        The text is empty, or the folder has no tokenizer.
-    """
-    transformers = require("transformers", extra="hf", purpose="reading text")
-    lines = read_text(text).splitlines(keepends=True)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise WrongContent(folder, found="no tokenizer", expected="tokenizer.json beside the weights") from error
-    found: list[int] = []
-    for line in lines:
-        found += tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"]
-        if limit is not None and len(found) >= limit:
-            break
-    if not found:
-        raise WrongContent(text, found="no token", expected="text to calibrate on")
-    return torch.tensor(found[:limit])
 
 
 def _digest(batches: Sequence[Any]) -> str:

@@ -1,5 +1,6 @@
 """Picture of a compression: what each layer lost and weighs, and how the methods compare."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +46,14 @@ def plot_compression(found: CompressedFiles, path: Path | str) -> Path:
         if roles:
             left.legend(fontsize=7, ncols=2)
         dense, rows = found.methods[0].perplexity, found.methods[1:]
-        added = [row.perplexity - dense for row in rows if row.perplexity is not None and dense is not None]
+        added = []
+        if dense is not None:
+            added = [math.nan if row.perplexity is None else row.perplexity - dense for row in rows]
         values = added or [row.mean_error for row in rows]
         colours = [OURS if row is rows[0] else OTHERS for row in rows]
         right.bar(range(len(rows)), values, color=colours)
         right.set_xticks(range(len(rows)), [row.method for row in rows], rotation=30, ha="right")
-        if added:
+        if dense is not None:
             right.set(title=f"Added to the dense model's perplexity of {dense:.2f}", ylabel="perplexity")
         else:
             right.set(title="Mean lost share of outputs", ylabel="relative squared error")

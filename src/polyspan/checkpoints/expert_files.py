@@ -1,8 +1,7 @@
 """Merge the experts of a saved mixture-of-experts checkpoint, layer by layer; a killed run goes on where it was."""
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,51 +10,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyspan.errors import TooLarge, UnreadableFile, WrongContent
-from polyspan.io import (
-    TENSOR_CODES,
-    digest_array,
-    digest_file,
-    list_folder,
-    make_folder,
-    read_json,
-    read_text,
-    remove_file,
-    tensor_bytes,
-    write_json,
-    write_tensor_blocks,
-)
-from polyspan.run import Journal, Progress, available_memory_bytes, map_tasks, pick_device, progress
+from polyspan.errors import TooLarge, UnreadableFile
+from polyspan.io import digest_array, list_folder, make_folder, read_text, remove_file, write_json
+from polyspan.run import Journal, Progress, available_memory_bytes, map_tasks, pick_device
 
+from ._expert_export import EXPORTS, ExportPlan, check_exportable, tensor_facts, total_size, write_export
 from ._expert_jobs import (
     Job,
     capture_layers,
     forget_torn,
     merge_task,
-    outcome_state,
     perplexities,
     read_inputs,
     read_outcome,
     read_statistics,
     statistics_task,
 )
-from ._expert_layout import COUNTS, ExpertLayer, check_reducible, fused_parameters, reduced_router
+from ._expert_layout import ExpertLayer, check_reducible
 from ._expert_stream import StreamedModel, text_pieces
 from ._hub import local_checkpoint
 from .expert_merging import RIVALS, ExpertMerger, ExpertMergeReport, MergedLayer, Outcome, narrowed, wide_stack
-from .merge_files import copy_others, digests, plan_shards
+from .merge_files import digests
 
 JOURNAL = "merge.journal.jsonl"
 REPORT = "expert_merge_report.json"
-EXPORTS = ("merged", "hf", "hf-repeated")
 PRESETS = {"published": ExpertMerger.published, "recommended": ExpertMerger.recommended}
-QUANT_METHOD = "polyspan_merged_experts"
 HELD_OUT = 8
-MAPS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-EXPERT = re.compile(
-    r"^(?P<stem>.*\.experts)\.(?:(?P<j>\d+)\.)?(?P<map>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)"
-    r"(?P<kind>\.weight|\.bias|_bias)?$"
-)
 
 
 class ExpertCheckpoint(NamedTuple):
@@ -201,10 +181,8 @@ def merge_expert_checkpoint(
     path, folder = local_checkpoint(model), Path(out)
     stream = StreamedModel(path, _device(device))
     merger.targets([layer.n_experts for layer in stream.experts], [layer.top_k for layer in stream.experts])
-    if export == "hf":
-        for layer in stream.experts:
-            check_reducible(layer)
     check_memory(stream, max_bytes)
+    check_exportable(stream, export)
     calibrating, scored = _texts(path, stream, calibration, evaluation, length, samples)
     job = Job(str(path), str(folder), merger.options(), str(stream.device))
     header = {
@@ -236,11 +214,11 @@ def merge_expert_checkpoint(
         journal.record("perplexity", told)
     found = journal.done["perplexity"]
     plan = ExportPlan(job, stream, labels, export)
-    shards = _write_shards(folder, plan, journal, shard_bytes, verbose)
+    shards = write_export(folder, plan, journal, shard_bytes, verbose=verbose)
     # The journal sorts names.
     perplexity = {name: found["ours"][name] for name in ("before", "after", "hf") if name in found["ours"]}
     comparison = {name: found["rivals"][name] for name in RIVALS if name in found["rivals"]}
-    before, after = _size(_facts(stream)), _size(plan.tensors)
+    before, after = total_size(tensor_facts(stream)), total_size(plan.tensors)
     result = ExpertCheckpoint(
         folder, shards, export, ExpertMergeReport(reports), {name: s.gram for name, s in statistics.items()}, before[0],
         after[0], before[1], after[1], calibrating.numel(), perplexity, comparison, found["left_out"], resumed,
@@ -388,158 +366,3 @@ def _rival(job: Job, merger: ExpertMerger, statistics: Any, groups: Any, number:
     inputs = read_inputs(job, number)
     made = merger.combined(layer.name, wide_stack(layer), groups[layer.name], statistics[layer.name], inputs)
     return narrowed(made, layer.stack().up.dtype)
-
-
-def _facts(stream: StreamedModel) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of every tensor of the checkpoint."""
-    return {name: (stream.state.dtype(name), stream.state.shape(name)) for name in stream.state}
-
-
-def _size(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[int, int]:
-    """Return the number of parameters and of bytes."""
-    counts = {name: math.prod(shape) for name, (_, shape) in tensors.items()}
-    return sum(counts.values()), sum(n * tensors[name][0].itemsize for name, n in counts.items())
-
-
-class ExportPlan:
-    """The tensors of an exported checkpoint, each made when it is asked for.
-
-    Parameters
-    ----------
-    labels : mapping of int to list of int
-        Groups of the experts, by number of the layer.
-    """
-
-    def __init__(self, job: Job, stream: StreamedModel, labels: Mapping[int, list[int]], export: str):
-        self.job, self.stream, self.labels, self.export = job, stream, labels, export
-        self._held: tuple[int, dict[str, Tensor]] | None = None
-        self._places: dict[str, int] = {}
-        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        made: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for number in stream.numbers:
-            parts = self._layer(number)
-            self._places |= dict.fromkeys(parts, number)
-            made |= {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
-        for name, facts in _facts(stream).items():
-            expert = stream.number_of(name) in stream.numbers and EXPERT.match(name)
-            if name not in made and not expert:
-                self.tensors[name] = facts
-        self.tensors |= made
-
-    def __call__(self, name: str) -> Iterable[Tensor]:
-        """Return a tensor in blocks."""
-        if name not in self._places:
-            return (self.stream.state[name],)
-        number = self._places[name]
-        if self._held is None or self._held[0] != number:
-            self._held = (number, self._layer(number))
-        return (self._held[1][name],)
-
-    def _layer(self, number: int) -> dict[str, Tensor]:
-        """Return the tensors that take the place of a layer's experts, and of its router where rows change."""
-        layer = self.stream.expert_layer(number)
-        assert layer is not None
-        groups = self.labels[number]
-        outcome = read_outcome(self.job, number, groups, layer.stack())
-        if self.export == "merged":
-            state = {**outcome_state(outcome), "groups": torch.tensor(groups)}
-            return {f"{layer.name}.{name}": part for name, part in state.items()}
-        own = [name for name in self.stream.state if self.stream.number_of(name) == number and EXPERT.match(name)]
-        if not own:
-            raise WrongContent(
-                self.stream.path, found="experts under names that are not known", expected=layer.name, where=layer.name
-            )
-        stack = outcome.stack.take(groups) if self.export == "hf-repeated" else outcome.stack
-        made: dict[str, Tensor] = {}
-        fused: dict[str, Tensor] = {}
-        for name in own:
-            match = EXPERT.match(name)
-            assert match is not None
-            kind = match["kind"] or ""
-            if match["j"] is None:
-                fused = fused or fused_parameters(stack, layer.experts)
-                made[name] = fused[match["map"] + kind]
-                continue
-            part = stack.parts[MAPS[match["map"]] + ("_bias" if kind == ".bias" else "")]
-            if int(match["j"]) < len(part):
-                made[name] = part[int(match["j"])]
-        if self.export == "hf":
-            made |= self._router(number, layer, outcome, own[0])
-        return made
-
-    def _router(self, number: int, layer: ExpertLayer, outcome: Outcome, expert: str) -> dict[str, Tensor]:
-        match = EXPERT.match(expert)
-        assert match is not None
-        stem = match["stem"].removesuffix("experts")
-        router = next(name for name, module in layer.block.named_children() if module is layer.router)
-        with self.stream.loaded(number):
-            rows = reduced_router(layer, outcome.router_rows())
-        made = {f"{stem}{router}.{name}": part for name, part in rows.items()}
-        missing = [name for name in made if name not in self.stream.state]
-        if missing:
-            raise WrongContent(self.stream.path, found="a router under another name", expected=missing[0])
-        # A router that the file keeps wider than the experts stays so.
-        return {name: part.to(self.stream.state.dtype(name)) for name, part in made.items()}
-
-    def config(self) -> dict[str, Any]:
-        """Return the configuration of the exported checkpoint.
-
-        Raises
-        ------
-        WrongContent
-            It does not say how many experts there are.
-        """
-        path = self.stream.path / "config.json"
-        config = read_json(path)
-        if self.export == "hf-repeated":
-            return config
-        if self.export == "merged":
-            layers = {}
-            for number, groups in self.labels.items():
-                layer = self.stream.expert_layer(number)
-                assert layer is not None
-                ranks = {
-                    name.rpartition(".")[2].removesuffix("_left"): shape[-1]
-                    for name, (_, shape) in self.tensors.items()
-                    if name.startswith(f"{layer.name}.") and name.endswith("_left")
-                }
-                layers[layer.name] = {
-                    "num_experts": len(groups), "num_groups": max(groups) + 1, "ranks": ranks or None,
-                }  # fmt: skip
-            return {**config, "quantization_config": {"quant_method": QUANT_METHOD, "layers": layers}}
-        n = self.stream.experts[0].n_experts
-        named = [name for name in COUNTS if config.get(name) == n]
-        if not named:
-            raise WrongContent(path, found=f"none of {', '.join(COUNTS)} that is {n}", expected="the number of experts")
-        return {**config, **dict.fromkeys(named, max(next(iter(self.labels.values()))) + 1)}
-
-
-def _write_shards(
-    folder: Path, plan: ExportPlan, journal: Journal, shard_bytes: int | None, verbose: bool
-) -> list[Path]:
-    """Write configuration, other small files, shards and, last, their index."""
-    write_json(folder / "config.json", plan.config())
-    copy_others(plan.stream.path, folder)
-    # A plain reader that knows nothing of merged experts finds no model.safetensors, and says so.
-    stem = "polyspan" if plan.export == "merged" else "model"
-    parts = list(plan_shards(plan.tensors, shard_bytes))
-    files = [f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
-    if len(parts) == 1:
-        files = [f"{stem}.safetensors"]
-    for file, names in progress(list(zip(files, parts, strict=True)), label="writing", enabled=verbose):
-        if file in journal.done and (folder / file).is_file() and digest_file(folder / file) == journal.done[file]:
-            continue
-        facts = {name: (TENSOR_CODES[plan.tensors[name][0]], plan.tensors[name][1]) for name in names}
-        write_tensor_blocks(folder / file, facts, _blocks(plan, names), {"format": "pt"})
-        journal.record(file, digest_file(folder / file))
-    if len(parts) > 1:
-        placed = {name: file for file, names in zip(files, parts, strict=True) for name in names}
-        total = {"total_size": _size(plan.tensors)[1]}
-        write_json(folder / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": placed})
-    return [folder / file for file in files]
-
-
-def _blocks(plan: ExportPlan, names: list[str]) -> Iterator[memoryview]:
-    for name in names:
-        for block in plan(name):
-            yield tensor_bytes(block)

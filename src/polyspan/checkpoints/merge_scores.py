@@ -13,7 +13,7 @@ from polyspan.run import Progress, pick_device
 
 from ._hub import local_checkpoint
 from ._merge_states import ADAPTER
-from .compress_files import check_model, longest_context, open_model, perplexity, token_ids
+from ._text_models import check_model, longest_context, open_model, perplexity, token_ids
 from .merge_files import STREAMED, merge_checkpoints
 from .merge_recipes import MergeRecipe
 
@@ -60,12 +60,14 @@ def plan_scoring(
     base = local_checkpoint(recipe.base)
     models = {task: local_checkpoint(path, files=True) for task, path in recipe.models.items()}
     for folder in (base, *(path for path in models.values() if path.is_dir() and not (path / ADAPTER).is_file())):
-        check_model(folder)
+        kind = check_model(folder)
+        if not kind.can_generate():
+            raise WrongContent(folder, found=f"a {kind.__name__}", expected="a model that predicts text")
     ids = {name: token_ids(base, text, limit=max_tokens) for name, text in texts.items()}
     for name, part in ids.items():
         if len(part) < 2:
             raise WrongContent(texts[name], found="one token", expected="two at least, of which one is predicted")
-    longest = longest_context(base, MOST_CONTEXT)
+    longest = longest_context(base)
     if context is not None and context > longest:
         raise ValueError(f"context must be at most {longest}, the longest that the model takes, got {context}")
     return Scoring(base, models, ids, context or min(MOST_CONTEXT, longest), pick_device(device or "cpu"))

@@ -99,7 +99,8 @@ def compress(
     out : Path
         Folder of the result.
     calib : Path
-        Text file; with more tokens than layers have inputs.
+        Text file; with more tokens than layers have inputs. Or a .npz or .safetensors file of the network's arguments,
+        one row an item, for models that read no text.
     method : str
         sparse-dictionary, orthogonal (faster), threshold (fastest); svd, svd-llm, asvd, basis-sharing, wanda,
         magnitude; or experts.
@@ -108,7 +109,8 @@ def compress(
     layer_ratio : list of str
         NAME=RATIO for layers of that name or pattern; others keep --ratio.
     eval : Path
-        Text on which perplexity is measured; the last tenth of the calibration text, held out, where not given.
+        Text on which perplexity is measured, of models that predict text; the last tenth of the calibration text, held
+        out, where not given.
     rho : float
         Atoms over coefficients of an output.
     groups : int
@@ -194,32 +196,36 @@ def compress_layers(request: Request) -> None:
     """Compress linear layers by one of the methods of :func:`polyspan.checkpoints.compress_checkpoint`."""
     if request.experts is not None:
         raise ValueError(f"--experts must go with --method experts, got {request.method}")
+    for name, number in (("context", request.context), ("max-tokens", request.max_tokens)):
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}")
     from polyspan.checkpoints._hub import local_checkpoint
-    from polyspan.checkpoints.compress_files import (
-        COMPARED,
-        compress_checkpoint,
-        longest_context,
-        report_json,
-        token_ids,
-    )
+    from polyspan.checkpoints._text_models import ARRAYS, check_model, longest_context, token_ids
+    from polyspan.checkpoints.compress_files import COMPARED, compress_checkpoint, report_json
     from polyspan.checkpoints.compression_plots import plot_compression
     from polyspan.io import picture_path
 
     if request.plot is not None:
         picture_path(request.plot)
     folder = local_checkpoint(request.model)
-    context = request.context or min(MOST_CONTEXT, longest_context(folder, MOST_CONTEXT))
-    ids = token_ids(folder, request.calib, limit=request.max_tokens)
+    kind = check_model(folder)
+    calibration: Any = request.calib
+    held_out = None
+    if request.calib.suffix not in ARRAYS:
+        calibration = token_ids(folder, request.calib, limit=request.max_tokens)
     if request.eval is not None:
         held_out = token_ids(folder, request.eval)
-    else:
-        kept = len(ids) - len(ids) // HELD_OUT
-        ids, held_out = ids[:kept], ids[kept:]
+    elif request.calib.suffix not in ARRAYS and kind.can_generate():
+        kept = len(calibration) - len(calibration) // HELD_OUT
+        calibration, held_out = calibration[:kept], calibration[kept:]
         if len(held_out) < 2:
-            raise ValueError(f"--calib must have 20 tokens at least to hold some out, got {len(ids)}; or give --eval")
+            raise ValueError(f"--calib must have 20 tokens at least to hold some out, got {kept}; or give --eval")
         say(f"perplexity is measured on the last {len(held_out):,} tokens of {request.calib}, held out")
+    else:
+        say("perplexity is not measured: there is no text for it, or the model predicts none")
+    context = request.context or min(MOST_CONTEXT, longest_context(folder))
     found = compress_checkpoint(
-        folder, request.out, calibration=ids, evaluation=held_out, method=request.method,
+        folder, request.out, calibration=calibration, evaluation=held_out, method=request.method,
         ratio=_ratios(request.layer_ratio, request.ratio), rho=request.rho, groups=request.groups,
         targets=request.target or None, index_cost=request.index_cost, coef_dtype=request.coef_dtype,
         sequential=request.sequential, compare=COMPARED if request.compare else (), dense=request.dense,
@@ -244,8 +250,12 @@ def compress_layers(request: Request) -> None:
         f"Layers in {found.path}", ("layer", "weight", "atoms", "non-zero", "bytes before", "after", "lost"), rows
     )
     methods = [
-        [row.method, f"{row.mean_error:.4f}", f"{row.bytes:,}", f"{row.perplexity:.2f}"] for row in found.methods
-    ]
+        [
+            row.method, f"{row.mean_error:.4f}", f"{row.bytes:,}",
+            "-" if row.perplexity is None else f"{row.perplexity:.2f}",
+        ]
+        for row in found.methods
+    ]  # fmt: skip
     show_table("Methods", ("method", "mean lost", "bytes", "perplexity"), methods)
     say(f"weight files: {found.bytes_before:,} bytes before, {found.bytes_after:,} after")
 

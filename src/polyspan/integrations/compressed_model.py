@@ -231,6 +231,9 @@ def load_compressed(path: Path | str, *, product: str = "auto", check: bool = Tr
     config.transformers_weights = INDEX if (folder / INDEX).is_file() else f"{STEM}.safetensors"
     kind = getattr(transformers, str(kinds[0]))
     model = kind.from_pretrained(folder, config=config, **{"dtype": "auto", **options}).eval()
+    # transformers would save by the names of the file that it read, which are those in memory; a dense export is to
+    # have those of the model's kind.
+    model.__dict__.pop("_weight_conversions", None)
     for module in model.modules():
         if isinstance(module, SparseDictionaryLinear):
             module.product = product

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from polyspan.checkpoints._expert_export import QUANT_METHOD
 from polyspan.checkpoints._expert_layout import FusedGate, expert_layers, put_module
-from polyspan.checkpoints.expert_files import QUANT_METHOD
 from polyspan.checkpoints.expert_merging import MergedExperts
 from polyspan.errors import WrongContent, require
 from polyspan.io import read_json
