@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 from functools import partial
 
 import numpy as np
@@ -119,7 +120,9 @@ def test_undo_puts_the_old_layers_back_and_merging_makes_plain_ones_of_the_same_
 def test_a_layer_of_another_class_is_parametrised_and_keeps_its_own_factor():
     model = holding(Equalised(6, 9))
     s = torch.linalg.svdvals(model["affine"].weight.detach())
-    report = project_model(model, "affine", rank=4, gain="learned")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = project_model(model, "affine", rank=4, gain="learned")
     assert isinstance(model["affine"].parametrizations.weight[0], LowRankOrthogonal)
     found = projections(model)["affine"]
     assert report.layers[0].gain == pytest.approx(float(found[1].detach())) == pytest.approx(float(s[:4].mean()))

@@ -36,6 +36,9 @@ segment = App(name="segment", help="Find regions in pictures by multi-head scans
 text = App(name="text", help="Small language models that mix tokens by planes.")
 images = App(name="images", help="Mend and search features of images.")
 position = App(name="position", help="Take the position of patches out of dense features.")
+rotations = App(name="rotations", help="Convert files of rotations, and find where their numbers jump.")
+projector = App(name="projector", help="Make a generator's layers low-rank orthogonal, and export their directions.")
+gaunt = App(name="gaunt", help="Products of spherical-harmonic features, beside those of e3nn.")
 gallery = App(name="gallery", help="The web page of all systems and verdicts.")
 
 align.command("polyspan.cli.align:fit", name="fit", help="Fit a map on items that both models have embedded.")
@@ -82,6 +85,17 @@ position.command("polyspan.cli.position:fit", name="fit", help="Find what tells 
 position.command("polyspan.cli.position:apply", name="apply", help="Take position out of features.")
 position.command("polyspan.cli.position:score", name="score", help="Measure how well position can be told.")
 images.command(position)
+rotations.command(
+    "polyspan.cli.rotations:convert", name="convert", help="Turn a file of rotations from one form into another."
+)
+rotations.command("polyspan.cli.rotations:breaks", name="breaks", help="Say where the numbers of a path jump.")
+projector.command(
+    "polyspan.cli.projector:convert", name="convert", help="Make weights of a checkpoint low-rank orthogonal."
+)
+projector.command(
+    "polyspan.cli.projector:directions", name="directions", help="Export the directions of a checkpoint's layers."
+)
+gaunt.command("polyspan.cli.gaunt:race", name="race", help="Race the product against e3nn's, on your own irreps.")
 gallery.command("polyspan.cli.gallery:build", name="build", help="Write the static site.")
 gallery.command("polyspan.cli.gallery:serve", name="serve", help="Build it and serve it on this machine.")
 app.command("polyspan.cli.systems:list_", name="list", help="List the systems, or those that match some words.")
@@ -106,6 +120,9 @@ for group in (
     adapt,
     grassmann,
     crate,
+    rotations,
+    projector,
+    gaunt,
     gallery,
 ):
     app.command(group)

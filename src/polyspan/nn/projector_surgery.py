@@ -116,7 +116,7 @@ def project_model(
             found = leading(matrix, rank)
             if type(module) is nn.Linear:
                 made[name] = HouseholderProjector.from_linear(module, rank, gain)
-                size = float(made[name].gain)
+                size = float(made[name].gain.detach())
             else:
                 made[name] = LowRankOrthogonal(rank, gain=gain, flatten=flatten and weight.ndim > 2)
                 size = float(found.values[:rank].mean()) if isinstance(gain, str) else float(gain)
