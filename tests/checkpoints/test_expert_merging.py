@@ -24,7 +24,8 @@ from polyspan.checkpoints._expert_combining import (
 from polyspan.checkpoints._expert_groups import allocate, embedding, group_experts, windows, within_groups
 from polyspan.checkpoints._expert_layout import ExpertLayer, ExpertStack, find_expert_layers, fused_parameters, stack_of
 from polyspan.checkpoints._expert_statistics import expert_statistics
-from polyspan.checkpoints.expert_merging import RIVALS, swiglu
+from polyspan.checkpoints.expert_merging import RIVALS
+from polyspan.checkpoints.merged_experts import swiglu
 from polyspan.testing import ModuleCase, check_module
 
 transformers = pytest.importorskip("transformers")

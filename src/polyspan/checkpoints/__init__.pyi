@@ -1,3 +1,4 @@
+from ._expert_outcome import MergedLayer as MergedLayer
 from .compress_files import CompressedFiles as CompressedFiles
 from .compress_files import compress_checkpoint as compress_checkpoint
 from .compression_plots import plot_compression as plot_compression
@@ -12,8 +13,6 @@ from .expert_files import merge_expert_checkpoint as merge_expert_checkpoint
 from .expert_merging import ExpertCalibration as ExpertCalibration
 from .expert_merging import ExpertMerger as ExpertMerger
 from .expert_merging import ExpertMergeReport as ExpertMergeReport
-from .expert_merging import MergedExperts as MergedExperts
-from .expert_merging import MergedLayer as MergedLayer
 from .expert_merging import calibrate_experts as calibrate_experts
 from .expert_plots import plot_expert_merge as plot_expert_merge
 from .layer_calibration import LayerCalibration as LayerCalibration
@@ -27,6 +26,7 @@ from .merge_recipes import merge_recipe as merge_recipe
 from .merge_recipes import read_recipe as read_recipe
 from .merge_scores import MergeScore as MergeScore
 from .merge_scores import score_merge as score_merge
+from .merged_experts import MergedExperts as MergedExperts
 from .sparse_dictionary import SparseDictionaryCompressor as SparseDictionaryCompressor
 from .sparse_dictionary import SparseDictionaryLinear as SparseDictionaryLinear
 from .sparse_dictionary import fastest_product as fastest_product

@@ -22,9 +22,9 @@ from ._expert_layout import (
     fused_parameters,
     reduced_router,
 )
+from ._expert_outcome import Outcome
 from ._expert_stream import StreamedModel
 from ._stored_names import stored_form
-from .expert_merging import Outcome
 from .merge_files import copy_others, plan_shards
 
 EXPORTS = ("merged", "hf", "hf-repeated")

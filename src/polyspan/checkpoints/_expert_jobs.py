@@ -15,17 +15,10 @@ from polyspan.run import Journal, Progress
 from ._expert_capture import Capture, LayerInputs
 from ._expert_combining import LowRank
 from ._expert_layout import ExpertLayer, ExpertStack, put_module
+from ._expert_outcome import Outcome, in_bytes, install, layer_report, narrowed, wide_stack
 from ._expert_statistics import ExpertStatistics, expert_statistics
 from ._expert_stream import StreamedModel
-from .expert_merging import (
-    ExpertMerger,
-    Outcome,
-    in_bytes,
-    install,
-    layer_report,
-    narrowed,
-    wide_stack,
-)
+from .expert_merging import ExpertMerger
 
 
 class Job(NamedTuple):

@@ -27,9 +27,10 @@ from ._expert_jobs import (
     statistics_task,
 )
 from ._expert_layout import ExpertLayer, check_reducible
+from ._expert_outcome import MergedLayer, Outcome, narrowed, wide_stack
 from ._expert_stream import StreamedModel, text_pieces
 from ._hub import local_checkpoint
-from .expert_merging import RIVALS, ExpertMerger, ExpertMergeReport, MergedLayer, Outcome, narrowed, wide_stack
+from .expert_merging import RIVALS, ExpertMerger, ExpertMergeReport
 from .merge_files import digests
 
 JOURNAL = "merge.journal.jsonl"

@@ -2,17 +2,17 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from polyspan.run import progress, spawn_seeds
 
 from ._expert_capture import LayerInputs, capture_inputs, token_batches
-from ._expert_combining import LowRank, join_groups, merge_group
+from ._expert_combining import join_groups, merge_group
 from ._expert_groups import (
     ALLOCATIONS,
     CLUSTERINGS,
@@ -24,18 +24,9 @@ from ._expert_groups import (
     windows,
     within_groups,
 )
-from ._expert_layout import (
-    ExpertLayer,
-    ExpertStack,
-    check_reducible,
-    expert_modules,
-    find_expert_layers,
-    linear_names,
-    put_module,
-    reduced_router,
-    set_router,
-)
-from ._expert_statistics import ExpertStatistics, compute_dtype, expert_statistics, token_blocks
+from ._expert_layout import ExpertStack, check_reducible, find_expert_layers
+from ._expert_outcome import MergedLayer, Outcome, in_bytes, install, layer_report, narrowed, wide_stack
+from ._expert_statistics import ExpertStatistics, expert_statistics
 
 COMBINES = ("average", "keep")
 ALIGNS = (None, "permutation", "activation")
@@ -55,42 +46,6 @@ RIVALS: dict[str, dict[str, Any]] = {
     "published": PUBLISHED,
     "recommended": RECOMMENDED,
 }
-
-
-class MergedLayer(NamedTuple):
-    """What became of one layer.
-
-    Attributes
-    ----------
-    name : str
-        Of the experts' module.
-    n_experts, n_kept : int
-        Before and after.
-    groups : list of int
-        The group of each expert; -1 where it was dropped.
-    frequencies : list of float
-        Share of the calibration tokens that chose each expert.
-    similarity : float
-        Mean cosine of the outputs of two experts.
-    parameters, parameters_after : int
-        Of the experts.
-    bytes, bytes_after : int
-    error : float
-        Of the layer's routed output on the calibration tokens: squared distance over squared size. NaN where experts
-        were dropped, as tokens are then routed anew.
-    """
-
-    name: str
-    n_experts: int
-    n_kept: int
-    groups: list[int]
-    frequencies: list[float]
-    similarity: float
-    parameters: int
-    parameters_after: int
-    bytes: int
-    bytes_after: int
-    error: float
 
 
 class ExpertMergeReport(NamedTuple):
@@ -157,187 +112,6 @@ def calibrate_experts(
             stack, inputs[layer.name], layer.router_weight, batch_tokens=batch_tokens
         )
     return ExpertCalibration(inputs, statistics)
-
-
-class MergedExperts(nn.Module):
-    r"""Fewer experts behind the router of more: token weights :math:`G_i` of a group's members are added.
-
-    Takes the place of an experts module of transformers, ``forward(hidden_states, top_k_index, top_k_weights)``, and
-    gives :math:`\sum_g (\sum_{i\in g} G_i(x)) E_g(x)`. The router stays as it was, so routing is exact.
-    Source: catalogue entry ``sub-moe``.
-
-    Parameters
-    ----------
-    num_experts : int
-        n, that the router knows.
-    num_groups : int
-        k experts that there are.
-    hidden_size, intermediate_size : int
-    activation : callable
-        ``activation(gate, up)`` of two tensors (..., I); SwiGLU where not given.
-    gated : bool
-        Whether experts have a gate; ``activation`` gets None for it otherwise.
-    bias : bool
-        Whether the maps have biases.
-    ranks : mapping of str to int, optional
-        Of "gate", "up" and "down", where maps are kept as two factors.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        num_groups: int,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        activation: Callable[[Tensor | None, Tensor], Tensor] | None = None,
-        gated: bool = True,
-        bias: bool = False,
-        ranks: Mapping[str, int] | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        if not 1 <= num_groups <= num_experts:
-            raise ValueError(f"num_groups must be between 1 and num_experts={num_experts}, got {num_groups}")
-        self.num_experts, self.num_groups = num_experts, num_groups
-        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
-        self.gated, self.bias, self.ranks = gated, bias, None if ranks is None else dict(ranks)
-        self.activation = swiglu if activation is None else activation
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.maps = ("gate", "up", "down") if gated else ("up", "down")
-        for name in self.maps:
-            out, fan_in = (hidden_size, intermediate_size) if name == "down" else (intermediate_size, hidden_size)
-            if ranks is None:
-                self.register_parameter(name, nn.Parameter(torch.empty(num_groups, out, fan_in, **factory)))
-            else:
-                self.register_parameter(
-                    f"{name}_left", nn.Parameter(torch.empty(num_groups, out, ranks[name], **factory))
-                )
-                self.register_parameter(
-                    f"{name}_right", nn.Parameter(torch.empty(num_groups, ranks[name], fan_in, **factory))
-                )
-            if bias:
-                self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(num_groups, out, **factory)))
-        self.register_buffer("groups", torch.arange(num_experts, device=device) % num_groups)
-        self.groups: Tensor
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for parameter in self.parameters():
-            if parameter.ndim == 3:
-                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-            else:
-                nn.init.zeros_(parameter)
-
-    @classmethod
-    def from_stack(
-        cls,
-        stack: ExpertStack,
-        groups: Sequence[int],
-        factors: LowRank | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> "MergedExperts":
-        """Make the module of a stack of k experts, and of the factors of its maps where they are kept as such."""
-        parts = {k: v for k, v in stack.parts.items() if factors is None or k.endswith("bias")}
-        if factors is not None:
-            parts |= {
-                f"{name}_{side}": part
-                for side, held in zip(("left", "right"), factors, strict=True)
-                for name, part in held.items()
-            }
-        made = cls(
-            len(groups), len(stack), stack.down.shape[1], stack.up.shape[1], activation=stack.activation,
-            gated=stack.gate is not None, bias=stack.down_bias is not None, device="meta",
-            ranks=None if factors is None else {name: left.shape[-1] for name, left in factors.left.items()},
-        )  # fmt: skip
-        state = {name: part.to(dtype or part.dtype).contiguous() for name, part in parts.items()}
-        state["groups"] = torch.as_tensor(groups, dtype=torch.long, device=stack.up.device)
-        made.load_state_dict(state, assign=True)
-        return made
-
-    def stack(self) -> ExpertStack:
-        """Return the k experts as a stack; factors are multiplied out."""
-        parts: dict[str, Any] = {"gate": None, **{name: self._weight(name) for name in self.maps}}
-        if self.bias:
-            parts |= {f"{name}_bias": getattr(self, f"{name}_bias").detach() for name in self.maps}
-        return ExpertStack(activation=self.activation, **parts)
-
-    def _weight(self, name: str) -> Tensor:
-        if self.ranks is None:
-            return getattr(self, name).detach()
-        return (getattr(self, f"{name}_left") @ getattr(self, f"{name}_right")).detach()
-
-    def _apply_map(self, name: str, group: int, x: Tensor) -> Tensor:
-        bias = getattr(self, f"{name}_bias")[group] if self.bias else None
-        if self.ranks is None:
-            return nn.functional.linear(x, getattr(self, name)[group], bias)
-        inner = nn.functional.linear(x, getattr(self, f"{name}_right")[group])
-        return nn.functional.linear(inner, getattr(self, f"{name}_left")[group], bias)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the weighted sums (m, H) of the groups' outputs for tokens (m, H)."""
-        places = self.groups[top_k_index]
-        chosen = torch.zeros(len(places), self.num_groups, dtype=torch.bool, device=places.device)
-        chosen.scatter_(1, places, True)
-        # Routers may give float32 to a wider model: sums of weights are to be as wide as sums of outputs would be.
-        wide = torch.promote_types(top_k_weights.dtype, hidden_states.dtype)
-        weights = torch.zeros(chosen.shape, dtype=wide, device=places.device)
-        weights = weights.scatter_add(1, places, top_k_weights.to(wide))
-        out = torch.zeros_like(hidden_states)
-        # All groups' tokens at once: two waits for the device, however many groups there are.
-        by_group = chosen.mT.nonzero()[:, 1].split(chosen.sum(dim=0).tolist())
-        for group, tokens in enumerate(by_group):
-            if not len(tokens):
-                continue
-            x = hidden_states[tokens]
-            gate = self._apply_map("gate", group, x) if self.gated else None
-            made = self._apply_map("down", group, self.activation(gate, self._apply_map("up", group, x)))
-            out.index_add_(0, tokens, (made * weights[tokens, group].unsqueeze(-1)).to(out.dtype))
-        return out
-
-    def extra_repr(self) -> str:
-        return f"{self.num_experts} experts in {self.num_groups} groups, ranks={self.ranks}"
-
-
-def swiglu(gate: Tensor | None, up: Tensor) -> Tensor:
-    """Return ``silu(gate) * up``, or ``silu(up)`` without a gate."""
-    return nn.functional.silu(up) if gate is None else nn.functional.silu(gate) * up
-
-
-class Outcome(NamedTuple):
-    """The k experts of a layer, their factors where truncated, and the group of each of n experts, -1 for dropped.
-
-    ``reduced``: rows of the router are averaged in each group, where they would stay as they are otherwise.
-    """
-
-    stack: ExpertStack
-    factors: LowRank | None
-    groups: np.ndarray
-    reduced: bool = False
-
-    @property
-    def dropped(self) -> bool:
-        return bool((self.groups < 0).any())
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Outcome":
-        factors = self.factors
-        if factors is not None:
-            factors = LowRank(*({name: function(part) for name, part in side.items()} for side in factors))
-        return self._replace(stack=self.stack.map(function), factors=factors)
-
-    @property
-    def numel(self) -> int:
-        if self.factors is None:
-            return self.stack.numel
-        biases = sum(part.numel() for name, part in self.stack.parts.items() if name.endswith("bias"))
-        return biases + sum(part.numel() for side in self.factors for part in side.values())
-
-    def router_rows(self) -> Tensor:
-        """Return (k, n): the mean of the router's rows in each group, or the rows that are kept."""
-        rows = (torch.from_numpy(self.groups) == torch.arange(len(self.stack)).unsqueeze(1)).double()
-        return rows / rows.sum(1, keepdim=True)
 
 
 class ExpertMerger:
@@ -634,84 +408,3 @@ class ExpertMerger:
         ]  # fmt: skip
         stack, factors = join_groups(made)
         return Outcome(stack, factors, groups)
-
-
-def wide_stack(layer: ExpertLayer) -> ExpertStack:
-    """Return a layer's experts in float32 or wider."""
-    stack = layer.stack()
-    return stack.map(lambda part: part.to(compute_dtype(part.dtype)))
-
-
-def narrowed(outcome: Outcome, dtype: torch.dtype) -> Outcome:
-    """Return an outcome in the dtype of the model's experts; float32 that came from it goes back bit for bit."""
-    return outcome.map(lambda part: part.to(dtype))
-
-
-def in_bytes(report: MergedLayer, dtype: torch.dtype) -> MergedLayer:
-    return report._replace(
-        bytes=report.parameters * dtype.itemsize, bytes_after=report.parameters_after * dtype.itemsize
-    )
-
-
-@torch.no_grad()
-def layer_report(
-    name: str,
-    stack: ExpertStack,
-    outcome: Outcome,
-    statistics: ExpertStatistics,
-    inputs: LayerInputs,
-    batch_tokens: int | None = None,
-) -> MergedLayer:
-    """Measure the error of a layer's routed output, and put its numbers together."""
-    error, size = 0.0, 0.0
-    if not outcome.dropped:
-        members = torch.from_numpy(outcome.groups).to(stack.up.device)
-        for x, gates in token_blocks(inputs, stack, batch_tokens):
-            whole = torch.einsum("mn,nmh->mh", gates, stack.outputs(x))
-            summed = torch.zeros(len(x), len(outcome.stack), dtype=x.dtype, device=x.device).index_add_(
-                1, members, gates
-            )
-            merged = torch.einsum("mn,nmh->mh", summed, outcome.stack.outputs(x))
-            error += float((whole - merged).square().sum(dtype=torch.float64))
-            size += float(whole.square().sum(dtype=torch.float64))
-    gram, n = statistics.gram, len(stack)
-    similar = float((gram.sum() - np.trace(gram)) / (n * (n - 1)))
-    return MergedLayer(
-        name, n, len(outcome.stack), outcome.groups.tolist(), statistics.frequencies.tolist(), similar, stack.numel,
-        outcome.numel, 0, 0, float("nan") if outcome.dropped else error / (size or 1.0),
-    )  # fmt: skip
-
-
-def install(model: nn.Module, layer: ExpertLayer, outcome: Outcome) -> None:
-    """Put merged or kept experts in a layer's place; rows of the router follow where experts were dropped."""
-    groups = outcome.groups
-    if outcome.dropped or outcome.reduced:
-        set_router(layer, reduced_router(layer, outcome.router_rows()))
-        groups = np.arange(len(outcome.stack))
-    if layer.fused:
-        put_module(model, layer.name, MergedExperts.from_stack(outcome.stack, groups.tolist(), outcome.factors))
-        return
-    assert isinstance(layer.experts, nn.ModuleList)
-    made = expert_modules(outcome.stack, layer.experts[0])
-    if outcome.factors is not None:
-        for i, expert in enumerate(made):
-            _factor(expert, outcome.factors, i)
-    # The block's own loop runs over n places; members of a group share one module.
-    put_module(model, layer.name, nn.ModuleList(made[group] for group in groups))
-
-
-def _factor(expert: nn.Module, factors: LowRank, i: int) -> None:
-    names = linear_names(expert)
-    assert names is not None
-    for role, name in zip(("gate", "up", "down")[3 - len(names) :], names, strict=True):
-        left, right = factors.left[role][i], factors.right[role][i]
-        bias = getattr(expert, name).bias
-        pair = nn.Sequential(
-            nn.Linear(right.shape[1], len(right), bias=False, device="meta"),
-            nn.Linear(left.shape[1], len(left), bias=bias is not None, device="meta"),
-        )
-        state = {"0.weight": right.contiguous(), "1.weight": left.contiguous()}
-        if bias is not None:
-            state["1.bias"] = bias.detach()
-        pair.load_state_dict(state, assign=True)
-        setattr(expert, name, pair)

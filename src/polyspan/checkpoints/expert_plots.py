@@ -7,8 +7,9 @@ import numpy as np
 
 from polyspan.io import picture_path, write_picture
 
+from ._expert_outcome import MergedLayer
 from .expert_files import ExpertCheckpoint
-from .expert_merging import ExpertMerger, MergedLayer
+from .expert_merging import ExpertMerger
 
 SHOWN = 6
 

@@ -7,7 +7,7 @@ import torch
 
 from polyspan.checkpoints._expert_export import QUANT_METHOD
 from polyspan.checkpoints._expert_layout import FusedGate, expert_layers, put_module
-from polyspan.checkpoints.expert_merging import MergedExperts
+from polyspan.checkpoints.merged_experts import MergedExperts
 from polyspan.errors import WrongContent, require
 from polyspan.io import read_json
 from polyspan.io._slabs import tensor_slabs
