@@ -58,8 +58,9 @@ def test_a_map_that_keeps_the_width_passes_the_checks_whose_target_has_it(name):
 
 @pytest.mark.parametrize("slug", WORKING)
 def test_a_claim_can_fail_repeats_and_shares_its_data(slug):
-    # Three seeds of the control are enough here: each claim's own tests look at its worlds more closely.
-    check_claim(find_claim(slug), seeds=3)
+    # Three seeds of the control are enough here: each claim's own tests look at its worlds more closely. Those of
+    # concrete-merging take a second each, and gains of its masks differ much from seed to seed.
+    check_claim(find_claim(slug), seeds=None if slug == "concrete-merging" else 3)
 
 
 def test_every_claim_belongs_to_a_working_system_and_says_what_it_measures():
