@@ -6,7 +6,9 @@ from polyspan.claims import measure
 from polyspan.claims.canonicalize import (
     CLAIM,
     Captioned,
+    Upgraded,
     captions,
+    first_answers,
     on_digits,
     planted,
     shuffle_texts,
@@ -96,3 +98,14 @@ def test_recentring_texts_is_what_the_aligner_does_with_means_of_a_modality():
     plain = fitted.transform(world.texts_a)
     moved = plain - plain.mean(axis=0) + world.texts_b.mean(axis=0)
     np.testing.assert_allclose(fitted.transform(world.texts_a, modality="text"), moved, atol=1e-9)
+
+
+def test_an_upgrade_by_a_turn_finds_the_class_again_and_one_by_unpaired_anchors_does_not():
+    rng = np.random.default_rng(0)
+    centres, labels, asked = 4 * rng.normal(size=(6, 12)), np.arange(300) % 6, np.arange(90) % 6
+    new, queries = centres[labels] + rng.normal(size=(300, 12)), centres[asked] + rng.normal(size=(90, 12))
+    turn = np.linalg.qr(rng.normal(size=(12, 12)))[0]
+    store = Upgraded(new @ turn, new, labels, queries @ turn, queries, asked, rng.choice(300, size=60, replace=False))
+    assert first_answers(store, OrthogonalMap()) == 1.0
+    unpaired = store._replace(new=rng.permutation(new))
+    assert first_answers(unpaired, OrthogonalMap()) < 0.5

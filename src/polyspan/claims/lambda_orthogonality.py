@@ -113,7 +113,7 @@ def on_mnist(seed: int) -> Encoders:
 
 
 @cache
-def _by_words() -> tuple[np.ndarray, np.ndarray]:
+def by_words() -> tuple[np.ndarray, np.ndarray]:
     """Embed BANKING77's training and test questions by latent semantic analysis of their words (256)."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -144,7 +144,7 @@ def _by_tokens() -> tuple[np.ndarray, np.ndarray]:
     return embed(found.texts), embed(found.query_texts)
 
 
-def on_questions(seed: int, *, old: Callable[[], tuple[np.ndarray, np.ndarray]] = _by_words) -> Encoders:
+def on_questions(seed: int, *, old: Callable[[], tuple[np.ndarray, np.ndarray]] = by_words) -> Encoders:
     """Bank customers' questions by MiniLM (384), new, and by an older way; the other data are CLINC150's.
 
     The anchors are 8,000 of the training questions; of CLINC150's 150 intents half are asked for.
