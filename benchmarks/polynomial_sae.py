@@ -16,7 +16,7 @@ from _runner import growth, race, save
 from polyspan.learn import PolynomialSAEModule
 from polyspan.learn._cholesky_qr import cholesky_qr
 
-SIZES = ((256, 4_096, 1_024, 64), (128, 2_048, 512, 32), (64, 512, 256, 16))
+SIZES = ((1_024, 4_096, 1_024, 64), (256, 4_096, 1_024, 64), (128, 2_048, 512, 32), (64, 512, 256, 16))
 HIGH = 32
 
 

@@ -11,7 +11,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from polyspan.errors import NotConverged
 from polyspan.learn import ActivationStore, PolynomialSAEModule, PolySAE
-from polyspan.learn._cholesky_qr import cholesky_qr, cholesky_qr_
+from polyspan.learn._cholesky_qr import NEAR, _gram, cholesky_qr, cholesky_qr_
 from polyspan.learn._sae_codes import SparseCodes, above, batch_top_k, jump, top_k
 from polyspan.learn._sae_interactions import co_firing
 from polyspan.learn._sae_training import WINDOW, Trainer, mean_norm_scale, set_start, step_loss
@@ -126,6 +126,17 @@ def test_cholesky_qr_in_place_is_cholesky_qr(k, size):
     torch.testing.assert_close(X, expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="X must be finite"):
         cholesky_qr_(X.fill_(torch.nan))
+
+
+def test_many_columns_after_a_small_step_are_seen_to_be_near_and_need_one_pass():
+    generator = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(1200, 600, generator=generator, dtype=torch.float64))[0]
+    U += 1e-3 * torch.randn(U.shape, generator=generator, dtype=torch.float64)
+    gram, distance = _gram(U)
+    exact = torch.linalg.matrix_norm(gram - torch.eye(600, dtype=torch.float64), ord=2)
+    assert exact <= distance <= NEAR
+    Q = cholesky_qr_(U.clone())
+    torch.testing.assert_close(Q.T @ Q, torch.eye(600, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
 def test_cholesky_qr_refuses_what_has_no_frame():

@@ -10,7 +10,8 @@ from polyspan.linalg import orthonormal_basis
 NEAR = 0.5
 """Up to this distance of X'X from the identity one pass is exact to rounding: cond(X)² is at most 3.
 
-The distance is the largest sum of a row's absolute values, which no eigenvalue exceeds.
+The distance is the largest sum of a row's absolute values, which no eigenvalue exceeds; of many columns, where that is
+far too large, the root of the Frobenius norm of the square, which none exceeds either.
 """
 PASSES = 4
 
@@ -72,7 +73,11 @@ def _gram(Q: Tensor) -> tuple[Tensor, float]:
     gram = Q.T @ Q
     gap = gram.clone()
     gap.diagonal().sub_(1)
-    return gram, float(gap.abs_().sum(dim=1).max())
+    distance = float(gap.abs().sum(dim=1).max())
+    if NEAR < distance < math.inf:
+        # A product of the small matrix with itself, where a pass more would take two of the large one.
+        distance = min(distance, float(torch.linalg.matrix_norm(gap @ gap)) ** 0.5)
+    return gram, distance
 
 
 def _divide(Q: Tensor, gram: Tensor) -> bool:
