@@ -91,17 +91,12 @@ def far_recall(data: Text, seed: int) -> Text:
 def network(vocabulary: int, recipe: Any, mixer: str, generator: Any) -> Any:
     """One language model; all are alike but for what mixes the tokens in their blocks."""
     from polyspan.nn import GrassmannLM
-    from polyspan.nn._rival_mixers import CausalAttention, NoMixing, ShiftedMixing
+    from polyspan.nn._rival_mixers import replace_mixing
 
     width, layers, r, length, *_ = (int(v) for v in recipe)
     model = GrassmannLM(vocabulary, width, layers, r, OFFSETS, 0.0, max_length=length, check=False, generator=generator)
-    for block in model.blocks:
-        if mixer == "attention":
-            block.mixing = CausalAttention(width, HEADS, generator=generator)
-        elif mixer == "concatenation":
-            block.mixing = ShiftedMixing(width, r, OFFSETS, generator=generator)
-        elif mixer == "none":
-            block.mixing = NoMixing()
+    if mixer != "grassmann":
+        replace_mixing(model.blocks, mixer, num_heads=HEADS, generator=generator)
     return model
 
 

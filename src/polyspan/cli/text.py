@@ -72,6 +72,7 @@ def train(
     import torch
 
     from polyspan.nn import GrassmannLM, score_next_token, train_next_token
+    from polyspan.nn._rival_mixers import replace_mixing
     from polyspan.run import pick_device, torch_generator
 
     check_target(out, "--out", ".safetensors")
@@ -106,7 +107,9 @@ def train(
             check=False,
             generator=torch_generator(seed),
         )
-        _mix(model, mixer, width, reduced, steps_back, seed)
+        if mixer != "planes":
+            heads = max(h for h in (1, 2, 4) if width % h == 0)
+            replace_mixing(model.blocks, mixer, num_heads=heads, generator=torch_generator(seed + 2))
         model.to(where)
         losses[mixer] = train_next_token(
             model, ids[:cut], steps=steps, length=length, batch_size=batch_size, learning_rate=rate,
@@ -174,18 +177,3 @@ def _measures(loss: float) -> dict[str, float]:
 
 def _said(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _mix(model: Any, mixer: str, width: int, reduced: int, offsets: list[int], seed: int) -> None:
-    from polyspan.nn._rival_mixers import CausalAttention, NoMixing, ShiftedMixing
-    from polyspan.run import torch_generator
-
-    generator = torch_generator(seed + 2)
-    heads = max(h for h in (1, 2, 4) if width % h == 0)
-    for block in model.blocks:
-        if mixer == "attention":
-            block.mixing = CausalAttention(width, heads, generator=generator)
-        elif mixer == "concatenation":
-            block.mixing = ShiftedMixing(width, reduced, offsets, generator=generator)
-        elif mixer == "none":
-            block.mixing = NoMixing()

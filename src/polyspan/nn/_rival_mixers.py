@@ -3,7 +3,7 @@
 Each has the arguments of ``CausalGrassmannMixing.forward`` and can stand as ``mixing`` in a GrassmannBlock.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,3 +69,20 @@ class NoMixing(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, state: None = None) -> Tensor:
         """Return zeros, which a block adds to the tokens."""
         return torch.zeros_like(x)
+
+
+def replace_mixing(blocks: Iterable[Any], rival: str, *, num_heads: int, generator: Any = None) -> None:
+    """Put a rival in the place of the Grassmann layer of every block, of its width, reduced width and offsets.
+
+    ``rival`` is "attention", "concatenation" (the same offsets without planes) or "none".
+    """
+    for block in blocks:
+        own = block.mixing
+        if rival == "attention":
+            block.mixing = CausalAttention(own.d_model, num_heads, generator=generator)
+        elif rival == "concatenation":
+            block.mixing = ShiftedMixing(own.d_model, own.r, own.offsets, generator=generator)
+        elif rival == "none":
+            block.mixing = NoMixing()
+        else:
+            raise ValueError(f"rival must be 'attention', 'concatenation' or 'none', got {rival!r}")

@@ -1,5 +1,6 @@
 """Optimisers for parameters that are subspaces: exact geodesic steps, with SGD or Adam for all other parameters."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,29 @@ class _Riemannian(Optimizer):
         if kind != "euclidean" and group["weight_decay"]:
             self.param_groups.pop()
             raise ValueError(_no_decay(group["weight_decay"]))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; ``closure`` evaluates the loss again, as for torch's optimisers."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            curved, flat = self._split(group)
+            for p in curved:
+                self._step_subspaces(p, group)
+            if flat:
+                self._step_others(flat, group)
+        return loss
+
+    @abstractmethod
+    def _step_subspaces(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Move one parameter of subspaces along its geodesic."""
+
+    @abstractmethod
+    def _step_others(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Step the others as torch's own optimiser does."""
 
     def _split(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters of the group that have a gradient: subspaces, and others."""
@@ -160,21 +184,6 @@ class RiemannianSGD(_Riemannian):
             "foreach": foreach,
         }
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; ``closure`` evaluates the loss again, as for torch's optimisers."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            curved, flat = self._split(group)
-            for p in curved:
-                self._step_subspaces(p, group)
-            if flat:
-                self._step_others(flat, group)
-        return loss
 
     def _step_subspaces(self, p: Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None
@@ -281,21 +290,6 @@ class RiemannianAdam(_Riemannian):
             "foreach": foreach,
         }
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; ``closure`` evaluates the loss again, as for torch's optimisers."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            curved, flat = self._split(group)
-            for p in curved:
-                self._step_subspaces(p, group)
-            if flat:
-                self._step_others(flat, group)
-        return loss
 
     def _step_subspaces(self, p: Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None
