@@ -22,9 +22,10 @@ from polyspan.nn import (
     random_rotation,
     real_spherical_harmonics,
 )
-from polyspan.nn import _packed_product as packing
+from polyspan.nn import _gaunt_blocks as packing
 from polyspan.nn import _sphere_product as engine
 from polyspan.nn import gaunt_product as whole
+from polyspan.nn._gaunt_half import RULES, half_sphere, has_half_sphere
 
 ROUTES = ("dense", "separable", "fourier")
 D = torch.float64
@@ -429,7 +430,6 @@ def test_the_route_goes_from_dense_to_separable_as_degrees_grow():
 def in_blocks(monkeypatch):
     """Make every product that can go block by block do so, with small blocks."""
     monkeypatch.setattr(packing, "BLOCK_FLOATS", 40_000)
-    monkeypatch.setattr(whole, "LEAST_VALUES", 0)
     for route in ROUTES:
         monkeypatch.setitem(packing.CACHE_FLOATS, route, 6_000)
     went, real = [], whole.packed_product
@@ -467,7 +467,7 @@ def test_products_in_blocks_and_their_gradients_are_those_without(in_blocks, rou
     once = torch.autograd.grad(found, (x, y), weight, retain_graph=True)
     again = torch.autograd.grad(found, (x, y), weight, create_graph=True)
     with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(whole, "LEAST_VALUES", 10**9)
+        plain.setattr(whole, "has_memory", lambda *tensors: False)
         n = len(in_blocks)
         expected = product(x, y)
         gradients = torch.autograd.grad(expected, (x, y), weight)
@@ -477,16 +477,84 @@ def test_products_in_blocks_and_their_gradients_are_those_without(in_blocks, rou
 
 
 def test_half_of_the_sphere_is_taken_for_degrees_for_which_it_is_faster(in_blocks, monkeypatch):
-    x, y = draw(9, 162), draw(9, 162, seed=1)
-    for out, method, half in ((8, "auto", True), (16, "auto", False), (8, "separable", False), (8, "dense", True)):
-        product = GauntTensorProduct(full(8, 2), full(8, 2), full(out, 2), method=method, dtype=D)
+    for lmax, out, method, half in (
+        (8, 16, "auto", True),
+        (15, 15, "auto", False),
+        (8, 8, "separable", False),
+        (8, 8, "dense", True),
+    ):
+        product = GauntTensorProduct(full(lmax, 2), full(lmax, 2), full(out, 2), method=method, dtype=D)
+        x, y = draw(9, 2 * (lmax + 1) ** 2), draw(9, 2 * (lmax + 1) ** 2, seed=1)
         found = product(x, y)
         assert in_blocks.pop()[0] == half
         with monkeypatch.context() as plain:
-            plain.setattr(whole, "LEAST_VALUES", 10**9)
+            plain.setattr(whole, "has_memory", lambda *tensors: False)
             expected = product(x, y)
         assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
     assert not in_blocks
+
+
+@pytest.mark.parametrize("degree", [0, 1, 4, 12, 24, 25, 33, 44, 60])
+def test_nodes_of_half_a_sphere_integrate_even_polynomials_and_are_fewer_than_latitudes_times_longitudes(degree):
+    nodes, weight = half_sphere(degree)
+    np.testing.assert_allclose(np.linalg.norm(nodes, axis=1), 1, atol=1e-15)
+    assert np.linalg.norm(nodes[:, None] + nodes, axis=-1).min() > 1e-3
+    even = degree - degree % 2
+    l = np.repeat(np.arange(even + 1), 2 * np.arange(even + 1) + 1)
+    found = weight @ real_spherical_harmonics(torch.from_numpy(nodes), even).numpy()[:, l % 2 == 0]
+    # Of the harmonics, the constant alone has an integral.
+    expected = np.zeros(len(found))
+    expected[0] = math.sqrt(4 * math.pi)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert len(nodes) <= (even // 2 + 1) * (even + 1) * (0.5 if degree < 12 else 0.41) + 3
+
+
+def test_degrees_without_a_rule_are_multiplied_on_the_whole_sphere(in_blocks, monkeypatch):
+    assert has_half_sphere(RULES[-1])
+    assert not has_half_sphere(RULES[-1] + 1)
+    monkeypatch.setattr(whole, "has_half_sphere", lambda degree: degree < 8)
+    x, y = draw(9, 18), draw(9, 18, seed=1)
+    found = [GauntTensorProduct(full(2, 2), full(2, 2), full(out, 2), dtype=D)(x, y) for out in (3, 4)]
+    assert [half for half, _ in in_blocks] == [True, False]
+    torch.testing.assert_close(found[1][:, : found[0].shape[1]], found[0], atol=1e-12, rtol=1e-12)
+
+
+def test_blocks_are_of_few_sizes_and_find_few_nodes_twice():
+    for most in (1, 6, 23, 118):
+        sizes = {n: packing._block(n, most) for n in range(1, 600)}
+        assert all(1 <= size <= min(n, most) for n, size in sizes.items())
+        assert len(set(sizes.values())) <= 40
+        # Twice as many as the best, where batches are as small as a block, and few beside larger ones.
+        assert all(-(-n // size) * size <= 1.25 * n for n, size in sizes.items() if n > 4 * most)
+    assert [packing._block(32, most) for most in (6, 23, 118)] == [4, 16, 32]
+
+
+@pytest.mark.parametrize(("paths", "out"), [("even", "4x1o+4x2e"), ("all", "4x1e+4x2o")])
+@pytest.mark.parametrize("route", ROUTES[:2])
+def test_gradients_for_many_outputs_at_once_are_those_one_by_one(in_blocks, route, paths, out):
+    product = GauntTensorProduct(
+        "4x1o+4x2e", "4x1o+4x2e" if paths == "even" else "4x1o", out, paths=paths, method=route, dtype=D
+    )
+    x, y = draw(5, 32).requires_grad_(), draw(5, 32 if paths == "even" else 12, seed=1).requires_grad_()
+    z = product(x, y)
+    assert in_blocks
+    weights = draw(3, *z.shape, seed=2)
+    at_once = torch.autograd.grad(z, (x, y), weights, retain_graph=True, is_grads_batched=True)
+    for i, weight in enumerate(weights):
+        for many, one in zip(at_once, torch.autograd.grad(z, (x, y), weight, retain_graph=True), strict=True):
+            torch.testing.assert_close(many[i], one, atol=1e-12, rtol=1e-12)
+
+
+def test_a_copy_of_a_product_that_has_multiplied_stands_on_its_own(in_blocks):
+    product = GauntTensorProduct(full(2, 4), full(2, 4), dtype=torch.float32)
+    x, y = draw(20, 36), draw(20, 36, seed=1)
+    found = product(x.float(), y.float())
+    other = copy.deepcopy(product).to(D)
+    torch.testing.assert_close(other(x, y).float(), found, atol=1e-4, rtol=1e-4)
+    assert torch.equal(product(x.float(), y.float()), found)
+    with pytest.raises(ValueError, match=r"x must be a float tensor no wider than the module's torch.float32"):
+        product(x, y)
+    torch.testing.assert_close(product.to(D)(x, y), other(x, y), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("route", ["dense", "separable"])
@@ -513,7 +581,7 @@ def test_weights_act_in_blocks_as_they_do_without(in_blocks, monkeypatch, weight
         own.weight.copy_(one)
     made = [own(x, y), outside(x, y, one), outside(x, y, each)]
     assert len(in_blocks) == 3
-    monkeypatch.setattr(whole, "LEAST_VALUES", 10**9)
+    monkeypatch.setattr(whole, "has_memory", lambda *tensors: False)
     for mine, theirs in zip(made, (own(x, y), outside(x, y, one), outside(x, y, each)), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
     assert len(in_blocks) == 3
@@ -576,12 +644,11 @@ def test_batches_of_any_size_and_blocks_larger_than_what_is_kept(in_blocks, monk
     assert len(in_blocks) == 12
 
 
-def test_small_batches_single_channels_and_what_broadcasts_do_not_go_in_blocks():
+def test_single_channels_and_what_broadcasts_do_not_go_in_blocks():
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole, "packed_product", lambda *args: calls.append(args))
         product = GauntTensorProduct(full(2, 2), full(2, 2), dtype=D)
-        product(draw(3, 18), draw(3, 18))
         product(draw(9000, 18), draw(18))
         GauntTensorProduct(full(2, 2), full(2, 1), dtype=D)(draw(9000, 18), draw(9000, 9))
         GauntTensorProduct(full(2, 1), full(2, 1), dtype=D)(draw(9000, 9), draw(9000, 9))

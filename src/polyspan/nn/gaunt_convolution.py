@@ -134,7 +134,7 @@ class GauntConvolution(nn.Module):
         if self.check_finite and not (torch.isfinite(vectors).all() and torch.isfinite(x).all()):
             raise ValueError("x and vectors must be finite, got NaN or infinity")
         product = self.product
-        first = product._unpack(product._read(x, product._in1, "x"), product._in1)
+        first = product._unpack(product._read(x, 0, product.compute_dtype), product._in1)
         if self.polar is not None:
             if vectors.requires_grad or has_tangent(vectors):
                 raise ValueError("vectors must not need derivatives with method='rotated'; the other routes give them")

@@ -1,6 +1,7 @@
 """Equivariant product of spherical-harmonic features, computed as a product of functions on the sphere."""
 
 import math
+import operator
 import warnings
 from itertools import product as pairs_of
 from typing import Any, cast
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from polyspan.errors import require
 
+from ._gaunt_blocks import HALF_BELOW, Plan, has_memory, packed_product
 from ._gaunt_cache import as_tensor, cached_product
+from ._gaunt_half import HalfSphere, has_half_sphere
 from ._gaunt_paths import (
     LAYOUTS,
     MODES,
@@ -31,11 +34,9 @@ from ._gaunt_paths import (
     unpack,
 )
 from ._irreps import Irrep, check_channels, read_irreps, width, write_irreps
-from ._packed_product import HALF_BELOW, LEAST_VALUES, HalfSphere, Packed, packed_product
-from ._rotation_torch import as_numpy
+from ._rotation_torch import traced
 from ._sphere import coupling
 from ._sphere_product import METHODS, SphereProduct, choose_method, transformed
-from ._sphere_routes import n_nodes
 
 
 class GauntTensorProduct(nn.Module):
@@ -67,9 +68,9 @@ class GauntTensorProduct(nn.Module):
         "dense" is three matrix products with the values of all harmonics on the grid; "separable" goes over latitudes
         and longitudes in turn; "fourier" is the paper's product on the torus by FFT. "auto" takes dense for small
         degrees and separable for larger ones. On a CPU, batches of equal shape go block by block through memory that a
-        thread keeps: 6 MiB in float32, and 1 to 5 MiB of index tables for each size of block, of which there are few.
-        Even paths that are dense, or small with "auto", need half of the grid there. Under ``torch.func`` and forward
-        derivatives all is plain operations, and values on the grid are kept.
+        thread keeps: 4 MiB in float32, and 1 to 5 MiB of index tables for each size of block, of which there are few.
+        Even paths that are dense, or small with "auto", are multiplied there at the fewer nodes of half a sphere. Under
+        ``torch.func`` and forward derivatives all is plain operations, and values on the grid are kept.
     channel_mode : {"uuu", "uvuv"}, default="uuu"
         Channel by channel (a multiplicity of 1 goes with all), or all pairs of channels.
     normalization : {"component", "integral", "norm"}, default="component"
@@ -122,7 +123,10 @@ class GauntTensorProduct(nn.Module):
         self._in1, self._in2, self._out = read_all(irreps_in1, irreps_in2, irreps_out, paths, channel_mode)
         self.irreps_in1, self.irreps_in2, self.irreps_out = map(write_irreps, (self._in1, self._in2, self._out))
         self._degrees = tuple(tuple(part.l for part in parts) for parts in (self._in1, self._in2, self._out))
-        self._widths = tuple(map(width, (self._in1, self._in2, self._out)))
+        self._ends = tuple(
+            (part[0].mul * width(part),) if layout == "e3nn" else (part[0].mul, width(part))
+            for part in (self._in1, self._in2, self._out)
+        )
         self._add_terms(method, device, dtype)
         channels = [1 if weights == "shared" else part[0].mul for part in (self._in1, self._in2, self._out)]
         numbers = len(self._in1), len(self._in2), len(self._slots)
@@ -161,8 +165,9 @@ class GauntTensorProduct(nn.Module):
                     self._slots.append((kind, k))
                 slots.append(self._slots.index((kind, k)))
             self._plan.append((own1, own2, own3, slots))
-            small = method == "auto" and sum(axis.lmax for axis in axes) < HALF_BELOW
-            if kind == "gaunt" and (taken == "dense" or small):
+            degree = sum(axis.lmax for axis in axes)
+            small = method == "auto" and degree < HALF_BELOW
+            if kind == "gaunt" and (taken == "dense" or small) and has_half_sphere(degree):
                 half = HalfSphere(axes, device=device, dtype=dtype)
         own = [len(part) for plan in self._plan for part in plan[:3]]
         # A single channel has nothing to unpack, and gains little.
@@ -172,9 +177,7 @@ class GauntTensorProduct(nn.Module):
             and own == [len(self._in1), len(self._in2), len(self._out)]
         )
         self.half_sphere = half if self._is_whole else None
-        if self._is_whole:
-            shape = self._products[0].shape
-            self._values_per_node = self._in1[0].mul * (n_nodes(shape) if half is None else len(half.tables[0]))
+        self._blocks: Plan | None = None
         self.methods = tuple(term.shape.method for term in self._products)
 
     @torch.no_grad()
@@ -209,48 +212,48 @@ class GauntTensorProduct(nn.Module):
             A width is not that of the irreps, weights are missing or too many, or a value is not finite if checked.
         """
         dtype = torch.promote_types(x.dtype, y.dtype)
-        first, second = self._read(x, self._in1, "x"), self._read(y, self._in2, "y")
-        z = self._multiply_packed(first, second, weight)
-        if z is not None:
-            return z.to(dtype)
+        if self._is_whole and not torch.compiler.is_compiling():
+            plan = self._plan_of_blocks()
+            first, second = self._read(x, 0, plan.dtype), self._read(y, 1, plan.dtype)
+            z = self._multiply_packed(first, second, weight, plan)
+            if z is not None:
+                return z.to(dtype)
+        else:
+            first, second = (self._read(t, i, self.compute_dtype) for i, t in enumerate((x, y)))
         z = self.multiply(self._unpack(first, self._in1), self._unpack(second, self._in2), weight).to(dtype)
         return z if self.layout == "channels" else pack(z, self._out)
 
-    def _multiply_packed(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor | None:
+    def _multiply_packed(self, x: Tensor, y: Tensor, weight: Tensor | None, plan: Plan) -> Tensor | None:
         """Multiply features as they are packed, where one product of whole features on a CPU is all there is to do."""
-        batch = x.shape[: -1 if self.layout == "e3nn" else -2]
+        batch = x.shape[: -len(self._ends[0])]
         if (
-            not self._is_whole
-            or torch.compiler.is_compiling()
-            or not x.device.type == y.device.type == "cpu"
+            not x.device.type == y.device.type == "cpu"
             # Fake tensors and other wrappers have no memory to work in.
             or not {type(x), type(y)} <= {Tensor, nn.Parameter}
+            or not has_memory(x, y)
             # Transforms of functions and captured graphs must not see memory that is kept.
-            or as_numpy(x, y) is None
+            or traced()
             or transformed(x, y, self.weight if weight is None else weight)
             or batch != y.shape[: len(batch)]
             or x.dim() != y.dim()
             or (weight is not None and weight.shape[:-1] not in ((), batch))
-            or batch.numel() * self._values_per_node < LEAST_VALUES
         ):
             return None
-        tables = self._products[0].tables if self.half_sphere is None else self.half_sphere.tables
-        k, mul = len(tables) // 3, self._in1[0].mul
-        plan = Packed(
-            degrees=self._degrees,
-            widths=self._widths,
-            tables=(tables[:k], tables[k : 2 * k], tables[2 * k :]),
-            shape=self._products[0].shape,
-            half=self.half_sphere is not None,
-            mul=mul,
-            layout=self.layout,
-        )
         w1, w2, w3 = self._split_weights(weight, x.dtype)
         if w1 is not None and w2 is not None:
             x, y = x * self._spread_packed(w1, self._in1), y * self._spread_packed(w2, self._in2)
-        z = packed_product(x.reshape(-1, mul * self._widths[0]), y.reshape(-1, mul * self._widths[1]), plan)
-        z = z.reshape(*x.shape[:-1], self._widths[2] * (mul if self.layout == "e3nn" else 1))
+        ends = [math.prod(end) for end in self._ends[:2]]
+        z = packed_product(x.reshape(-1, ends[0]), y.reshape(-1, ends[1]), plan)
+        z = z.reshape(*batch, *self._ends[2])
         return z if w3 is None else z * self._spread_packed(w3[..., self._plan[0][3]], self._out)
+
+    def _plan_of_blocks(self) -> Plan:
+        """Return the plan of products in blocks: the last one, or one made anew where the tables have changed."""
+        tables = (self.half_sphere or self._products[0]).tables
+        if self._blocks is None or not all(map(operator.is_, tables, self._blocks.flat_tables)):
+            half, shape = self.half_sphere is not None, self._products[0].shape
+            self._blocks = Plan(self._degrees, tables, shape, half, self._in1[0].mul, self.layout)
+        return self._blocks
 
     def _spread_packed(self, weight: Tensor, irreps: tuple[Irrep, ...]) -> Tensor:
         """Repeat weights (*rows, mul or 1, irreps) over packed components."""
@@ -288,25 +291,24 @@ class GauntTensorProduct(nn.Module):
 
     @property
     def _products(self) -> list[SphereProduct]:
-        return cast("list[SphereProduct]", list(self.terms))
+        return cast("list[SphereProduct]", list(self.terms._modules.values()))
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype in which values on the grid are computed: float32 or wider."""
-        return self._products[0].compute_dtype if len(self.terms) else torch.float32
+        return self._products[0].compute_dtype if self._plan else torch.float32
 
-    def _read(self, x: Tensor, irreps: tuple[Irrep, ...], name: str) -> Tensor:
+    def _read(self, x: Tensor, i: int, dtype: torch.dtype) -> Tensor:
         """Check an input, and return it in the dtype of the tables."""
-        mul, size = irreps[0].mul, width(irreps)
-        expected = (mul * size,) if self.layout == "e3nn" else (mul, size)
-        if tuple(x.shape[-len(expected) :]) != expected:
+        name, expected = "xy"[i], self._ends[i]
+        if x.shape[-len(expected) :] != expected:
             raise ValueError(
-                f"{name} must end in {' x '.join(map(str, expected))} components, for {write_irreps(irreps)} in "
-                f"layout {self.layout!r}, got shape {tuple(x.shape)}"
+                f"{name} must end in {' x '.join(map(str, expected))} components, for "
+                f"{(self.irreps_in1, self.irreps_in2)[i]} in layout {self.layout!r}, got shape {tuple(x.shape)}"
             )
         if self.check_finite and not torch.isfinite(x).all():
             raise ValueError(f"{name} must be finite, got NaN or infinity")
-        return self._products[0].cast_input(x, name) if len(self.terms) else x
+        return x if x.dtype == dtype or not self._plan else self._products[0].cast_input(x, name)
 
     def _unpack(self, x: Tensor, irreps: tuple[Irrep, ...]) -> Tensor:
         """Return features as (*batch, mul, components)."""
