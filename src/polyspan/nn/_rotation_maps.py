@@ -16,9 +16,6 @@ from polyspan.linalg._namespace import detached, identity, is_torch, namespace, 
 WELL_APART = 1e-4
 # One vector of numbers of a block; some thirty of them are in use at a time and fit the second cache of a core.
 BLOCK_BYTES = 32768
-# Squared cosine of half the angle: above it the chord magnifies what matrices are off rotations by up to its root's
-# inverse, 32; the next rows cost more than they gain.
-NEARLY_HALF_TURN = 2.0**-10
 
 
 def native(x: Any) -> Any:
@@ -55,12 +52,12 @@ def length(v: Any) -> Any:
 
 
 def root(square: Any) -> Any:
-    """Square root with gradient 0 at 0."""
+    """Square root with derivatives 0 at 0."""
     xp = namespace(square)
     if not is_torch(square):
         return np.sqrt(square)
     zero = square == 0
-    return xp.where(zero, square, xp.sqrt(xp.where(zero, xp.ones_like(square), square)))
+    return xp.where(zero, xp.zeros_like(square), xp.sqrt(xp.where(zero, xp.ones_like(square), square)))
 
 
 def unit(v: Any, instead: Any) -> tuple[Any, Any]:
@@ -336,57 +333,3 @@ def _cofactors(M: Any) -> Any:
     xp = namespace(M)
     a, b, c = (M[..., i, :] for i in range(3))
     return xp.stack([xp.linalg.cross(b, c), xp.linalg.cross(c, a), xp.linalg.cross(a, b)], axis=-2)
-
-
-def angle(R: Any, S: Any) -> Any:
-    """Angles (*b,) of the turns from R to S (*b, 3, 3) of one dtype, broadcast."""
-    if not is_torch(R):
-        return _angle_by_chord(R, S)
-    from ._rotation_torch import undifferentiated
-
-    seen = undifferentiated(R, S)
-    if seen is None:
-        return _angle_by_axis(R, S)
-    import torch
-
-    return torch.from_numpy(_angle_by_chord(*seen))
-
-
-def _angle_by_chord(R: np.ndarray, S: np.ndarray) -> np.ndarray:
-    """Angle from |R - S|² = 8 sin² of its half, but near half turns, where that says little, from its own sine."""
-    if R.shape != S.shape:
-        R, S = np.broadcast_arrays(R, S)
-    flat_R, flat_S = R.reshape(-1, 9), S.reshape(-1, 9)
-    found, eighths = np.empty(len(flat_R), dtype=R.dtype), np.full(9, 0.125, dtype=R.dtype)
-    # Differences in small blocks, for the cache; the rest in larger ones, as few rows near half turns are in each.
-    small, large = BLOCK_BYTES // R.itemsize, 4 * BLOCK_BYTES // R.itemsize
-    gaps = np.empty((min(small, len(flat_R)), 9), dtype=R.dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(flat_R), large):
-            rows = slice(start, start + large)
-            part_R, part_S, part = flat_R[rows], flat_S[rows], found[rows]
-            for first in range(0, len(part), small):
-                rows = slice(first, first + small)
-                gap = np.subtract(part_R[rows], part_S[rows], out=gaps[: len(part) - first])
-                np.dot(np.multiply(gap, gap, out=gap), eighths, out=part[rows])
-            near = (part > 1 - NEARLY_HALF_TURN).nonzero()[0]
-            np.multiply(np.arcsin(np.sqrt(part, out=part), out=part), 2, out=part)
-            if len(near):
-                square = _square_of_axis(*(T.take(near, axis=0).T.copy().reshape(3, 3, -1) for T in (part_R, part_S)))
-                part[near] = np.pi - np.arcsin(np.minimum(np.sqrt(square) / 2, 1))
-    return found.reshape(R.shape[:-2])
-
-
-def _square_of_axis(R: np.ndarray, S: np.ndarray) -> np.ndarray:
-    """Square of 2 sin of the angle for matrices (3, 3, n): the axis times that is in the skew part of R'S."""
-    across, last = R[:2] * S[1:] - R[1:] * S[:2], R[2] * S[0] - R[0] * S[2]
-    across, last = across[:, 0] + across[:, 1] + across[:, 2], last[0] + last[1] + last[2]
-    return across[0] * across[0] + across[1] * across[1] + last * last
-
-
-def _angle_by_axis(R: Any, S: Any) -> Any:
-    """Angle from that axis and the trace, without a matrix product: cross and inner products of columns add up."""
-    xp = namespace(R, S)
-    R, S = xp.broadcast_arrays(R, S)
-    axis = xp.sum(xp.linalg.cross(R, S, axis=-2), axis=-1)
-    return xp.atan2(length(axis), xp.sum(R * S, axis=(-2, -1)) - 1)

@@ -25,7 +25,7 @@ def as_numpy(*tensors: Any) -> tuple[Any, ...] | None:
     if traced():
         return None
     try:
-        return tuple(x.detach().numpy() for x in tensors)
+        return tuple([x.detach().numpy() for x in tensors])
     except (RuntimeError, TypeError):
         return None
 
@@ -34,9 +34,12 @@ def undifferentiated(*tensors: Any) -> tuple[Any, ...] | None:
     """NumPy's views of tensors of which no derivative can be asked for, neither backward nor forward; or None."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return None
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        return None
-    return as_numpy(*tensors)
+    return None if has_tangent(*tensors) else as_numpy(*tensors)
+
+
+def has_tangent(*tensors: Any) -> bool:
+    """Say whether one of the tensors has a forward derivative in the current level."""
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def joined(parts: list[Any]) -> Any:
@@ -54,7 +57,7 @@ def attached(M: Any, R: Any) -> Any:
     return (Nearest if torch.compiler.is_compiling() else NearestBothWays).apply(M, R)
 
 
-def _of_outer_levels(ctx: Any) -> list[Any]:
+def of_outer_levels(ctx: Any) -> list[Any]:
     """What a Function saved, without tangents of the level that its ``jvp`` serves, with those of levels around it.
 
     torch switches forward mode off in ``jvp``, where a second derivative, forward over forward, would be 0 unnoticed;
@@ -137,7 +140,7 @@ class FrameBothWays(Frame):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, None]:
         with forward_ad._set_fwd_grad_enabled(True):
-            x, R = _of_outer_levels(ctx)
+            x, R = of_outer_levels(ctx)
             arrays = x, R.reshape(*R.shape[:-2], 9), tangents[0]
             moved = joined(_pushed_on([part for array in arrays for part in entries(array)]))
             return moved.reshape(R.shape), None
@@ -176,7 +179,7 @@ class NearestBothWays(Nearest):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         with forward_ad._set_fwd_grad_enabled(True):
-            return _turned(*_of_outer_levels(ctx), tangents[0])
+            return _turned(*of_outer_levels(ctx), tangents[0])
 
 
 def nearest_in_n(M: Any) -> Any:
@@ -199,7 +202,7 @@ class PolarBothWays(Polar):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, None, None]:
         with forward_ad._set_fwd_grad_enabled(True):
-            return _turned_in_n(*_of_outer_levels(ctx), tangents[0]), None, None
+            return _turned_in_n(*of_outer_levels(ctx), tangents[0]), None, None
 
 
 def _turned_in_n(M: Any, Q: Any, V: Any, s: Any, E: Any) -> Any:
@@ -225,7 +228,7 @@ class TurnBothWays(_Turn):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         with forward_ad._set_fwd_grad_enabled(True):
-            H, V, s, W = _of_outer_levels(ctx)
+            H, V, s, W = of_outer_levels(ctx)
             dK, dH = (torch.zeros_like(H) if t is None else t for t in tangents[:2])
             return TurnBothWays.apply(dK - dH @ W - W @ dH, H, V, s)
 

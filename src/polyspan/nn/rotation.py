@@ -11,24 +11,21 @@ compiled and exported graphs, and must be switched off inside ``torch.vmap``.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 from jaxtyping import Float
 
 from polyspan.linalg import orthonormal_basis
-from polyspan.linalg._namespace import detached, identity, is_torch, namespace, swap, widen
+from polyspan.linalg._namespace import detached, identity, is_torch, namespace, swap
 
+from ._rotation_input import read_matrix, read_numbers, row_by_row, warn
 from ._rotation_maps import (
     by_blocks,
     dot,
     entries,
     length,
-    native,
     nearest,
-    no_rotations,
     one_hot,
     sum3,
     two_columns,
@@ -38,7 +35,6 @@ from ._rotation_maps import (
 Order = Literal["wxyz", "xyzw"]
 Convention = Literal["columns", "rows", "interleaved"]
 
-NOT_A_ROTATION = 1e-3
 PROBABLY_DEGREES = 4 * math.pi
 SCALES_5D = (math.sqrt(2) + 1, math.sqrt(2) + 1, math.sqrt(2))
 
@@ -57,9 +53,9 @@ def quaternion_to_matrix(q: Any, *, order: Order, check: bool = True) -> Float[A
     check : bool, default=True
         See the module's text.
     """
-    wide, narrow, check = _read(q, 4, "q", check)
+    wide, narrow, check = read_numbers(q, 4, "q", check)
     made, lost = unit(_reordered(wide, order, to="wxyz"), instead=identity(4, wide)[0])
-    _warn(check, lost, "quaternions have length 0 and became the identity")
+    warn(check, lost, "quaternions have length 0 and became the identity")
     return narrow(_quaternion_matrix(made))
 
 
@@ -81,7 +77,7 @@ def matrix_to_quaternion(R: Any, *, order: Order, project: bool = False, check: 
     ValueError
         With ``check`` and without ``project``, where R'R is off the identity by more than 1e-3 or det R < 0.
     """
-    wide, narrow, _ = _read_matrix(R, project, check, size=3)
+    wide, narrow, _ = read_matrix(R, project, check, size=3)
     return narrow(_reordered(_matrix_quaternion(wide), order, to=order))
 
 
@@ -95,9 +91,9 @@ def axis_angle_to_matrix(v: Any, *, check: bool = True) -> Float[Any, "*b 3 3"]:
     v : array of shape (*b, 3)
     check : bool, default=True
     """
-    wide, narrow, check = _read(v, 3, "v", check)
+    wide, narrow, check = read_numbers(v, 3, "v", check)
     q, long = _vector_quaternion(wide)
-    _warn(check, long, "rotation vectors are longer than 4 pi: radians are expected, not degrees")
+    warn(check, long, "rotation vectors are longer than 4 pi: radians are expected, not degrees")
     return narrow(_quaternion_matrix(q))
 
 
@@ -107,23 +103,23 @@ def matrix_to_axis_angle(R: Any, *, project: bool = False, check: bool = True) -
     Accurate, and with a finite gradient, at the identity and at half turns. Parameters and errors as in
     :func:`matrix_to_quaternion`.
     """
-    wide, narrow, _ = _read_matrix(R, project, check, size=3)
+    wide, narrow, _ = read_matrix(R, project, check, size=3)
     return narrow(_quaternion_vector(_matrix_quaternion(wide)))
 
 
 def quaternion_to_axis_angle(q: Any, *, order: Order, check: bool = True) -> Float[Any, "*b 3"]:
     """Return the shortest rotation vector (*b, 3) of quaternions (*b, 4) of any length; see the maps to the matrix."""
-    wide, narrow, check = _read(q, 4, "q", check)
+    wide, narrow, check = read_numbers(q, 4, "q", check)
     made, lost = unit(_reordered(wide, order, to="wxyz"), instead=identity(4, wide)[0])
-    _warn(check, lost, "quaternions have length 0 and became the identity")
+    warn(check, lost, "quaternions have length 0 and became the identity")
     return narrow(_quaternion_vector(_upper(made)))
 
 
 def axis_angle_to_quaternion(v: Any, *, order: Order, check: bool = True) -> Float[Any, "*b 4"]:
     """Return the unit quaternion with w >= 0 (*b, 4) of rotation vectors (*b, 3); see the maps to the matrix."""
-    wide, narrow, check = _read(v, 3, "v", check)
+    wide, narrow, check = read_numbers(v, 3, "v", check)
     q, long = _vector_quaternion(wide)
-    _warn(check, long, "rotation vectors are longer than 4 pi: radians are expected, not degrees")
+    warn(check, long, "rotation vectors are longer than 4 pi: radians are expected, not degrees")
     return narrow(_reordered(_upper(q), order, to=order))
 
 
@@ -142,12 +138,12 @@ def euler_to_matrix(angles: Any, *, sequence: str, degrees: bool = False, check:
     check : bool, default=True
     """
     axes, fixed = _axes(sequence)
-    wide, narrow, check = _read(angles, 3, "angles", check)
+    wide, narrow, check = read_numbers(angles, 3, "angles", check)
     if degrees:
         wide = wide * (math.pi / 180)
     else:
         long = namespace(wide).any(namespace(wide).abs(wide) > PROBABLY_DEGREES, axis=-1)
-        _warn(check, long, "triples hold an angle above 4 pi: radians are expected, or degrees=True")
+        warn(check, long, "triples hold an angle above 4 pi: radians are expected, or degrees=True")
     first, second, third = (_turn(axis, wide[..., i]) for i, axis in enumerate(axes))
     return narrow(third @ second @ first if fixed else first @ second @ third)
 
@@ -170,9 +166,9 @@ def matrix_to_euler(
         As in :func:`matrix_to_quaternion`.
     """
     axes, fixed = _axes(sequence)
-    wide, narrow, check = _read_matrix(R, project, check, size=3)
+    wide, narrow, check = read_matrix(R, project, check, size=3)
     angles, locked = _matrix_angles(wide, axes[::-1] if fixed else axes, keep_first=not fixed)
-    _warn(check, locked, "rotations are in gimbal lock; their third angle is set to 0")
+    warn(check, locked, "rotations are in gimbal lock; their third angle is set to 0")
     if fixed:
         angles = angles[::-1]
     found = namespace(wide).stack(angles, axis=-1)
@@ -198,9 +194,9 @@ def rotation6d_to_matrix(x: Any, *, convention: Convention = "columns", check: b
     -----
     Source: catalogue entry ``rotation-continuity``.
     """
-    wide, narrow, check = _read(x, 6, "x", check)
+    wide, narrow, check = read_numbers(x, 6, "x", check)
     R, lost = two_columns(_in_halves(wide, convention), check)
-    _warn(check, lost, "six-vectors hold two parallel vectors, or a zero one, and were completed")
+    warn(check, lost, "six-vectors hold two parallel vectors, or a zero one, and were completed")
     return narrow(swap(R) if convention == "rows" else R)
 
 
@@ -211,7 +207,7 @@ def matrix_to_rotation6d(
 
     Parameters and errors as in :func:`rotation6d_to_matrix` and :func:`matrix_to_quaternion`.
     """
-    wide, narrow, _ = _read_matrix(R, project, check, size=3)
+    wide, narrow, _ = read_matrix(R, project, check, size=3)
     xp = namespace(wide)
     if convention == "interleaved":
         parts = [wide[..., i, j] for i in range(3) for j in range(2)]
@@ -239,7 +235,7 @@ def rotation5d_to_matrix(x: Any, *, check: bool = True) -> Float[Any, "*b 3 3"]:
     -----
     Source: catalogue entry ``rotation-continuity``.
     """
-    wide, narrow, check = _read(x, 5, "x", check)
+    wide, narrow, check = read_numbers(x, 5, "x", check)
     xp = namespace(wide)
     # Divided by the square of the larger of 1 and the largest entry of b, so that nothing overflows.
     size = xp.max(xp.abs(detached(wide[..., 2:])), axis=-1, keepdims=True)
@@ -248,7 +244,7 @@ def rotation5d_to_matrix(x: Any, *, check: bool = True) -> Float[Any, "*b 3 3"]:
     norm = length(scaled)[..., None]
     third = norm**2 - (1 / m) ** 2
     R, lost = two_columns(xp.concat([2 * norm * (wide[..., :2] / m), third, scaled], axis=-1), check)
-    _warn(check, lost, "five-vectors lie where the map is not defined and were completed")
+    warn(check, lost, "five-vectors lie where the map is not defined and were completed")
     return narrow(R)
 
 
@@ -257,7 +253,7 @@ def matrix_to_rotation5d(R: Any, *, project: bool = False, check: bool = True) -
 
     Parameters and errors as in :func:`matrix_to_quaternion`.
     """
-    wide, narrow, _ = _read_matrix(R, project, check, size=3)
+    wide, narrow, _ = read_matrix(R, project, check, size=3)
     xp = namespace(wide)
     w = xp.concat([wide[..., 2, :1], wide[..., :, 1]], axis=-1)
     w = w / xp.sqrt(dot(w, w))[..., None]
@@ -291,8 +287,8 @@ def matrix_to_rotation9d(R: Any, *, project: bool = False, check: bool = True) -
 
     Parameters and errors as in :func:`matrix_to_quaternion`.
     """
-    wide, narrow, _ = _read_matrix(R, project, check, size=3)
-    return narrow(_row_by_row(wide))
+    wide, narrow, _ = read_matrix(R, project, check, size=3)
+    return narrow(row_by_row(wide))
 
 
 def rotationnd_to_matrix(x: Any, *, check: bool = True) -> Float[Any, "*b n n"]:
@@ -313,7 +309,7 @@ def rotationnd_to_matrix(x: Any, *, check: bool = True) -> Float[Any, "*b n n"]:
     Source: catalogue entry ``rotation-continuity``.
     """
     n = _dimension(x)
-    wide, narrow, check = _read(x, n * (n - 1), "x", check)
+    wide, narrow, check = read_numbers(x, n * (n - 1), "x", check)
     xp = namespace(wide)
     X = swap(xp.reshape(wide, (*wide.shape[:-1], n - 1, n)))
     size = xp.max(xp.abs(detached(X)), axis=-2, keepdims=True)
@@ -324,7 +320,7 @@ def rotationnd_to_matrix(x: Any, *, check: bool = True) -> Float[Any, "*b n n"]:
     lost = xp.abs(xp.sum(basis * still, axis=-2)) <= 8 * n * xp.finfo(X.dtype).eps * xp.sqrt(
         xp.sum(still * still, axis=-2)
     )
-    _warn(check, xp.any(lost, axis=-1), "rows hold linearly dependent columns and were completed")
+    warn(check, xp.any(lost, axis=-1), "rows hold linearly dependent columns and were completed")
     Q = orthonormal_basis(xp.where(lost[..., None, :], basis, X))
     return narrow(xp.concat([Q, _last_column(Q)], axis=-1))
 
@@ -334,95 +330,8 @@ def matrix_to_rotationnd(R: Any, *, project: bool = False, check: bool = True) -
 
     Parameters and errors as in :func:`matrix_to_quaternion`, for R (*b, n, n) with n >= 2.
     """
-    wide, narrow, _ = _read_matrix(R, project, check, size=None)
-    return narrow(_row_by_row(swap(wide[..., :-1])))
-
-
-def _read(x: Any, size: int, name: str, check: bool) -> tuple[Any, Callable[[Any], Any], bool]:
-    """Widen ``x`` after checking its kind, its last dimension and, where values can be looked at, that it is finite."""
-    xp = namespace(x)
-    if xp.isdtype(x.dtype, "complex floating"):
-        raise TypeError(f"{name} must be real, got {x.dtype}")
-    if x.ndim < 1 or x.shape[-1] != size:
-        raise ValueError(f"{name} must be (*b, {size}), got shape {tuple(x.shape)}")
-    wide, narrow = widen(native(x))
-    check = check and not _traced(wide)
-    if check:
-        _refuse_unless_finite(wide, -1, name)
-    return wide, narrow, check
-
-
-def _read_matrix(R: Any, project: bool, check: bool, size: int | None) -> tuple[Any, Callable[[Any], Any], bool]:
-    """Widen matrices, project them on the rotations where asked to, and refuse others where they can be looked at."""
-    xp = namespace(R)
-    if xp.isdtype(R.dtype, "complex floating"):
-        raise TypeError(f"R must be real, got {R.dtype}")
-    if R.ndim < 2 or R.shape[-1] != R.shape[-2] or R.shape[-1] < 2 or (size and R.shape[-1] != size):
-        expected = f"(*b, {size}, {size})" if size else "(*b, n, n) with n >= 2"
-        raise ValueError(f"R must be {expected}, got shape {tuple(R.shape)}")
-    R = native(R)
-    wide, narrow = widen(R)
-    check = check and not _traced(wide)
-    if check:
-        _refuse_unless_finite(wide, (-2, -1), "R")
-    if project:
-        return nearest(wide, check)[0], narrow, check
-    if check:
-        still = detached(wide)
-        coarse = float(xp.finfo(R.dtype).eps) if xp.isdtype(R.dtype, "real floating") else 0.0
-        bad = no_rotations(still, max(NOT_A_ROTATION, 4 * coarse))
-        _refuse(bad, "R must hold rotations (project=True takes the nearest), got others")
-    return wide, narrow, check
-
-
-def _row_by_row(x: Any) -> Any:
-    """Entries (*b, p q) of (*b, p, q), in memory of their own, where reshaping alone may stay in the caller's."""
-    if is_torch(x):
-        import torch
-
-        own = x.clone(memory_format=torch.contiguous_format)
-    else:
-        own = x.copy()
-    return own.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
-
-
-def _traced(x: Any) -> bool:
-    if not is_torch(x):
-        return False
-    from ._rotation_torch import traced
-
-    return traced()
-
-
-def _places(marked: Any) -> tuple[int, list[int]]:
-    """Count the marked items, and return the first five indices into the flattened batch."""
-    xp = namespace(marked)
-    found = [int(i) for i in xp.nonzero(xp.reshape(marked, (-1,)))[0]]
-    return len(found), found[:5]
-
-
-def _refuse(bad: Any, text: str) -> None:
-    xp = namespace(bad)
-    if bool(xp.any(bad)):
-        count, first = _places(bad)
-        raise ValueError(f"{text} in {count} rows: {first}{' ...' if count > len(first) else ''}")
-
-
-def _refuse_unless_finite(x: Any, axis: int | tuple[int, int], name: str) -> None:
-    """Refuse rows with NaN or infinity; a sum of all numbers that is finite says that there are none."""
-    xp = namespace(x)
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = xp.sum(detached(x))
-    if not bool(xp.isfinite(total)):
-        _refuse(~xp.all(xp.isfinite(x), axis=axis), f"{name} must be finite, got NaN or infinity")
-
-
-def _warn(check: bool, marked: Any, text: str) -> None:
-    xp = namespace(marked)
-    if check and bool(xp.any(marked)):
-        count, first = _places(marked)
-        where = f"{first}{' ...' if count > len(first) else ''}"
-        warnings.warn(f"{count} {text}; rows {where}", UserWarning, stacklevel=3)
+    wide, narrow, _ = read_matrix(R, project, check, size=None)
+    return narrow(row_by_row(swap(wide[..., :-1])))
 
 
 def _in_halves(x: Any, convention: str) -> Any:
@@ -562,9 +471,9 @@ def _matrix_angles(R: Any, axes: Sequence[int], keep_first: bool) -> tuple[list[
 
 def _procrustes(x: Any, n: int, check: bool) -> Any:
     """Nearest rotations to matrices (*b, n²) row by row."""
-    wide, narrow, check = _read(x, n * n, "x", check)
+    wide, narrow, check = read_numbers(x, n * n, "x", check)
     R, lost = nearest(namespace(wide).reshape(wide, (*wide.shape[:-1], n, n)), check)
-    _warn(check, lost, "matrices have more than one nearest rotation")
+    warn(check, lost, "matrices have more than one nearest rotation")
     return narrow(R)
 
 

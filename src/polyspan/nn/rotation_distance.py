@@ -7,10 +7,11 @@ import numpy as np
 from jaxtyping import Float
 
 from polyspan.linalg import random_orthogonal
-from polyspan.linalg._namespace import detached, identity, is_torch, namespace, swap, widen
+from polyspan.linalg._namespace import detached, is_torch, namespace, widen
 
 from . import rotation
-from ._rotation_maps import angle, length, native
+from ._rotation_angles import angle
+from ._rotation_maps import length, native
 from .rotation import _quaternion_matrix, axis_angle_to_matrix
 
 Reduction = Literal["mean", "sum", "none"]
@@ -21,11 +22,14 @@ def geodesic_distance(R: Any, S: Any) -> Float[Any, "*b"]:
     r"""Angle, in radians, of the turn from R to S; for n > 3 the length :math:`\sqrt{\sum\theta_k^2}` over planes.
 
     For n = 3 :math:`2\arcsin(|R-S|_F/2\sqrt2)`, within 4° of half turns :math:`\pi-\arcsin(|\omega|/2)` with ω the axis
-    in the skew part of R'S; with a gradient :math:`\operatorname{atan2}(|\omega|, \operatorname{tr}R^\top S-1)`. It is
-    accurate to rounding from 0 on, where the arc cosine of the trace loses half of the digits; towards half turns what
-    R and S are off rotations counts up to 32 times, about 5e-6 in float32. The gradient, of length 1 elsewhere, is 0 at
-    equality and at half turns, where none is defined. Derivatives of it are true for n up to 3; for n > 3, where every
-    singular value that the distance is made of is a double one, they are NaN. Meaningful for rotations only.
+    in the skew part of R'S. It is accurate to rounding from 0 on, where the arc cosine of the trace loses half of the
+    digits; towards half turns what R and S are off rotations counts up to 32 times, about 5e-6 in float32. For n > 3
+    derivatives are those of the angles of the rotation nearest to R'S. Meaningful for rotations only.
+
+    The gradient has length 1 along rotations. First and second derivatives are true, at repeated angles as well, and 0
+    at equality, where none is defined (that of the square, in :func:`geodesic_loss`, is true there). At half turns the
+    distance has a kink; planes that turn by half a turn, to rounding, count as constant. Where two planes of n > 3 come
+    near to half turns together, second derivatives grow beyond bounds. Third ones are refused for n > 3.
 
     Parameters
     ----------
@@ -33,17 +37,7 @@ def geodesic_distance(R: Any, S: Any) -> Float[Any, "*b"]:
         Leading dimensions broadcast; n >= 2.
     """
     R, S, narrow = _pair(R, S)
-    xp = namespace(R)
-    n = R.shape[-1]
-    if n == 3:
-        return narrow(angle(R, S))
-    D = swap(R) @ S
-    if n > 3:
-        # |e^{it} - 1| = 2 sin(t/2) and |e^{it} + 1| = 2 cos(t/2) run in opposite orders, and every plane counts twice.
-        eye = identity(n, D)
-        sines, cosines = xp.linalg.svdvals(D - eye), xp.flip(xp.linalg.svdvals(D + eye), axis=-1)
-        return narrow(length(2 * xp.atan2(sines, cosines)) / math.sqrt(2))
-    return narrow(xp.abs(xp.atan2(D[..., 1, 0] - D[..., 0, 1], D[..., 0, 0] + D[..., 1, 1])))
+    return narrow(angle(R, S))
 
 
 def chordal_distance(R: Any, S: Any) -> Float[Any, "*b"]:
@@ -60,15 +54,15 @@ def geodesic_loss(predicted: Any, target: Any, *, squared: bool = False, reducti
     """Angles between predicted and target rotations (*b, n, n), or their squares, in radians, averaged.
 
     The plain angle pulls as hard on small errors as on large ones, and does not settle without a falling learning rate;
-    the square does.
+    the square does, and is smooth where rotations are equal.
 
     Parameters
     ----------
     squared : bool, default=False
     reduction : {"mean", "sum", "none"}
     """
-    angles = geodesic_distance(predicted, target)
-    return _reduced(angles * angles if squared else angles, reduction)
+    R, S, narrow = _pair(predicted, target)
+    return _reduced(narrow(angle(R, S, squared=squared)), reduction)
 
 
 def chordal_loss(predicted: Any, target: Any, *, reduction: Reduction = "mean") -> Any:
@@ -221,7 +215,7 @@ def _pair(R: Any, S: Any) -> tuple[Any, Any, Any]:
             f"expected two batches (*b, n, n) of square matrices, got shapes {tuple(R.shape)} and {tuple(S.shape)}"
         )
     R, S = native(R), native(S)
-    if R.dtype == S.dtype and xp.isdtype(R.dtype, (xp.float32, xp.float64)):
+    if R.dtype == S.dtype and R.dtype in (xp.float32, xp.float64):
         return R, S, lambda y: y
     (a, narrow), (b, other) = widen(R), widen(S)
     wide = xp.result_type(a, b)
