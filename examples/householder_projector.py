@@ -62,6 +62,7 @@ def main(steps: int = 500, rank: int = 10, picture: str | None = None) -> None:
     print(f"along the directions {interpretable_path_length(generator, directions, latents, rng=rng):.4f}")
     if picture:
         print("written:", save_directions(directions, Path(picture).with_suffix(".npz")))
+        print("written:", generator.save(Path(picture).with_suffix(".safetensors")))
         print("written:", plot_traversals(generator, latents[0], turned, Path(picture), layer=layer))
 
 

@@ -37,7 +37,7 @@ text = App(name="text", help="Small language models that mix tokens by planes.")
 images = App(name="images", help="Mend and search features of images.")
 position = App(name="position", help="Take the position of patches out of dense features.")
 rotations = App(name="rotations", help="Convert files of rotations, and find where their numbers jump.")
-projector = App(name="projector", help="Make a generator's layers low-rank orthogonal, and export their directions.")
+projector = App(name="projector", help="Train generators, make layers low-rank orthogonal, export and walk directions.")
 gaunt = App(name="gaunt", help="Products of spherical-harmonic features, beside those of e3nn.")
 gallery = App(name="gallery", help="The web page of all systems and verdicts.")
 
@@ -94,6 +94,12 @@ projector.command(
 )
 projector.command(
     "polyspan.cli.projector:directions", name="directions", help="Export the directions of a checkpoint's layers."
+)
+projector.command(
+    "polyspan.cli.projector_generator:train", name="train", help="Train a small generator with orthogonal layers."
+)
+projector.command(
+    "polyspan.cli.projector_generator:traverse", name="traverse", help="Walk along directions of a generator."
 )
 gaunt.command("polyspan.cli.gaunt:race", name="race", help="Race the product against e3nn's, on your own irreps.")
 gallery.command("polyspan.cli.gallery:build", name="build", help="Write the static site.")

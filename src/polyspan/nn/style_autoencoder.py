@@ -2,14 +2,20 @@
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polyspan.errors import WrongContent
+from polyspan.io import load_fitted, save_fitted
 from polyspan.run import Progress
+
+from .householder_projector import HouseholderProjector
 
 
 class _StyleLayer(nn.Module):
@@ -74,6 +80,73 @@ class StyleGenerator(nn.Module):
         for layer in self.layers:
             h = layer(h, w)
         return self.output(h).unflatten(-1, self.shape)
+
+    def save(self, path: Path | str, **about: Any) -> Path:
+        """Write the generator to one .safetensors file, atomically; bfloat16 weights are widened.
+
+        Parameters
+        ----------
+        path : path
+        **about :
+            Facts for the header, of JSON types.
+
+        Raises
+        ------
+        ValueError
+            A layer's projection is neither ``torch.nn.Linear`` nor :class:`HouseholderProjector`.
+        """
+        ranks: list[int | None] = []
+        for i, layer in enumerate(self.layers):
+            affine: Any = layer.affine
+            if type(affine) not in (nn.Linear, HouseholderProjector):
+                raise ValueError(
+                    f"layers.{i}.affine must be Linear or HouseholderProjector to be saved, got {type(affine).__name__}"
+                )
+            ranks.append(None if isinstance(affine, nn.Linear) else affine.in_vectors.shape[1])
+        config = {
+            "shape": list(self.shape), "latent_dim": self.latent_dim, "width": len(self.constant),
+            "num_layers": len(self.layers),
+        }  # fmt: skip
+        learned = [name for name, _ in self.named_parameters() if name.endswith("affine.gain")]
+        arrays = {
+            name: (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+            for name, value in self.state_dict().items()
+        }
+        params = {"config": config, "ranks": ranks, "learned_gains": learned}
+        return save_fitted(Path(path), kind="StyleGenerator", arrays=arrays, params=params, about=about)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "StyleGenerator":
+        """Read a generator that :meth:`save` wrote, ready to evaluate, with its low-rank orthogonal layers.
+
+        Raises
+        ------
+        FileError
+            One of its five kinds; ``WrongContent`` where the file holds another kind of model, or weights are missing
+            or left over, which are listed.
+        """
+        found = load_fitted(Path(path), kind="StyleGenerator")
+        try:
+            config, ranks, learned = (found.params[name] for name in ("config", "ranks", "learned_gains"))
+            # Weights come from the file; until they do, none take up memory.
+            config = dict(config)
+            model = cls(tuple(config.pop("shape")), **config, device="meta")
+            for i, (layer, rank) in enumerate(zip(model.layers, ranks, strict=True)):
+                if rank is not None:
+                    gain = "learned" if f"layers.{i}.affine.gain" in learned else "mean"
+                    layer.affine = HouseholderProjector(
+                        model.latent_dim, len(model.constant), rank, gain=gain, device="meta"
+                    )
+        except (KeyError, TypeError, ValueError) as error:
+            raise WrongContent(
+                path, found=f"params that make no generator: {error!r}", expected="the params of a StyleGenerator"
+            ) from None
+        state = {name: torch.as_tensor(np.array(value)) for name, value in found.arrays.items()}
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise WrongContent(path, found=str(error), expected="the weights that its configuration asks for") from None
+        return model.requires_grad_().eval()
 
 
 class StyleAutoencoder(nn.Module):
