@@ -1,4 +1,7 @@
+import copy
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -333,6 +336,72 @@ def test_an_array_of_cells_serves_its_own_size_only():
     assert module(image(1, 2, 2, 4)).isfinite().all()
     with pytest.raises(ValueError, match="h \\* w = 6"):
         module(image(1, 2, 3, 4))
+
+
+def test_an_array_that_is_no_route_is_refused_at_once_and_later_changes_of_one_change_nothing():
+    with pytest.raises(ValueError, match=r"route 1 does not visit \[3\]"):
+        MultiHeadScan2d(4, 2, (np.array([[0, 1, 2, 3], [0, 1, 2, 2]]),), 2)
+    route = np.array([0, 2, 1, 3])
+    module, x = MultiHeadScan2d(4, 2, (route,), 2, generator=seeded()), image(1, 2, 2, 4)
+    expected = MultiHeadScan2d(4, 2, (route.copy(),), 2, generator=seeded())(x)
+    route[:] = [3, 2, 1, 0]
+    torch.testing.assert_close(module(x), expected, rtol=0, atol=0)
+
+
+COMPILED = """
+import numpy as np, torch
+from polyspan.nn import MultiHeadScan2d
+
+class Shuffled:
+    def __init__(self, seed):
+        self.seed = seed
+    def __call__(self, h, w):
+        return np.random.default_rng(self.seed).permutation(h * w)
+
+def draw(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+def results(call, module, x):
+    module.zero_grad()
+    y = call(x)
+    y.square().sum().backward()
+    return [y, *(p.grad.clone() for p in module.parameters())]
+
+def made(*patterns):
+    return MultiHeadScan2d(8, 2, patterns, 2, merge="sum", generator=torch.Generator().manual_seed(0))
+
+route = np.array([[0, 2, 4, 1, 3, 5], [5, 4, 3, 2, 1, 0]])
+small, large = (1, 2, 3, 8), (2, 4, 5, 8)
+for module, shapes in (
+    (made(Shuffled(0)), (small, large)), (made(Shuffled(1)), (small,)), (made("snake", route), (small,)),
+):
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for x in map(lambda shape: draw(*shape), shapes):
+        for mine, plain in zip(results(compiled, module, x), results(module, module, x), strict=True):
+            torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
+    print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_routes_of_ones_own_compile_into_one_graph_which_is_not_taken_for_others():
+    """In a process of its own, as shapes are not checked there: the checks are no part of a graph."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["equal"] * 3, done.stderr[-3000:]
+
+
+def test_patterns_have_a_key_for_graphs_that_equal_arrays_and_copies_share_and_others_do_not():
+    def keys(*patterns):
+        return MultiHeadScan2d(4, 2, patterns, 2).scan.own_key
+
+    there, back = np.arange(4), np.arange(4)[::-1]
+    assert keys("snake") is None
+    assert keys(there) == keys(there.tolist()) != keys(back)
+    assert keys(lambda h, w: there[: h * w]) != keys(lambda h, w: there[: h * w])
+    module = MultiHeadScan2d(4, 2, (there, back), 2)
+    assert copy.deepcopy(module).scan.own_key == module.scan.own_key
+    with pytest.raises(ValueError, match="runs only in the process that compiled it"):
+        torch.ops.polyspan.scan_own_route_indices(2, 2, -1, 2, 2, torch.device("cpu"))
 
 
 def test_uneven_channels_are_padded_where_asked():

@@ -1,6 +1,7 @@
 """Heads that scan their channels along routes of their own, all in one scan, and put the routes together again."""
 
 import math
+import secrets
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -62,16 +63,65 @@ def _fresh_indices(h: int, w: int, patterns: list[str], device: torch.device) ->
 
 
 def _index_shapes(h: int, w: int, patterns: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    heads, K = len(patterns), 2 * len(PATTERNS[patterns[0]](2, 2))
-    how: dict[str, Any] = {"dtype": torch.int64, "device": device}
-    return torch.empty(heads * K, h * w, **how), torch.empty(K, heads, h * w, **how)
+    return _own_shapes(h, w, 0, len(patterns), 2 * len(PATTERNS[patterns[0]](2, 2)), device)
 
 
-# An operator, so that compiled and exported graphs hold one node in the place of NumPy's work on routes.
+# Operators, so that compiled and exported graphs hold one node in the place of NumPy's work on routes.
 _library = torch.library.Library("polyspan", "FRAGMENT")
 _library.define("scan_route_indices(SymInt h, SymInt w, str[] patterns, Device device) -> (Tensor, Tensor)")
 _library.impl("scan_route_indices", _fresh_indices, "CompositeExplicitAutograd")
 torch.library.register_fake("polyspan::scan_route_indices", _index_shapes, lib=_library)
+
+_own: dict[int, tuple[Any, ...]] = {}
+"""Patterns that are not all names, for compiled graphs. Keys are drawn: no two processes have the same."""
+
+
+def _own_key(patterns: tuple[Any, ...]) -> int:
+    """Return the key of the patterns; the same for equal arrays and for the same callables."""
+    for key, known in _own.items():
+        if len(known) == len(patterns) and all(
+            np.array_equal(a, b) if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else a is b
+            for a, b in zip(known, patterns, strict=True)
+        ):
+            return key
+    key = secrets.randbits(62)
+    _own[key] = patterns
+    return key
+
+
+def found_routes(patterns: Sequence[Any], num_routes: int, h: int, w: int) -> list[ScanRoute]:
+    """Return the routes of every pattern on an h by w grid, and refuse any that has not half of ``num_routes``."""
+    found = [scan_routes(h, w, pattern) for pattern in patterns]
+    for i, route in enumerate(found):
+        if 2 * len(route.order) != num_routes:
+            raise ValueError(
+                f"patterns[{i}] must give {num_routes // 2} routes on every grid, got {len(route.order)} on {h} by {w}"
+            )
+    return found
+
+
+@lru_cache(maxsize=64)
+def _called_indices(h: int, w: int, key: int, num_routes: int) -> tuple[Tensor, Tensor]:
+    if key not in _own:
+        raise ValueError("a graph whose patterns are callables or arrays runs only in the process that compiled it")
+    return route_indices(found_routes(_own[key], num_routes, h, w), "cpu")
+
+
+def _own_indices(h: int, w: int, key: int, heads: int, K: int, device: torch.device):  # noqa: ARG001
+    there, back = _called_indices(h, w, key, K)
+    return there.to(device, copy=True), back.to(device, copy=True)
+
+
+def _own_shapes(h: int, w: int, key: int, heads: int, K: int, device: torch.device):  # noqa: ARG001
+    how: dict[str, Any] = {"dtype": torch.int64, "device": device}
+    return torch.empty(heads * K, h * w, **how), torch.empty(K, heads, h * w, **how)
+
+
+_library.define(
+    "scan_own_route_indices(SymInt h, SymInt w, int key, int heads, int K, Device device) -> (Tensor, Tensor)"
+)
+_library.impl("scan_own_route_indices", _own_indices, "CompositeExplicitAutograd")
+torch.library.register_fake("polyspan::scan_own_route_indices", _own_shapes, lib=_library)
 
 
 def to_routes(x: Float[Tensor, "heads L b d"], there: Int[Tensor, "groups L"]) -> Float[Tensor, "groups L b d"]:
@@ -120,7 +170,11 @@ class RouteScan(nn.Module):
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
         self.head_channels, self.num_heads, self.d_state, self.dt_rank = head_channels, num_heads, d_state, rank
-        self.patterns = tuple(patterns[i % len(patterns)] for i in range(num_heads))
+        taken = [_taken(pattern) for pattern in patterns]
+        self.patterns = tuple(taken[i % len(taken)] for i in range(num_heads))
+        named = all(isinstance(pattern, str) for pattern in self.patterns)
+        # An attribute, so that a compiled graph is used again only where the patterns are the same.
+        self.own_key = None if named else _own_key(self.patterns)
         self.merge, self.backend = merge, backend
         counts = {_count(pattern) for pattern in self.patterns}
         if len(counts) > 1:
@@ -161,26 +215,22 @@ class RouteScan(nn.Module):
         if self.query is not None:
             self.query.zero_()
 
-    def routes(self, h: int, w: int) -> list[ScanRoute]:
-        """Return every head's routes on an h by w grid."""
-        found = [scan_routes(h, w, pattern) for pattern in self.patterns]
-        for i, route in enumerate(found):
-            if 2 * len(route.order) != self.num_routes:
-                raise ValueError(
-                    f"patterns[{i}] must give {self.num_routes // 2} routes on every grid, got {len(route.order)} on "
-                    f"{h} by {w}"
-                )
-        return found
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.own_key is not None:  # a copy from another process
+            self.own_key = _own_key(self.patterns)
 
     def _gathers(self, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():  # tensors of a trace must not outlive it
-            if all(isinstance(pattern, str) for pattern in self.patterns):
+            if self.own_key is None:
                 return torch.ops.polyspan.scan_route_indices(h, w, list(self.patterns), device)
-            return route_indices(self.routes(h, w), device)
+            return torch.ops.polyspan.scan_own_route_indices(
+                h, w, self.own_key, self.num_heads, self.num_routes, device
+            )
         key = (h, w, device)
         if key not in self._indices:
             with torch.inference_mode(False):  # or they could serve no training later
-                self._indices[key] = route_indices(self.routes(h, w), device)
+                self._indices[key] = route_indices(found_routes(self.patterns, self.num_routes, h, w), device)
         return self._indices[key]
 
     def current_threshold(self) -> Tensor | float:
@@ -223,15 +273,22 @@ class RouteScan(nn.Module):
         return self.merged(self.scanned(x)).permute(2, 1, 0, 3).reshape(x.shape).to(x.dtype)
 
 
-def _count(pattern: Any) -> int:
-    """How many routes a pattern has; a callable is asked for those of a 2 by 2 grid."""
+def _taken(pattern: Any) -> Any:
+    """A name or a callable as it is; an array of cells checked and copied, as (routes, cells) that nobody changes."""
     if isinstance(pattern, str) or callable(pattern):
-        return len(scan_routes(2, 2, pattern).order)
+        return pattern
     listed = isinstance(pattern, list | tuple)
     shape: tuple[int, ...] = np.shape(pattern) if listed else tuple(getattr(pattern, "shape", ()))
     if len(shape) not in (1, 2):
         raise ValueError(f"patterns must hold names, callables or arrays of cells, got {type(pattern).__name__}")
-    return 1 if len(shape) == 1 else shape[0]
+    order = scan_routes(1, max(shape[-1], 1), pattern).order
+    order.flags.writeable = False
+    return order
+
+
+def _count(pattern: Any) -> int:
+    """How many routes a pattern has; a callable is asked for those of a 2 by 2 grid."""
+    return len(pattern) if isinstance(pattern, np.ndarray) else len(scan_routes(2, 2, pattern).order)
 
 
 def _check_threshold(threshold: float | int, K: int, learnt: bool) -> None:

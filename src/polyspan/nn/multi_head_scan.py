@@ -47,7 +47,8 @@ class MultiHeadScan2d(nn.Module):
     num_heads : int, default=4
     patterns : sequence of str, callable or array
         As :func:`~polyspan.nn.scan_routes` takes them; head i has ``patterns[i % len(patterns)]``. All must have as
-        many routes. A callable must serve 2 by 2 grids too; an array serves one size only.
+        many routes. A callable must serve 2 by 2 grids too; an array serves one size only. Where there is one that is
+        no name, a compiled or exported module runs only in the process in which it was made.
     d_state : int, default=16
         States N a channel.
     dt_rank : int or "auto"

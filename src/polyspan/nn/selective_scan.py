@@ -101,14 +101,7 @@ def selective_scan(
         B, C = (x.repeat_interleave(channels // x.shape[1], dim=1) for x in (B, C))
     how = pick_backend(backend, u.device)
     if how == "blocks":
-        G = B.shape[1]
-        major = [x.reshape(b, G, channels // G, L).permute(3, 1, 0, 2).contiguous() for x in (u, delta)]
-        groups = [x.permute(3, 1, 0, 2).contiguous() for x in (B, C)]
-        y, last = scan_time_major(*major, A.reshape(G, -1, A.shape[-1]), *groups, backend=how)
-        y, last = (
-            y.permute(2, 1, 3, 0).reshape(b, channels, L),
-            last.permute(1, 0, 3, 2).reshape(b, channels, A.shape[-1]),
-        )
+        y, last = _scan_turned(u, delta, A, B, C)
     else:
         y, last = _scan_channel_major(u, delta, A, B, C, how)
     if D is not None:
@@ -166,6 +159,35 @@ def scan_time_major(
     flat = [x.permute(2, 1, 3, 0).reshape(b, G * d, L) for x in (u, delta)]
     y, last = _scan_channel_major(*flat, A.reshape(G * d, N), *(x.permute(2, 1, 3, 0) for x in (B, C)), how)
     return y.reshape(b, G, d, L).permute(3, 1, 0, 2), last.reshape(b, G, d, N).permute(1, 0, 3, 2)
+
+
+class _Turn(torch.autograd.Function):
+    """Transpose a matrix in memory, and its gradient as well: torch copies matrices in tiles, and a gradient of three
+    dimensions that is only a view is copied number by number, with strides, when it is stored.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x.t().contiguous()
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Tensor:  # noqa: ARG004
+        return _Turn.apply(*grads)
+
+
+def _scan_turned(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`_scan_channel_major`, in blocks. Items are groups of their own there, so that tensors are matrices."""
+    (b, channels, L), G, N = u.shape, B.shape[1], A.shape[1]
+    d = channels // G
+    rates = A.reshape(G, d, N).expand(b, -1, -1, -1).reshape(b * G, d, N)
+    major = (
+        _Turn.apply(x.reshape(b * G * width, L)).view(L, b * G, 1, width)
+        for x, width in ((u, d), (delta, d), (B, N), (C, N))
+    )
+    u, delta, B, C = major
+    y, last = scan_time_major(u, delta, rates, B, C, backend="blocks")
+    y = _Turn.apply(y.reshape(L, b * channels)).view(b, channels, L)
+    return y, last.transpose(-1, -2).reshape(b, channels, N)
 
 
 def _scan_channel_major(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, how: str) -> tuple[Tensor, Tensor]:
