@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from polyspan.checkpoints import TaskVector, dare, task_arithmetic, ties
-from polyspan.checkpoints.task_vectors import largest_share
+from polyspan.checkpoints._magnitude_rank import largest_share
 from polyspan.errors import CorruptFile, UnreadableFile, WrongContent
 from polyspan.io import ShardedState, write_bytes, write_json, write_members
 

@@ -255,17 +255,19 @@ def test_compiling_gives_one_graph_and_the_same_outputs(tmp_path):
     # In a process without the checks of types that tests hook into every function.
     base = language_model(num_hidden_layers=1)
     base.save_pretrained(tmp_path / "base")
-    adapted(base).save_pretrained(tmp_path / "adapter")
+    for with_dora in (False, True):
+        adapted(base, use_dora=with_dora).save_pretrained(tmp_path / f"adapter{with_dora}")
     code = f"""
 import warnings, torch
 warnings.simplefilter("ignore")
 from transformers import AutoModelForCausalLM
 from polyspan.checkpoints import load_tucker_adapter
-base = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
-model = load_tucker_adapter(base, {str(tmp_path / "adapter")!r}).eval().base_model.model
 ids = torch.tensor([[3, 9, 4, 1, 7]])
-whole = torch.compile(model, backend="aot_eager", fullgraph=True)
-torch.testing.assert_close(whole(input_ids=ids, use_cache=False).logits, model(input_ids=ids).logits)
+for kind in (False, True):
+    base = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
+    model = load_tucker_adapter(base, {str(tmp_path / "adapter")!r} + str(kind)).eval().base_model.model
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(input_ids=ids, use_cache=False).logits, model(input_ids=ids).logits)
 print("equal")
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -331,6 +333,46 @@ def test_the_trainer_trains_saves_and_goes_on(tmp_path):
     assert (tmp_path / "checkpoint-6").is_dir()
 
 
+KINDS = {"lora": lambda: peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "ours": config}
+
+
+def test_transformers_own_functions_say_of_tucker_adapters_what_they_say_of_lora():
+    """This transformers asks for a peft that may be newer than the one here; whatever it says, it says of both."""
+    said = []
+    for made in KINDS.values():
+        model = copy.deepcopy(BASE)
+        try:
+            model.add_adapter(made(), "a")
+            said.append(model.active_adapters())
+        except ValueError as error:
+            said.append(str(error))
+    assert said[0] == said[1]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_behind_its_check_of_pefts_version_transformers_adds_saves_loads_and_switches_adapters(
+    kind, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.0")
+    model = copy.deepcopy(BASE)
+    model.add_adapter(KINDS[kind](), "a")
+    out = logits(stir(model))
+    assert not torch.allclose(out, logits(BASE))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    again = copy.deepcopy(BASE)
+    again.load_adapter(tmp_path, adapter_name="a")
+    close(logits(again.eval()), out)
+    model.add_adapter(KINDS[kind](), "b")
+    assert model.active_adapters() == ["b"]
+    model.disable_adapters()
+    assert torch.equal(logits(model), logits(BASE))
+    model.enable_adapters()
+    model.set_adapter("a")
+    assert torch.equal(logits(model), out)
+
+
 def test_what_peft_keeps_for_lora_alone_is_refused_in_words(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
@@ -338,7 +380,7 @@ def test_what_peft_keeps_for_lora_alone_is_refused_in_words(tmp_path):
         hotswap_adapter(model, str(tmp_path), "default")
     with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
         peft.get_peft_model(copy.deepcopy(BASE), config(), mixed=True)
-    for name in ("layer_replication", "target_parameters", "ensure_weight_tying", "use_dora"):
+    for name in ("layer_replication", "target_parameters", "ensure_weight_tying"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
             config(**{name: True})
 

@@ -1,4 +1,8 @@
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -6,10 +10,11 @@ import torch
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
+from polyspan.cli import run  # noqa: E402
 from polyspan.cli.compress import compress  # noqa: E402
-from polyspan.errors import UnreadableFile  # noqa: E402
+from polyspan.errors import FileError, UnreadableFile  # noqa: E402
 from polyspan.integrations import load_compressed  # noqa: E402
-from polyspan.io import list_folder, write_text  # noqa: E402
+from polyspan.io import list_folder, read_lines, write_text  # noqa: E402
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run"]
 
@@ -91,3 +96,33 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(base):
     with pytest.raises(ValueError, match="--calib must have 20 tokens at least to hold some out, got 2"):
         compress(str(base / "base"), out=base / "out", calib=base / "short.txt")
     assert not (base / "out").exists()
+
+
+@pytest.mark.slow
+def test_after_kill_9_the_same_command_ends_in_the_same_bytes_and_nothing_of_it_loads_before(base, monkeypatch, capsys):
+    words = ["compress", "base", "--calib", "text.txt", "--ratio", "0.4", "--compare", "--max-iter", "8", "--out"]
+    monkeypatch.chdir(base)
+    # One number of threads, as bits depend on it.
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    out, journal = base / "out", base / "out" / "compress.journal.jsonl"
+    started = subprocess.Popen(
+        [sys.executable, "-m", "polyspan.cli", *words, "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 120
+    while not (journal.is_file() and len(read_lines(journal)[0]) > 9):
+        assert time.monotonic() < end, "no journal"
+        assert started.poll() is None, "ended before it was killed"
+        time.sleep(0.001)
+    started.send_signal(signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL
+    done = len(read_lines(journal)[0]) - 1
+    assert 9 <= done < 7 * 7
+    seen = {path.name for path in list_folder(out)}
+    assert all(name.startswith((".", "work-", journal.name)) for name in seen), seen
+    with pytest.raises(FileError):
+        load_compressed(out)
+    assert run([*words, "out"]) == 0
+    assert f"{done} units of layers were there from an interrupted run" in capsys.readouterr().err
+    assert run([*words, "whole"]) == 0
+    one, two = ({path.name: path.read_bytes() for path in list_folder(base / name)} for name in ("out", "whole"))
+    assert one == two

@@ -1,13 +1,18 @@
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from polyspan.checkpoints import MergeScore
+from polyspan.cli import run
 from polyspan.cli.merge import merge
 from polyspan.errors import WrongContent
-from polyspan.io import read_members, write_members, write_text
+from polyspan.io import list_folder, read_lines, read_members, write_members, write_text
 
 RECIPE = """
 merge_method: ties
@@ -108,3 +113,37 @@ def test_texts_are_measured_and_named_once(files, tmp_path, capsys, monkeypatch)
     with pytest.raises(ValueError, match="must go with --eval, got no text"):
         merge(files / "recipe.yaml", out=files / "other", compare=True)
     assert not (files / "other").exists()
+
+
+@pytest.mark.slow
+def test_after_kill_9_the_same_command_ends_in_the_same_bytes_and_nothing_of_it_loads_before(
+    files, monkeypatch, capsys
+):
+    rng = np.random.default_rng(1)
+    for name in ("base", "one", "two"):
+        state = {f"w{i:02}": rng.normal(size=(400, 300)).astype(np.float32) for i in range(16)}
+        write_members(files / f"{name}.safetensors", state)
+    monkeypatch.chdir(files)
+    words = ["merge", "recipe.yaml", "--density", "0.3", "--out"]
+    out, journal = files / "out", files / "out" / "merge.journal.jsonl"
+    started = subprocess.Popen(
+        [sys.executable, "-m", "polyspan.cli", *words, "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 120
+    while not (journal.is_file() and len(read_lines(journal)[0]) > 3):
+        assert time.monotonic() < end, "no journal"
+        assert started.poll() is None, "ended before it was killed"
+        time.sleep(0.001)
+    started.send_signal(signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL
+    seen = {path.name for path in list_folder(out)}
+    shards = {f"model-{i:05}-of-00016.safetensors" for i in range(1, 17)}
+    # Shards are whole or not there, and without their index they are no checkpoint.
+    assert all(name.startswith(".") or name in shards | {journal.name} for name in seen), seen
+    assert 3 <= len(seen & shards) < 16
+    assert all(list(read_members(out / name)) for name in seen & shards)
+    assert run([*words, "out"]) == 0
+    assert "of 16 files were there from an interrupted run" in capsys.readouterr().err
+    assert run([*words, "whole"]) == 0
+    one, two = ({path.name: path.read_bytes() for path in list_folder(files / name)} for name in ("out", "whole"))
+    assert one == two

@@ -38,7 +38,7 @@ def expand_core(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return made
 
 
-def _shrink(tensor: Tensor, bases: Sequence[Tensor], but: int | None = None) -> Tensor:
+def shrink(tensor: Tensor, bases: Sequence[Tensor], but: int | None = None) -> Tensor:
     """Multiply every axis (save ``but``) by the transpose of its basis, the axis that shrinks most first."""
     made = tensor
     for mode in sorted(range(tensor.ndim), key=lambda n: bases[n].shape[1] / bases[n].shape[0]):
@@ -76,13 +76,13 @@ def tucker(tensor: Tensor, ranks: Sequence[int], *, max_iter: int = 50, tol: flo
     total = float(wide.square().sum())
     order = range(wide.ndim)
     factors = [leading_basis(unfold(wide, n), ranks[n]) for n in order]
-    core = _shrink(wide, factors)
+    core = shrink(wide, factors)
     kept = float(core.square().sum())
     for _ in range(max_iter if any(ranks[n] < wide.shape[n] for n in order) else 0):
         for n in order:
             if ranks[n] < wide.shape[n]:
-                factors[n] = leading_basis(unfold(_shrink(wide, factors, but=n), n), ranks[n])
-        core = _shrink(wide, factors)
+                factors[n] = leading_basis(unfold(shrink(wide, factors, but=n), n), ranks[n])
+        core = shrink(wide, factors)
         before, kept = kept, float(core.square().sum())
         if kept - before <= tol * total:
             break
@@ -108,7 +108,7 @@ def cheapest_ranks(
     total = float(wide.square().sum())
     # No axis can use more ranks than the others have entries.
     most = [min(size, wide.numel() // size) for size in wide.shape]
-    kept = _shrink(wide, [leading_basis(unfold(wide, n), most[n]) for n in range(wide.ndim)]).square_()
+    kept = shrink(wide, [leading_basis(unfold(wide, n), most[n]) for n in range(wide.ndim)]).square_()
     cost = torch.zeros((), dtype=torch.float64)
     volume = torch.ones((), dtype=torch.float64)
     for n, size in enumerate(wide.shape):

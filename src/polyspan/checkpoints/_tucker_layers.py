@@ -14,9 +14,11 @@ from polyspan.errors import require
 from polyspan.run import torch_generator
 
 from ._tucker import direct_sum, expand_core, mode_product
+from ._tucker_magnitude import growth, unit_norms, unit_shape, updated_norms, with_magnitude
 
 require("peft", extra="hf", purpose="a Tucker adapter")
 tuners: Any = require("peft.tuners.tuners_utils", extra="hf")
+quantised: Any = require("peft.utils.integrations", extra="hf")
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PREFIX = "tucker_adapter_"
@@ -42,6 +44,26 @@ def weight_shape(layer: Any) -> tuple[int, ...]:
     return tuple(layer.weight.shape)
 
 
+def frozen_weight(layer: Any) -> Tensor:
+    """Return the weight as numbers: of a quantised layer, what peft makes of it.
+
+    Raises
+    ------
+    ValueError
+        peft knows no way to unpack it.
+    """
+    weight = layer.weight
+    if type(weight) not in (nn.Parameter, Tensor):
+        # Only for these: peft's function is none that torch.compile can follow.
+        weight = quantised.dequantize_module_weight(layer)
+    weight = weight.detach()
+    if not weight.is_floating_point() or tuple(weight.shape) != weight_shape(layer):
+        raise ValueError(
+            f"use_dora needs a base weight of floating-point numbers, got {type(layer).__name__} with {weight.dtype}"
+        )
+    return weight
+
+
 def _as_it_is(*_: Any) -> None:
     """Leave an output as it is."""
 
@@ -49,10 +71,13 @@ def _as_it_is(*_: Any) -> None:
 class TuckerLayer(tuners.BaseTunerLayer):
     """What all layers share: parameters, their first values, merging, and the sum over active adapters.
 
-    A subclass gives ``_delta_forward(x, name, result)``, what one adapter adds to the output ``result``.
+    A subclass gives ``_delta_forward(x, name, result)``, what one adapter's update adds to the output ``result``, and
+    ``_plain(x, result)``, what the base weight makes of x without the bias. Where an adapter has magnitudes, outputs
+    without the bias are those of base and update times one factor a channel.
     """
 
     adapter_layer_names: tuple[str, ...] = (f"{PREFIX}core",)
+    drops_inputs = True
     other_param_names = (f"{PREFIX}scale", f"{PREFIX}dropout", f"{PREFIX}path")
 
     def _start(self, base_layer: nn.Module) -> None:
@@ -61,7 +86,9 @@ class TuckerLayer(tuners.BaseTunerLayer):
         self.shape = weight_shape(layer)
         self.axis_out, self.axis_in = channel_axes(layer)
         # One container an axis of the weight, so that a file of an adapter needs no word on the kind of layer.
-        self.adapter_layer_names = (f"{PREFIX}core", *(f"{PREFIX}axis{n}" for n in range(len(self.shape))))
+        self.tucker_names = (f"{PREFIX}core", *(f"{PREFIX}axis{n}" for n in range(len(self.shape))))
+        self.adapter_layer_names = (*self.tucker_names, f"{PREFIX}magnitude")
+        self.shared_by = getattr(layer, "groups", 1) if getattr(layer, "transposed", False) else 1
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.tucker_adapter_scale: dict[str, float] = {}
@@ -73,7 +100,7 @@ class TuckerLayer(tuners.BaseTunerLayer):
 
     def parameters_of(self, adapter: str) -> tuple[Tensor, list[Tensor]]:
         """Return core and factors of one adapter."""
-        core, *factors = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
+        core, *factors = (getattr(self, name)[adapter] for name in self.tucker_names)
         return core, factors
 
     def update_layer(
@@ -101,6 +128,10 @@ class TuckerLayer(tuners.BaseTunerLayer):
                 factor[layer.padding_idx] = 0  # the row of padding keeps its vector: it gets no gradient either
             getattr(self, f"{PREFIX}axis{n}")[adapter_name] = nn.Parameter(factor)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.use_dora:
+            # Not rounded to half precision, in which a fresh adapter would not be the base's function any more.
+            norms = unit_norms(self._base_weight(), unit_shape(self.shape, self.axis_out, self.shared_by))
+            self.tucker_adapter_magnitude[adapter_name] = nn.Parameter(norms)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
@@ -117,14 +148,23 @@ class TuckerLayer(tuners.BaseTunerLayer):
         return core, factors
 
     @torch.no_grad()
-    def put(self, adapter_name: str, core: Tensor, factors: Sequence[Tensor]) -> None:
-        """Give an adapter other ranks and values; ``core`` holds the scale."""
+    def put(
+        self, adapter_name: str, core: Tensor, factors: Sequence[Tensor], parts: Sequence[tuple[str, float]]
+    ) -> None:
+        """Give an adapter other ranks and values; ``core`` holds the scale.
+
+        Where it has magnitudes, they grow by what those of ``parts`` grew, each times its weight.
+        """
         kind = self.tucker_adapter_core[adapter_name]
         made = [core / self.tucker_adapter_scale[adapter_name], *factors]
-        for name, value in zip(self.adapter_layer_names, made, strict=True):
+        for name, value in zip(self.tucker_names, made, strict=True):
             getattr(self, name)[adapter_name] = nn.Parameter(
                 value.to(kind.device, kind.dtype), requires_grad=kind.requires_grad
             )
+        if adapter_name in self.tucker_adapter_magnitude:
+            found, start = self.tucker_adapter_magnitude, self.tucker_adapter_magnitude[adapter_name].clone()
+            for name, weight in parts:
+                found[adapter_name].add_(weight * (found[name] - start) if name in found else 0)
 
     def insist_on_calls(self) -> None:
         """Keep ``nn.TransformerEncoderLayer`` from its fast path, which in eval mode reads weights without calling.
@@ -145,8 +185,38 @@ class TuckerLayer(tuners.BaseTunerLayer):
         with torch.autocast(core.device.type, enabled=False):
             return expand_core(core.to(kind), [f.to(kind) for f in factors]) * self.tucker_adapter_scale[adapter]
 
+    def _base_weight(self) -> Tensor:
+        """Return the frozen weight in float32 or wider, as it was before anything was merged."""
+        weight = frozen_weight(self.get_base_layer()) if self._unmerged is None else self._unmerged
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+    def _growth(self, name: str) -> Tensor:
+        """Return what an adapter's magnitudes make of units that have its update; lengths get no gradient."""
+        magnitude = self.tucker_adapter_magnitude[name]
+        with torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
+            weight = self._base_weight()
+            if self.shared_by > 1:
+                norms = unit_norms(weight + self.get_delta_weight(name).to(weight.dtype), magnitude.shape)
+            else:
+                core, factors = self.parameters_of(name)
+                core = core.to(weight.dtype) * self.tucker_adapter_scale[name]
+                norms = updated_norms(weight, core, [f.to(weight.dtype) for f in factors], self.axis_out)
+            # In the magnitudes' own precision, so that what has not been trained is a factor of 1.
+            norms = norms.to(magnitude.dtype)
+        return growth(magnitude, norms)
+
+    def _updated(self, weight: Tensor, names: Sequence[str]) -> Tensor:
+        """Return a weight with the updates of adapters, one after the other, in float32 or wider."""
+        made = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for name in names:
+            made = made + self.get_delta_weight(name)
+            if name in self.tucker_adapter_magnitude:
+                made = with_magnitude(made, self._growth(name).to(made.dtype))
+        return made
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return isinstance(self.get_base_layer(), nn.Linear)
+        # What magnitudes do is in no update, which is all that is converted.
+        return isinstance(self.get_base_layer(), nn.Linear) and adapter_name not in self.tucker_adapter_magnitude
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -166,8 +236,7 @@ class TuckerLayer(tuners.BaseTunerLayer):
                 f"merging needs a base weight of floating-point numbers, got {type(layer).__name__} with "
                 f"{weight.dtype}; use the adapter beside the quantised layer, or dequantise the model first"
             )
-        delta = sum(self.get_delta_weight(name) for name in names)
-        made = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta).to(weight.dtype)
+        made = self._updated(weight, names).to(weight.dtype)
         if not bool(made.isfinite().all()):
             raise ValueError(
                 f"merged weight must be finite, got NaN or infinity in {weight.dtype} from {', '.join(names)} "
@@ -208,7 +277,7 @@ class TuckerLayer(tuners.BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         kind = result.dtype
         for name in names:
-            result = result + self._delta_forward(x, name, result)
+            result = self._adapted(x, name, result)
         return result.to(kind)
 
     def _forward_each(self, x: Tensor, own: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -221,17 +290,42 @@ class TuckerLayer(tuners.BaseTunerLayer):
         for name in dict.fromkeys(own):
             if name in self.tucker_adapter_core:
                 rows = [i for i, other in enumerate(own) if other == name]
-                made[rows] = (result[rows] + self._delta_forward(x[rows], name, result[rows])).to(result.dtype)
+                made[rows] = self._adapted(x[rows], name, result[rows]).to(result.dtype)
         return made
 
     def _one_call(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor | None:
         """Return the whole output from one call of the base operation, where that is cheaper, else None."""
         return None
 
+    def _adapted(self, x: Tensor, name: str, result: Tensor) -> Tensor:
+        """Return an output after one more adapter, which acts as if all before it were the base."""
+        drop = self.tucker_adapter_dropout[name]
+        seen = self._dropped(x, name, self.tucker_adapter_core[name].dtype)
+        added = self._delta_forward(seen, name, result)
+        if name not in self.tucker_adapter_magnitude:
+            return result + added
+        if self.training and isinstance(drop, nn.Dropout) and self.drops_inputs:
+            # Both parts of the weight see the same inputs.
+            plain = self._plain(seen, result)
+        else:
+            bias = getattr(self.get_base_layer(), "bias", None)
+            plain = result if bias is None else result - self._along_channels(bias)
+        factor = self._along_channels(self._growth(name))
+        return result + (factor - 1) * plain + factor * added
+
+    def _along_channels(self, values: Tensor) -> Tensor:
+        """Lay one value a channel out as it broadcasts against outputs."""
+        return values.flatten()
+
+    def _plain(self, x: Tensor, result: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _delta_forward(self, x: Tensor, name: str, result: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _dropped(self, x: Tensor, name: str, kind: torch.dtype) -> Tensor:
+        if not self.drops_inputs:
+            return x
         x = self.tucker_adapter_dropout[name](x)
         return x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, kind)
 
@@ -249,8 +343,19 @@ class TuckerLinear(TuckerLayer, nn.Module):
     def _delta_forward(self, x: Tensor, name: str, result: Tensor) -> Tensor:
         core, factors = self.parameters_of(name)
         middle = core if self.axis_in == 0 else core.T
-        hidden = _product(self._dropped(x, name, core.dtype), factors[self.axis_in])
+        hidden = _product(x, factors[self.axis_in])
         return _product(_product(hidden, middle * self.tucker_adapter_scale[name]), factors[self.axis_out].T)
+
+    def _plain(self, x: Tensor, result: Tensor) -> Tensor:
+        weight = frozen_weight(self.get_base_layer()).to(x.dtype)
+        return _product(x, weight if self.axis_in == 0 else weight.T)
+
+    def _one_call(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor | None:
+        if not (x.is_nested and self.tucker_adapter_magnitude):
+            return None
+        # Nested tensors, which torch's own encoder makes in evaluation, are not multiplied channel by channel.
+        layer: Any = self.get_base_layer()
+        return F.linear(x, self._updated(layer.weight, names).to(x.dtype), layer.bias)
 
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
@@ -311,17 +416,21 @@ class TuckerConv(TuckerLayer, nn.Module):
         dropping = self.training and any(isinstance(self.tucker_adapter_dropout[n], nn.Dropout) for n in names)
         if not plain or dropping or any(self.tucker_adapter_path[name] != "dense" for name in names):
             return None
-        weight = layer.weight
-        delta = sum(self.get_delta_weight(name) for name in names)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return self._convolve(x, (weight.to(wide) + delta).to(weight.dtype), layer.bias)
+        return self._convolve(x, self._updated(layer.weight, names).to(layer.weight.dtype), layer.bias)
+
+    def _plain(self, x: Tensor, result: Tensor) -> Tensor:
+        layer: Any = self.get_base_layer()
+        extra = self._output_padding(x, result.shape[-len(layer.kernel_size) :])
+        return self._convolve(x, layer.weight.to(x.dtype), None, extra)
+
+    def _along_channels(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, *(1,) * (len(self.shape) - 2))
 
     def _delta_forward(self, x: Tensor, name: str, result: Tensor) -> Tensor:
         layer: Any = self.get_base_layer()
         core, factors = self.parameters_of(name)
         n, g = len(layer.kernel_size), layer.groups
         extra = self._output_padding(x, result.shape[-n:])
-        x = self._dropped(x, name, core.dtype)
         if self.tucker_adapter_path[name] == "dense":
             return self._convolve(x, self.get_delta_weight(name).to(core.dtype), None, extra)
         taps = (1,) * n
@@ -343,6 +452,8 @@ class TuckerConv(TuckerLayer, nn.Module):
 
 class TuckerEmbedding(TuckerLayer, nn.Module):
     """An embedding: the rows of the first factor that are asked for, times core and second factor."""
+
+    drops_inputs = False  # which are indices; dropout acts on the factor's rows
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()

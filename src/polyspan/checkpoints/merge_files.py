@@ -35,18 +35,15 @@ from polyspan.io.torch_tensors import INDEX
 from polyspan.run import Journal, map_tasks
 
 from ._hub import local_checkpoint
+from ._magnitude_rank import magnitude, magnitude_counts, ranked_bin, share_rank
 from ._merge_states import ADAPTER, as_states, dtype_of, is_statistic, mergeable, shape_of
 from .concrete_merging import load_mask
 from .task_vectors import (
     Trimmed,
     changes,
-    magnitude,
-    magnitude_counts,
     majority_sign,
     merge_rule,
     merged_blocks,
-    ranked_bin,
-    share_rank,
     sign_votes,
 )
 
@@ -292,7 +289,7 @@ def _whole_model(
 
 
 def _limits(job: MergeJob, parts: list[Part], share: float, fan: dict[str, Any]) -> list[float]:
-    """Return of each task what :func:`~polyspan.checkpoints.task_vectors.largest_share` would."""
+    """Return of each task what :func:`~polyspan.checkpoints._magnitude_rank.largest_share` would."""
 
     def summed(highs: list[int | None]) -> list[Tensor]:
         total = torch.zeros(len(highs), 2**16, dtype=torch.int64)

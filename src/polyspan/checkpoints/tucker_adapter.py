@@ -21,6 +21,7 @@ from ._tucker_layers import (
     TuckerLayer,
     TuckerLinear,
     channel_axes,
+    frozen_weight,
     is_matrix_stored_in_by_out,
     weight_shape,
 )
@@ -65,7 +66,7 @@ PEFT_TYPE = _open_peft_type(NAME.upper())
 
 @dataclass
 class TuckerAdapterConfig(peft.PeftConfig):
-    """What is adapted, by which ranks, and how the update is scaled and begun; saved as ``adapter_config.json``.
+    r"""What is adapted, by which ranks, and how the update is scaled and begun; saved as ``adapter_config.json``.
 
     An adapter of a weight (I_1, ..., I_N) has sum I_n J_n + prod J_n parameters. The core begins at 0, so that a fresh
     adapter changes nothing, and the first step moves the core alone. The update's speed grows with the product of the
@@ -110,6 +111,11 @@ class TuckerAdapterConfig(peft.PeftConfig):
     seed : int, optional
         Of the factors; a layer's draw depends on its name and not on the other layers. Left out, torch's global
         generator.
+    use_dora : bool, default=False
+        As in ``peft.LoraConfig``: learn the length of each unit's weights, the magnitude, apart from their direction,
+        :math:`m\, (W_0 + \Delta W) / \lVert W_0 + \Delta W \rVert`, of which the divisor gets no gradient. A unit is an
+        output, of an embedding a column; one whose weights are all 0 keeps them until its update is not 0. Costs one
+        more pass over the frozen weight each time.
 
     Raises
     ------
@@ -136,6 +142,7 @@ class TuckerAdapterConfig(peft.PeftConfig):
     path: str = "auto"
     strict: bool = False
     seed: int | None = None
+    use_dora: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -276,6 +283,8 @@ class TuckerAdapterModel(tuners.BaseTuner):
                 f"target_modules must not name {key}: nn.MultiheadAttention reads its weight without calling "
                 "it, so that an adapter would do nothing"
             )
+        if config.use_dora:
+            frozen_weight(base)
         ranks, asked = config.ranks_for(key, base)
         told = f"{key} {asked} to {ranks} for a weight {weight_shape(base)}" if ranks != asked else ""
         if told and config.strict:
@@ -312,6 +321,14 @@ class TuckerAdapterModel(tuners.BaseTuner):
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self.modules():
+                if isinstance(layer, TuckerLayer) and adapter_name in layer.tucker_adapter_magnitude:
+                    magnitude = layer.tucker_adapter_magnitude[adapter_name]
+                    magnitude.data = magnitude.data.to(layer.tucker_adapter_core[adapter_name].dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Generator[None]:
@@ -385,7 +402,8 @@ class TuckerAdapterModel(tuners.BaseTuner):
             "cat" is exact: ranks add up. "hooi", for which "svd" is peft's word, brings each layer's sum back to
             ``ranks``, or left out to the largest ranks of its parts. The others do so with what peft's function of
             that name makes of the layer's updates; "dare" draws from torch's global generator. What peft's "linear"
-            and its like add up, factor by factor, is no sum of updates.
+            and its like add up, factor by factor, is no sum of updates. Magnitudes grow by the weighted sum of what
+            theirs grew, in each case.
         ranks : int, optional
             Of both channel axes, unless "cat".
         density : float, optional
@@ -396,8 +414,8 @@ class TuckerAdapterModel(tuners.BaseTuner):
         Raises
         ------
         ValueError
-            An adapter is not there, the name is taken, another number of weights than of adapters, or ``density`` is
-            missing, out of range, or given where nothing is left out.
+            An adapter is not there, the name is taken, another number of weights than of adapters, some but not all
+            have magnitudes, or ``density`` is missing, out of range, or given where nothing is left out.
         """
         if not adapters or any(name not in self.peft_config for name in adapters):
             raise ValueError(f"adapters must be among {sorted(self.peft_config)}, got {list(adapters)}")
@@ -405,6 +423,9 @@ class TuckerAdapterModel(tuners.BaseTuner):
             raise ValueError(f"weights must be one for each of {len(adapters)} adapters, got {len(weights)}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name must be new, got {adapter_name!r}")
+        with_dora = [name for name in adapters if self.peft_config[name].use_dora]
+        if 0 < len(with_dora) < len(adapters):
+            raise ValueError(f"adapters must all have use_dora or none, got it for {with_dora} of {list(adapters)}")
         if combination_type not in COMBINATIONS:
             raise ValueError(f"combination_type must be one of {COMBINATIONS}, got {combination_type!r}")
         thinned = combination_type in COMBINATIONS[3:]
@@ -443,8 +464,9 @@ class TuckerAdapterModel(tuners.BaseTuner):
             alpha_pattern={re.escape(key): scale for key, scale in scales.items()},
         )
         self.inject_adapter(self.model, adapter_name)
+        parts = list(zip(adapters, map(float, weights), strict=True))
         for key, (core, factors) in made.items():
-            self.model.get_submodule(key).put(adapter_name, core, factors)
+            self.model.get_submodule(key).put(adapter_name, core, factors, parts)
 
 
 def load_tucker_adapter(model: nn.Module, path: Path | str, adapter_name: str = "default", **options: Any) -> Any:

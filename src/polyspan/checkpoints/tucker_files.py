@@ -31,6 +31,7 @@ from polyspan.run import Journal, map_tasks, progress
 from ._hub import local_checkpoint
 from ._merge_states import row_blocks, rows_of
 from ._tucker import cheapest_ranks, num_parameters
+from ._tucker_magnitude import fits, growth, unit_norms, with_magnitude
 from .merge_files import digest_sources, digests, write_shards
 from .tucker_plots import RankCurve, rank_curve
 from .tucker_update import adapter_from_delta, tucker_delta
@@ -371,8 +372,8 @@ def merge_tucker_adapter(
     tensors = {key.removeprefix(ROOT): torch.from_numpy(x) for key, x in read_members(folder / WEIGHTS).items()}
     source = local_checkpoint(base, files=True)
     model = ShardedState(source)
-    # Of each tensor that changes: its adapter's core, or None and what takes its place.
-    changed: dict[str, tuple[Tensor | None, list[Tensor]]] = {}
+    # Of each tensor that changes: its adapter's core, or None and what takes its place; and magnitudes, if any.
+    changed: dict[str, tuple[Tensor | None, list[Tensor], Tensor | None]] = {}
     for key, value in sorted(tensors.items()):
         layer, found, part = key.partition(f".{PREFIX}")
         if found and part != "core":
@@ -386,19 +387,30 @@ def merge_tucker_adapter(
             raise WrongContent(
                 folder / WEIGHTS, found=f"shape {shape}", expected=f"{model.shape(target)}", where=f"layer {layer}"
             )
-        changed[target] = (value if found else None, parts)
+        units = tensors.get(f"{layer}.{PREFIX}magnitude") if found else None
+        if (found and config.use_dora and units is None) or (units is not None and not fits(units.shape, shape)):
+            raise WrongContent(
+                folder / WEIGHTS,
+                found="no magnitudes" if units is None else f"magnitudes of shape {tuple(units.shape)}",
+                expected=f"one a unit of a weight {shape}",
+                where=f"layer {layer}",
+            )
+        changed[target] = (value if found else None, parts, units)
 
     def made(key: str) -> Iterator[Tensor]:
         if key not in changed:
             yield from (rows_of(model, key, *span) for span in row_blocks(model.shape(key)))
             return
-        core, parts = changed[key]
+        core, parts, units = changed[key]
         if core is None:
             yield parts[0].to(model.dtype(key))
             return
         scale = config.scale_for(key.removesuffix(".weight"), core.shape)
         delta = tucker_delta(core.double(), [factor.double() for factor in parts], scale)
-        summed = (model[key].double() + delta).to(model.dtype(key))
+        summed = model[key].double() + delta
+        if units is not None:
+            summed = with_magnitude(summed, growth(units.double(), unit_norms(summed, units.shape)))
+        summed = summed.to(model.dtype(key))
         if not bool(torch.isfinite(summed).all()):
             raise ValueError(f"base must hold sums with the adapter, got {model.dtype(key)}, too narrow for {key}")
         yield summed
