@@ -11,7 +11,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from polyspan.errors import NotConverged
 from polyspan.learn import ActivationStore, PolynomialSAEModule, PolySAE
-from polyspan.learn._cholesky_qr import NEAR, _gram, cholesky_qr, cholesky_qr_
+from polyspan.learn._cholesky_qr import NEAR, _divide, _gram, cholesky_qr, cholesky_qr_
 from polyspan.learn._sae_codes import SparseCodes, above, batch_top_k, jump, top_k
 from polyspan.learn._sae_interactions import co_firing
 from polyspan.learn._sae_training import WINDOW, Trainer, mean_norm_scale, set_start, step_loss
@@ -126,6 +126,22 @@ def test_cholesky_qr_in_place_is_cholesky_qr(k, size):
     torch.testing.assert_close(X, expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="X must be finite"):
         cholesky_qr_(X.fill_(torch.nan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_pass_moves_a_matrix_in_whatever_order_it_lies(dtype):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.linalg.qr(torch.randn(40, 7, generator=generator, dtype=torch.float64))[0]
+    X = (X + 1e-2 * torch.randn(X.shape, generator=generator, dtype=torch.float64)).to(dtype)
+    wanted, R = torch.linalg.qr(X.double())
+    wanted = wanted * torch.sign(torch.diag(R))
+    wide = torch.zeros(80, 14, dtype=dtype)
+    lies = {"rows": X.contiguous(), "columns": X.T.contiguous().T, "strided": wide[::2, ::2].copy_(X)}
+    for order, Q in lies.items():
+        gram, distance = _gram(Q)
+        assert distance <= NEAR
+        assert _divide(Q, gram), order
+        torch.testing.assert_close(Q.double(), wanted, rtol=0, atol=20 * torch.finfo(dtype).eps, msg=order)
 
 
 def test_many_columns_after_a_small_step_are_seen_to_be_near_and_need_one_pass():

@@ -14,7 +14,7 @@ from polyspan.learn import CategoricalHasher, FeatureSpec, UnifiedEmbedding, Uni
 from polyspan.learn._embedding_gather import gather_rows
 from polyspan.learn._lookup_plan import SCHEMES, lookup_plan, rows_of, rows_of_tensor, salt_of
 from polyspan.learn._row_adagrad import RowAdagrad
-from polyspan.learn._text_hashing import BLOCK, WIDE, hash_bytes, mix
+from polyspan.learn._text_hashing import BLOCK, WIDE, as_bytes, hash_bytes, layout, mix, whole_block
 from polyspan.learn._value_keys import MISSING, PAD, one_key, value_keys
 
 VECTORS = [0xE220A8397B1DCDAF, 0x5E025F9ADE9EAF3E, 0x43AEF8B2706779E6, 0x742D84A24465EF7A]
@@ -80,6 +80,26 @@ def test_texts_of_many_lengths_are_hashed_as_one_by_one_across_blocks_slices_and
 @given(st.lists(st.from_regex(r"\A-{0,2}0?[0-9]{0,20}a?\Z"), min_size=1, max_size=20))
 def test_texts_that_look_like_numbers_are_whole_numbers_only_in_their_one_form(texts):
     assert value_keys(texts, "t").dense().tolist() == [slow_key(t) for t in texts]
+
+
+def test_blocks_of_identifiers_beside_other_texts_are_keyed_as_one_by_one():
+    rng = np.random.default_rng(0)
+    numbers = [str(number) for number in rng.integers(10**18, size=BLOCK)]
+    strange = [["0"], ["00"], ["0" + numbers[0]], [""], ["-7"], ["9" * 19], ["12a"], [None]]
+    texts = [text for odd in strange for text in (*numbers[:-1], *odd)] + ["ann"] * BLOCK + numbers[:3]
+    expected = [MISSING if text is None else slow_key(text) for text in texts]
+    for kind in (pa.string(), pa.large_string()):
+        np.testing.assert_array_equal(value_keys(pa.array(texts, kind), "t").dense(), expected)
+
+
+@pytest.mark.parametrize("odd", ["00", "01", "", "-1", "1" * 19, "1a", "١"])
+def test_a_block_is_whole_where_each_text_is_digits_alone_and_only_there(odd):
+    column = as_bytes(pa.array(["x", "0", "7", "1" * 18, "20"])).slice(1)
+    assert whole_block(*layout(column))
+    for place in range(4):
+        texts = column.to_pylist()
+        texts[place] = odd.encode()
+        assert not whole_block(*layout(pa.array(texts)))
 
 
 @pytest.mark.parametrize("width", [8, 24])

@@ -11,6 +11,12 @@ BLOCK = 32_768
 """Rows that are hashed at a time, so that what they need stays in the processor's cache."""
 WIDE = 64
 """Bytes up to which texts are hashed side by side, filled up to one length."""
+NO_DIGIT = np.array(0xC0C0C0C0C0C0C0C0, np.uint64)
+"""Bits that no digit and no sign has in any of eight bytes, but every letter."""
+GOLDENS = np.array(GOLDEN, np.uint64)
+STEPS = [(np.array(shift, np.uint64), np.array(factor, np.uint64)) for shift, factor in ((30, FIRST), (27, SECOND))]
+LAST = np.array(31, np.uint64)
+"""Constants as arrays: NumPy takes as long to make one of a number as it works on a thousand rows."""
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -23,14 +29,18 @@ def mix_in_place(x: np.ndarray, spare: np.ndarray, *, high_bits_only: bool = Fal
 
     ``high_bits_only`` leaves out the last step, in which the highest 31 bits of ``x`` stay as they are.
     """
-    for shift, factor in ((30, FIRST), (27, SECOND)):
-        np.right_shift(x, np.uint64(shift), out=spare)
+    for shift, factor in STEPS:
+        np.right_shift(x, shift, out=spare)
         np.bitwise_xor(x, spare, out=x)
-        np.multiply(x, np.uint64(factor), out=x)
+        np.multiply(x, factor, out=x)
     if high_bits_only:
         return x
-    np.right_shift(x, np.uint64(31), out=spare)
+    np.right_shift(x, LAST, out=spare)
     return np.bitwise_xor(x, spare, out=x)
+
+
+BEGUN = mix(np.arange(WIDE + 1, dtype=np.uint64) + GOLDENS)
+"""What hashes of texts begin from, by their number of bytes."""
 
 
 def mix_int(x: int) -> int:
@@ -54,8 +64,8 @@ def hash_bytes(data: bytes) -> int:
 def hash_texts(texts: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return :func:`hash_bytes` of every value of an Arrow array of text or bytes, (v,) uint64, and some places.
 
-    Those are the places, ascending, of all texts of at most :data:`WIDE` bytes that begin like a whole number: with a
-    digit or a minus sign. Nulls have any hash, and may be among the places.
+    Those are places, ascending, among which are all texts that are a whole number in decimal and of at most
+    :data:`WIDE` bytes; each text there begins with a digit or a minus sign. Nulls have any hash, and may be among them.
     """
     import pyarrow as pa
 
@@ -64,21 +74,20 @@ def hash_texts(texts: Any) -> tuple[np.ndarray, np.ndarray]:
     n, hashes = len(texts), np.empty(len(texts), np.uint64)
     numeric: list[np.ndarray] = [np.zeros(0, np.int64)]
     long: list[np.ndarray] = []
-    lengths, scratch = np.empty(min(BLOCK, n), bounds.dtype), np.empty((2, min(BLOCK, n)), np.uint64)
+    lengths, scratch = np.empty(min(BLOCK, n), bounds.dtype), np.empty(min(BLOCK, n), np.uint64)
     for at in range(0, n, BLOCK):
         edges = bounds[at : at + BLOCK + 1]
         size = np.subtract(edges[1:], edges[:-1], out=lengths[: len(edges) - 1])
         some, out = texts.slice(at, BLOCK), hashes[at : at + BLOCK]
         if size.max() <= WIDE:
-            heads = _hash_short(some, size, data[edges[0] : edges[-1]], out, scratch)
-            numeric.append(at + np.flatnonzero(_like_numbers(heads)))
+            numeric.append(at + _hash_short(some, size, data[edges[0] : edges[-1]], out, scratch))
             continue
         short = np.flatnonzero(size <= WIDE)
         long.append(at + np.flatnonzero(size > WIDE))
         few, made = some.take(pa.array(short)), np.empty(len(short), np.uint64)
-        heads = _hash_short(few, size[short], layout(few)[1], made, scratch)
+        places = _hash_short(few, size[short], layout(few)[1], made, scratch)
         out[short] = made
-        numeric.append(at + short[_like_numbers(heads)])
+        numeric.append(at + short[places])
     if long:
         places = np.concatenate(long)
         # A long text costs more to hash than to look up.
@@ -87,9 +96,18 @@ def hash_texts(texts: Any) -> tuple[np.ndarray, np.ndarray]:
     return hashes, np.concatenate(numeric)
 
 
-def _like_numbers(heads: np.ndarray) -> np.ndarray:
-    """Return where first bytes (v,) are digits or a minus sign."""
-    return (heads - np.uint8(ord("0")) <= 9) | (heads == ord("-"))
+def whole_block(bounds: np.ndarray, data: np.ndarray) -> bool:
+    """Whether all texts with these bounds (v + 1,) are whole numbers of 1 to 18 digits, with no sign.
+
+    Columns of identifiers are such, and one look at all bytes together costs less than any at each text.
+    """
+    first, end, zero = int(bounds[0]), int(bounds[-1]), np.uint8(ord("0"))
+    if int(bounds[1]) == first or (data[first : bounds[1]] - zero).max() > 9:
+        return False
+    size = np.diff(bounds)
+    if not size.min() or size.max() > 18 or (data[first:end] - zero).max() > 9:
+        return False
+    return not ((data[bounds[:-1]] == zero) & (size > 1)).any()
 
 
 def as_bytes(texts: Any) -> Any:
@@ -131,41 +149,57 @@ def layout(texts: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _hash_short(texts: Any, size: np.ndarray, data: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> np.ndarray:
-    """Put the hashes of Arrow bytes, none longer than :data:`WIDE`, in ``out`` (v,); return first bytes, (v,) uint8.
+    """Put the hashes of Arrow bytes, none longer than :data:`WIDE`, in ``out`` (v,); return places of may-be numbers.
 
-    ``size`` (v,) are their lengths, ``data`` the bytes of all, and ``scratch`` (2, at least v) uint64 is overwritten.
+    ``size`` (v,) are their lengths, ``data`` the bytes of all, and ``scratch`` (at least v,) uint64 is overwritten.
     """
-    import pyarrow.compute as pc
-
     n = len(size)
     if not n:
-        return np.zeros(0, np.uint8)
-    begun = mix(np.arange(WIDE + 1, dtype=np.uint64) + np.uint64(GOLDEN))
-    begun.take(size, out=out, mode="clip")
+        return np.zeros(0, np.int64)
+    BEGUN.take(size, out=out, mode="clip")
     least, most = int(size.min()), int(size.max())
+    spare, places = scratch[:n], np.zeros(0, np.int64)
     if not most:
-        return np.zeros(n, np.uint8)
-    n_words = -(-most // 8)
+        return places
+    for j, words in enumerate(_words(texts, least, most, data)):
+        if not j:
+            places = _maybe_numbers(words, size, spare)
+        ended = np.flatnonzero(size <= 8 * j) if least <= 8 * j else np.zeros(0, np.int64)
+        if 2 * len(ended) > n:
+            going = np.flatnonzero(size > 8 * j)
+            out[going] = mix((out[going] ^ words[going]) + GOLDENS)
+            continue
+        # All are mixed, and those that had ended are put back: that takes less time than to pick out the others.
+        kept = out[ended]
+        np.bitwise_xor(out, words, out=out)
+        np.add(out, GOLDENS, out=out)
+        mix_in_place(out, spare)
+        out[ended] = kept
+    return places
+
+
+def _words(texts: Any, least: int, most: int, data: np.ndarray) -> np.ndarray:
+    """Return the bytes of all texts, eight at a time, as numbers (words, v) uint64, filled up with zeros."""
+    import pyarrow.compute as pc
+
+    n, n_words = len(texts), -(-most // 8)
     if least < 8 * n_words:
         filled = pc.call_function("ascii_rpad", [as_text(texts)], pc.PadOptions(8 * n_words, "\0"))
         data = np.frombuffer(filled.buffers()[2], np.uint8, count=8 * n * n_words)
-    rows = data.reshape(n, 8 * n_words)
-    spare, before = scratch[:, :n]
-    for j, words in enumerate(rows.view("<u8").T):
-        ended = size <= 8 * j if least <= 8 * j else None
-        if ended is not None and 2 * np.count_nonzero(ended) > n:
-            going = np.flatnonzero(~ended)
-            out[going] = mix((out[going] ^ words[going]) + np.uint64(GOLDEN))
-            continue
-        if ended is not None:
-            np.copyto(before, out)
-        np.bitwise_xor(out, words, out=out)
-        np.add(out, np.uint64(GOLDEN), out=out)
-        mix_in_place(out, spare)
-        if ended is not None:
-            # All were mixed, and those that had ended are put back: that takes less time than to pick out the others.
-            np.putmask(out, ended, before)
-    return rows[:, 0]
+    return data.reshape(n, 8 * n_words).view("<u8").T
+
+
+def _maybe_numbers(words: np.ndarray, size: np.ndarray, spare: np.ndarray) -> np.ndarray:
+    """Return places of texts that may be whole numbers by their lengths ``size`` and first eight bytes, all (v,).
+
+    No byte of those is a letter or beyond ASCII, and the first is a minus sign or a digit, 0 only where it is alone.
+    """
+    np.bitwise_and(words, NO_DIGIT, out=spare)
+    if np.count_nonzero(spare) == len(words):
+        return np.zeros(0, np.int64)
+    heads = words.astype(np.uint8)
+    like = (heads - np.uint8(ord("1")) <= 8) | (heads == ord("-")) | ((heads == ord("0")) & (size == 1))
+    return np.flatnonzero(like & (spare == 0))
 
 
 def _hash_long(texts: Any) -> np.ndarray:
@@ -175,10 +209,10 @@ def _hash_long(texts: Any) -> np.ndarray:
     flat = np.append(data, np.zeros(8, np.uint8))
     # Every byte offset as the start of a word: one gather takes the next eight bytes of all texts that go on.
     words = np.ndarray(shape=(len(flat) - 7,), dtype="<u8", buffer=flat, strides=(1,))
-    h = mix(lengths.astype(np.uint64) + np.uint64(GOLDEN))
+    h = mix(lengths.astype(np.uint64) + GOLDENS)
     for at in range(0, int(lengths.max(initial=0)), 8):
         going = np.flatnonzero(lengths > at)
         left = np.minimum(lengths[going] - at, 8).astype(np.uint64)
         word = words[starts[going] + at] & (np.uint64(MASK) >> (np.uint64(64) - np.uint64(8) * left))
-        h[going] = mix((h[going] ^ word) + np.uint64(GOLDEN))
+        h[going] = mix((h[going] ^ word) + GOLDENS)
     return h

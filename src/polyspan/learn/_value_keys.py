@@ -13,12 +13,13 @@ The key of a value depends on its canonical form alone:
 
 import datetime
 from decimal import Decimal
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ._tensors import as_array
-from ._text_hashing import as_bytes, as_text, hash_bytes, hash_texts, layout
+from ._text_hashing import BLOCK, as_bytes, as_text, hash_bytes, hash_texts, layout, whole_block
 from ._value_texts import arrow_texts, decimal_text, numpy_texts
 
 PAD = -(2**63)
@@ -234,9 +235,28 @@ def _is_text(kind: Any) -> bool:
 
 def _text_keys(texts: Any) -> np.ndarray:
     """Return keys of texts: those that are a whole number in decimal have that number's key."""
+    texts = as_bytes(texts)
+    bounds, data = layout(texts)
+    whole = [whole_block(bounds[at : at + BLOCK + 1], data) for at in range(0, len(texts), BLOCK)]
+    keys, at = [np.zeros(0, np.int64)], 0
+    for numbers, blocks in groupby(whole):
+        n = BLOCK * sum(1 for _ in blocks)
+        keys.append(_number_text_keys(texts.slice(at, n)) if numbers else _hashed_keys(texts.slice(at, n)))
+        at += n
+    return keys[-1] if len(keys) <= 2 else np.concatenate(keys)
+
+
+def _number_text_keys(texts: Any) -> np.ndarray:
+    """Return keys of Arrow bytes that are all whole numbers of at most 18 digits: those numbers."""
     import pyarrow as pa
 
-    texts = as_bytes(texts)
+    return as_text(texts).cast(pa.int64()).to_numpy().copy()
+
+
+def _hashed_keys(texts: Any) -> np.ndarray:
+    """Return keys of Arrow bytes of which some may be whole numbers."""
+    import pyarrow as pa
+
     hashes, at = hash_texts(texts)
     keys = hashes.view(np.int64)
     if not len(at):

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array, issparse, vstack
@@ -12,46 +12,14 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
-from ._sae_interactions import co_firing
+from ._sae_interactions import Interactions, check_ranking, ranked, steering_direction
+from ._sae_reconstruction import Reconstruction, reconstruction
 from ._tensors import as_array
 from .activation_store import ActivationStore
 
 PASSES = 16
 PIECE = 2**24
 """Numbers of dense pre-activations that are held at a time."""
-
-
-class Interactions(NamedTuple):
-    """Sets of latents that fire together, strongest first.
-
-    ``latents`` (t, 2) or (t, 3) int64, ascending in a row. ``norms`` (t,): length of what a unit product of their codes
-    adds to the reconstruction. ``strengths`` (t,): that times the mean product over all rows, or the length alone.
-    ``shares`` (t,) in [0, 1]: rows in which they fire together. ``n_sets`` counts all sets that fire together, and
-    ``correlation`` in [-1, 1] is that of their lengths with their shares: near 0, an interaction is no mere sign of
-    co-occurrence. NaN where either does not vary.
-    """
-
-    latents: np.ndarray
-    strengths: np.ndarray
-    norms: np.ndarray
-    shares: np.ndarray
-    n_sets: int
-    correlation: float
-
-
-class Reconstruction(NamedTuple):
-    """How well rows come back.
-
-    ``unexplained`` is the share of the variance that is missing, 0 is exact; ``mse`` the mean squared length of what is
-    missing; ``n_active`` the mean number of latents that fire; ``cosine`` the mean cosine of rows and reconstructions;
-    ``silent_share`` in [0, 1] are latents that fire in no row.
-    """
-
-    unexplained: float
-    mse: float
-    n_active: float
-    cosine: float
-    silent_share: float
 
 
 class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -438,30 +406,8 @@ class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def report(self, X) -> Reconstruction:
         """Say how well rows (n, d), or a store of them, come back."""
         X = self._rows(X)
-        n = missing = cosine = active = 0.0
-        total = square = 0.0
-        fired = np.zeros(self.module_.num_latents, bool)
-        shift = None
-        for rows, codes in self._coded(X):
-            wide = rows.astype(np.float64)
-            shift = wide.mean(axis=0) if shift is None else shift
-            made = self.inverse_transform(codes).astype(np.float64)
-            missing += float(np.square(wide - made).sum())
-            lengths = np.linalg.norm(wide, axis=1) * np.linalg.norm(made, axis=1)
-            cosine += float(((wide * made).sum(axis=1) / np.where(lengths > 0, lengths, 1)).sum())
-            total = total + (wide - shift).sum(axis=0)
-            square += float(np.square(wide - shift).sum())
-            active += codes.nnz
-            fired[np.unique(codes.indices)] = True
-            n += len(rows)
-        variance = square - float(np.square(total).sum()) / n
-        return Reconstruction(
-            missing / variance if variance > 0 else float(missing > 0),
-            missing / n,
-            active / n,
-            cosine / n,
-            float(1 - fired.mean()),
-        )
+        batches = ((rows, codes, self.inverse_transform(codes)) for rows, codes in self._coded(X))
+        return reconstruction(batches, self.module_.num_latents)
 
     def score(self, X, y=None) -> float:
         """Return the share of the variance of rows that the reconstruction explains; 1 is exact."""
@@ -490,17 +436,8 @@ class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         ValueError
             The decoder has no such term, or a parameter is out of range.
         """
-        import torch
-
         check_is_fitted(self, "module_")
-        if degree not in (2, 3):
-            raise ValueError(f"degree must be 2 or 3, got {degree}")
-        if by not in ("data", "norm"):
-            raise ValueError(f"by must be 'data' or 'norm', got {by!r}")
-        if top < 1:
-            raise ValueError(f"top must be at least 1, got {top}")
-        if not self.module_.ranks[degree - 1]:
-            raise ValueError(f"degree must be one that the decoder has, with ranks {self.module_.ranks}, got {degree}")
+        check_ranking(self.module_.ranks, top, degree, by)
         if issparse(X):
             if X.shape[1] != self.module_.num_latents:
                 raise ValueError(f"X must hold codes of {self.module_.num_latents} latents, got {X.shape[1]} columns")
@@ -508,23 +445,7 @@ class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         else:
             X = self._rows(X)
             codes, n = (part for _, part in self._coded(X)), len(X)
-        found = co_firing(codes, degree)
-        read = self.module_.pair_directions if degree == 2 else self.module_.triple_directions
-        norms = np.empty(len(found.latents))
-        with torch.no_grad():
-            for start in range(0, len(norms), 2**16):
-                part = torch.from_numpy(found.latents[start : start + 2**16]).to(self.module_.W_enc.device)
-                norms[start : start + len(part)] = read(part).norm(dim=1).cpu().numpy()
-        # In units of activations: codes are of those times the scale, and so is what they add.
-        norms /= self.scale_
-        shares = found.counts / n
-        strengths = norms * found.sums / n if by == "data" else norms
-        order = np.argsort(-strengths, kind="stable")[:top]
-        spread = len(norms) > 1 and norms.std() > 0 and shares.std() > 0
-        correlation = float(np.corrcoef(norms, shares)[0, 1]) if spread else float("nan")
-        return Interactions(
-            found.latents[order], strengths[order], norms[order], shares[order], len(norms), correlation
-        )  # fmt: skip
+        return ranked(self.module_, self.scale_, codes, n, top=top, degree=degree, by=by)
 
     def direction(self, latents: int | Sequence[int], *, interaction: bool = True) -> np.ndarray:
         r"""Return the direction (d,) by which one, two or three latents are steered.
@@ -537,25 +458,8 @@ class PolySAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         ValueError
             There are not one to three distinct latents, or one is not there.
         """
-        from itertools import combinations
-
-        import torch
-
         check_is_fitted(self, "module_")
-        chosen = [latents] if isinstance(latents, int | np.integer) else list(latents)
-        m = self.module_.num_latents
-        if not 1 <= len(chosen) <= 3 or len(set(chosen)) < len(chosen) or not all(0 <= i < m for i in chosen):
-            raise ValueError(f"latents must be one to three distinct numbers from 0 to {m - 1}, got {chosen}")
-        with torch.no_grad():
-            made = self.module_.linear_decoder()[chosen].sum(dim=0)
-            if interaction and len(chosen) > 1:
-                at = made.device
-                made = made + self.module_.pair_directions(
-                    torch.tensor(list(combinations(chosen, 2)), device=at)
-                ).sum(dim=0)  # fmt: skip
-                if len(chosen) == 3:
-                    made = made + self.module_.triple_directions(torch.tensor([chosen], device=at))[0]
-        return made.cpu().numpy() / self.scale_
+        return steering_direction(self.module_, self.scale_, latents, interaction)
 
     # Files.
 

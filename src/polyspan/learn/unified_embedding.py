@@ -146,6 +146,8 @@ class UnifiedEmbedding(nn.Module):
         )
         for name, part in plan._asdict().items():
             setattr(self, name, torch.as_tensor(part).to(at))
+        # One lookup a column, as mostly: the keys are read as they stand.
+        self._in_order = np.array_equal(plan.column, np.arange(self.num_columns))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -222,7 +224,8 @@ class UnifiedEmbedding(nn.Module):
         r"""Return which rows are read, (\*batch, s) int64: by feature, place in its list, lookup, row of the lookup."""
         matrix = self._matrix(keys)
         if self.scheme != "collisionless":
-            return rows_of_tensor(matrix[..., self.column], self.salt, self.size, self.offset)
+            keys = matrix if self._in_order else matrix[..., self.column]
+            return rows_of_tensor(keys, self.salt, self.size, self.offset)
         parts, at = [], 0
         for i, spec in enumerate(self.features.values()):
             known, starts = getattr(self, f"vocabulary_{i}"), getattr(self, f"starts_{i}")
