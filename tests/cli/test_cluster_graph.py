@@ -9,12 +9,12 @@ import scipy.sparse as sp
 from sklearn.cluster import KMeans
 
 from polyspan.cli.cluster import graph
-from polyspan.cluster import S2CAG, ModularityS2CAG, graph_baselines, smoothed_attributes
+from polyspan.cluster import S2CAG, ModularityS2CAG, found_subspaces, graph_baselines, smoothed_attributes
 from polyspan.cluster.plots import plot_clusters
 from polyspan.data import planted_graph
 from polyspan.errors import WrongContent
-from polyspan.io import read_array, write_array
-from polyspan.linalg import clustering_accuracy, graph_modularity
+from polyspan.io import load_fitted, read_array, write_array
+from polyspan.linalg import clustering_accuracy, graph_modularity, principal_angles
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -101,6 +101,32 @@ def test_simpler_methods_run_on_the_same_graph_and_seeds_are_compared(files, wor
     assert "elastic net, smoothed rows\t" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--seeds must be at least 1, got 0"):
         graph(files / "edges.csv", **given, seeds=0)
+
+
+def test_memberships_and_bases_are_written_beside_the_labels(files, world, capsys):
+    places = {"memberships": files / "u.npy", "bases": files / "b.safetensors", "out": files / "found.csv"}
+    graph(files / "edges.csv", attributes=files / "words.parquet", n_clusters=3, dim=4, json=True, **places)
+    told = json.loads(capsys.readouterr().out)
+    fitted = S2CAG(3, random_state=0).fit(world.attributes, adjacency=world.adjacency)
+    np.testing.assert_allclose(read_array(files / "u.npy"), fitted.memberships_, atol=1e-9)
+    kept = load_fitted(files / "b.safetensors", "FoundSubspaces")
+    assert kept.params == {"method": "s2cag", "order": 10, "decay": 0.9, "n_clusters": 3}
+    Z = smoothed_attributes(world.attributes, world.adjacency)
+    for c, basis in enumerate(found_subspaces(Z, fitted.labels_, 4)):
+        assert principal_angles(kept.arrays[f"basis_{c}"], basis).max() < 1e-6
+    assert [group["rank"] for group in told["clusters"]] == [4, 4, 4]
+    assert {name: told[name] for name in places} == {name: str(path) for name, path in places.items()}
+    graph(files / "edges.csv", attributes=files / "words.parquet", n_clusters=3, **places)
+    shown = capsys.readouterr().out
+    assert f"memberships\t{files / 'u.npy'}" in shown
+    assert ", rank " in shown
+    for dim, options in ((0, {"bases": places["bases"]}), (91, {"bases": places["bases"]})):
+        with pytest.raises(ValueError, match=f"--dim must be between 1 and the 90 attributes, got {dim}"):
+            graph(files / "edges.csv", attributes=files / "words.parquet", n_clusters=3, dim=dim, **options)
+    with pytest.raises(ValueError, match="--dim must go with --bases, got 4 alone"):
+        graph(files / "edges.csv", attributes=files / "words.parquet", n_clusters=3, dim=4)
+    with pytest.raises(ValueError, match=r"--memberships must end in one of \.npy, .* got 'u.txt'"):
+        graph(files / "edges.csv", attributes=files / "words.parquet", n_clusters=3, memberships=files / "u.txt")
 
 
 def test_smoothed_rows_that_do_not_fit_are_said_and_the_others_run(world, monkeypatch):

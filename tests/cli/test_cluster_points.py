@@ -265,6 +265,24 @@ def test_a_folder_that_may_not_be_written_to_is_told_first(files, monkeypatch):
         points(files / "x.npy", n_clusters=3, plot=files / "p.svg")
 
 
+def test_a_group_for_every_row_is_refused_by_spectral_and_the_comparison_goes_on(files, world, capsys):
+    write_array(files / "few.npy", world.points[::9])
+    with pytest.raises(ValueError, match="--n-clusters must be below the 10 rows for spectral, got 10"):
+        points(files / "few.npy", n_clusters=10, method="spectral")
+    points(files / "few.npy", n_clusters=10, method="kmeans", compare=True, json=True)
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["compared"]}
+    assert rows["spectral"]["error"] == "--n-clusters must be below the 10 rows for spectral, got 10"
+    assert "seconds" in rows["tsc"]
+
+
+def test_one_group_and_rows_that_are_all_equal_are_said_in_the_singular(files, capsys):
+    write_array(files / "same.npy", np.ones((12, 4)))
+    points(files / "same.npy", n_clusters=2, method="kmeans", json=True)
+    told = json.loads(capsys.readouterr().out)["warnings"]
+    assert "all 12 rows are equal: 2 groups cannot be told apart" in told
+    assert "1 group was found of the 2 that were asked for" in told
+
+
 def test_equal_rows_and_empty_groups_are_said(files, world, capsys):
     write_array(files / "equal.npy", np.repeat(world.points[:3], 10, axis=0))
     for k, expected in ((3, []), (5, ["only 3 of the 30 rows differ: 5 groups cannot be told apart"])):

@@ -66,6 +66,70 @@ def test_the_seed_moves_only_the_rounding_and_that_agrees_over_seeds():
         assert clustering_accuracy(one.labels_, two.labels_) > 0.99
 
 
+@pieces
+@given(k=st.integers(2, 5), seed=st.integers(0, 2**32 - 1), cls=st.sampled_from([S2CAG, ModularityS2CAG]))
+@settings(max_examples=10, deadline=None)
+def test_memberships_are_the_relaxed_indicator_and_its_largest_entry_is_the_label(k, seed, cls):
+    world = graph_world(seed, **EASY | {"n_clusters": k, "n": 60 * k})
+    fitted = cls(k, random_state=0).fit(world.attributes, adjacency=world.adjacency)
+    U, Y, labels = fitted.memberships_, fitted.embedding_, fitted.labels_
+    assert (U >= 0).all()
+    np.testing.assert_allclose(U.sum(axis=1), 1, atol=1e-12)
+    np.testing.assert_array_equal(U.argmax(axis=1), labels)
+    i = seed % len(labels)
+    coefficients = Y[i] @ Y.T
+    literal = [max(coefficients[labels == c].sum() / (labels == c).sum() ** 0.5, 0) for c in range(k)]
+    np.testing.assert_allclose(U[i], np.array(literal) / sum(literal), atol=1e-10)
+    turned = np.linalg.qr(np.random.default_rng(seed).normal(size=(k, k)))[0]
+    fitted.embedding_ = Y @ turned
+    np.testing.assert_allclose(fitted.memberships_, U, atol=1e-10)
+
+
+def test_memberships_of_a_vertex_that_nothing_speaks_for_are_equal():
+    fitted = S2CAG(2, random_state=0).fit(np.random.default_rng(0).normal(size=(30, 6)))
+    fitted.embedding_[3] = 0
+    np.testing.assert_array_equal(fitted.memberships_[3], [0.5, 0.5])
+    with pytest.raises(NotFittedError):
+        _ = S2CAG().memberships_
+
+
+@pieces
+@pytest.mark.parametrize("options", [{}, {"precompute": False}])
+@pytest.mark.parametrize("cls", [S2CAG, ModularityS2CAG])
+def test_subspaces_are_the_leading_directions_of_the_smoothed_rows(cls, options):
+    world = graph_world(4, **EASY)
+    fitted = cls(3, order=4, decay=0.8, random_state=0, **options).fit(world.attributes, adjacency=world.adjacency)
+    before = fitted.n_unattributed_
+    P = literal_walk(world.adjacency.toarray())
+    X = TfidfTransformer().fit_transform(world.attributes).toarray()
+    Z = sum(0.8**t * np.linalg.matrix_power(P, t) @ X for t in range(5))
+    for dim in (2, None):
+        bases = fitted.subspaces(world.attributes, adjacency=world.adjacency, subspace_dim=dim)
+        assert len(bases) == 3
+        for c, basis in enumerate(bases):
+            values, vectors = np.linalg.eigh(Z[fitted.labels_ == c].T @ Z[fitted.labels_ == c])
+            held = np.cumsum(values[::-1]) / values.sum()
+            rank = dim or int(np.searchsorted(held, 0.95)) + 1
+            np.testing.assert_allclose(basis.T @ basis, np.eye(rank), atol=1e-10)
+            assert principal_angles(basis, vectors[:, -rank:]).max() < 1e-5
+    assert fitted.n_unattributed_ == before
+
+
+def test_subspaces_refuse_other_rows_and_what_does_not_fit(monkeypatch):
+    X = np.random.default_rng(0).normal(size=(30, 6))
+    fitted = S2CAG(2, random_state=0).fit(X)
+    assert [basis.shape for basis in fitted.subspaces(X, subspace_dim=2)] == [(6, 2), (6, 2)]
+    with pytest.raises(ValueError, match="X must be the 30 rows that were fitted, got 29"):
+        fitted.subspaces(X[1:])
+    with pytest.raises(ValueError, match="subspace_dim must be between 1 and the 6 attributes, got 7"):
+        fitted.subspaces(X, subspace_dim=7)
+    monkeypatch.setattr("polyspan.cluster._graph_clusterer.available_memory_bytes", lambda: 2**12)
+    with pytest.raises(
+        ValueError, match=r"smoothed.* got shape \(30, 6\): bases take 0.0 GiB .* keep fewer attributes"
+    ):
+        fitted.subspaces(X)
+
+
 def literal_walk(A):
     n = len(A)
     A1 = A + np.eye(n)

@@ -58,7 +58,7 @@ def test_singular_values_and_directions_are_those_of_the_whole_matrix(model, chu
     whole = jacobian_spectrum(net, x, 0.4, None, chunk=chunk)
     torch.testing.assert_close(whole.values, S)
     assert whole.energy == pytest.approx(float(J.square().sum()))
-    part = jacobian_spectrum(net, x, 0.4, 5, n_iter=30, chunk=chunk)
+    part = jacobian_spectrum(net, x, 0.4, 5, n_iter=6, chunk=chunk)
     torch.testing.assert_close(part.values, S[:5], rtol=1e-4, atol=1e-9)
     for V, W in zip(part.directions.reshape(5, -1), part.responses.reshape(5, -1), strict=True):
         torch.testing.assert_close(J @ V, (J @ V).norm() * W, atol=1e-6, rtol=0)
@@ -81,9 +81,37 @@ def test_products_are_far_fewer_than_inputs_and_counted():
     weight = weight @ weight.T / 600
     found = jacobian_spectrum(model, torch.zeros(600, dtype=WIDE), 1.0, 4, n_iter=2, oversample=4, n_probes=3)
     torch.testing.assert_close(found.values, torch.linalg.svdvals(weight)[:4])
-    assert found.n_products == 2 * 8 * 2 + 8 + 3
+    # Eight forward and eight back; the four directions that J has beside, forward and back; then three probes.
+    assert found.n_products == 8 + 8 + 4 + 4 + 3
     assert found.energy == pytest.approx(float(weight.square().sum()))
     assert found.rank() == 4 or found.rank(0.999999) == 4
+    weight = torch.randn(600, 600, generator=torch_generator(1), dtype=WIDE)
+    found = jacobian_spectrum(model, torch.zeros(600, dtype=WIDE), 1.0, 4, n_iter=1, oversample=4, n_probes=3)
+    assert found.n_products == 8 * 3 + 3
+
+
+def test_values_that_fall_slowly_are_right_to_a_thousandth():
+    # A power of one block of 32 shrinks what the eighth must lose by 0.995^25; mixtures of all powers do much more.
+    n = 400
+    generator = torch_generator(0)
+    left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=WIDE))[0] for _ in range(2))
+    true = 0.995 ** torch.arange(n, dtype=WIDE)
+    weight = left @ torch.diag(true) @ right.T
+    found = jacobian_spectrum(lambda z, s: z @ weight.T, torch.zeros(n, dtype=WIDE), 1.0, 24, n_iter=6, n_probes=0)
+    torch.testing.assert_close(found.values[:8], true[:8], rtol=1e-3, atol=0)
+    assert (found.values <= true[:24] * (1 + 1e-12)).all()
+    V = found.directions.reshape(24, n)
+    torch.testing.assert_close(V @ V.T, torch.eye(24, dtype=WIDE), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("n_iter", [3, 12])
+def test_a_space_that_is_exhausted_adds_nothing_to_the_values(n_iter):
+    generator = torch_generator(0)
+    weight = torch.randn(300, 20, generator=generator) @ torch.randn(20, 300, generator=generator)
+    found = jacobian_spectrum(lambda z, s: z @ weight.T, torch.zeros(300), 1.0, 10, n_iter=n_iter, n_probes=0)
+    torch.testing.assert_close(found.values, torch.linalg.svdvals(weight)[:10], rtol=1e-5, atol=0)
+    # The 18 of the start and the 20 directions that there are, each forward and back.
+    assert found.n_products == 2 * 18 + 2 * 20
 
 
 def test_the_rank_of_the_exact_denoiser_is_d_at_small_noise_and_at_most_kd():
@@ -121,8 +149,8 @@ def test_a_mask_holds_the_rest_still():
     mask = torch.zeros(2, 6, 6, dtype=torch.bool)
     mask[:, 1:5, 1:5] = True
     free = jacobian_directions(net, x, 1.0, 3)
-    loose = jacobian_directions(net, x, 1.0, 3, mask, n_outside=0, n_iter=30)
-    tight = jacobian_directions(net, x, 1.0, 3, mask, n_outside=40, n_iter=30)
+    loose = jacobian_directions(net, x, 1.0, 3, mask, n_outside=0, n_iter=6)
+    tight = jacobian_directions(net, x, 1.0, 3, mask, n_outside=40, n_iter=6)
     J = dense(net, x, 1.0)
     S = torch.linalg.svdvals(J * mask.reshape(-1, 1))
     torch.testing.assert_close(loose.values, S[:3], rtol=1e-3, atol=0)

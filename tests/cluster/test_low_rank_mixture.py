@@ -24,7 +24,7 @@ from polyspan.cluster import (
 from polyspan.cluster._low_rank_fit import Rules, expectation_maximisation, many_k_subspaces, one_hot, weighted_parts
 from polyspan.data import planted_subspaces
 from polyspan.errors import CorruptFile, WrongContent
-from polyspan.linalg import clustering_accuracy
+from polyspan.linalg import clustering_accuracy, principal_angles
 from polyspan.run import measure_peak
 
 few = pytest.mark.filterwarnings("ignore:component .* has .* rows for")
@@ -583,3 +583,27 @@ def test_rows_whose_squares_vanish_and_points_in_time_are_named():
         LowRankGaussianMixture(2, 2, random_state=0).fit(1e-200 * rows)
     with pytest.raises(ValueError, match=r"X must hold numbers, got datetime64\[s\]"):
         LowRankGaussianMixture(2, 1, random_state=0).fit(np.arange(60).reshape(20, 3).astype("datetime64[s]"))
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_components_by_whole_matrices_are_those_by_thin_products(center, monkeypatch):
+    rng = np.random.default_rng(0)
+    X, R = rng.normal(size=(700, 160)) * np.geomspace(5, 0.1, 160), rng.dirichlet(np.ones(3), size=700)
+    R[:100] = [1, 0, 0]
+    rules = Rules((12, 12, 7), center, False, None, 1e-6)
+    whole = weighted_parts(X, R, rules)
+    again = weighted_parts(X, R, rules, whole)
+    monkeypatch.setattr("polyspan.cluster._low_rank_fit.GRAM_SIDE", 0)
+    for one, two in ((whole, weighted_parts(X, R, rules)), (again, weighted_parts(X, R, rules, whole))):
+        for name in ("spectra", "means", "weights", "residual"):
+            np.testing.assert_allclose(getattr(one, name), getattr(two, name), rtol=1e-9, atol=1e-12)
+        for c, rank in enumerate(rules.ranks):
+            assert principal_angles(one.bases[c][:, :rank], two.bases[c][:, :rank]).max() < 1e-6
+
+
+def test_labels_of_a_fit_that_settled_are_those_of_predict():
+    world = planted_subspaces(3, n_per=60, d=10, k=3, n_subspaces=3, noise=0.3)
+    for algorithm in ("em", "ksubspaces"):
+        fitted = LowRankGaussianMixture(3, 3, algorithm=algorithm, random_state=0).fit(world.points)
+        assert fitted.converged_
+        np.testing.assert_array_equal(fitted.labels_, fitted.predict(world.points))

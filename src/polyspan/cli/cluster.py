@@ -53,6 +53,9 @@ def graph(
     precision: Literal["float32", "float64"] = "float64",
     symmetrize: Literal["error", "max", "min", "mean", "sum"] = "error",
     embedding: Path | None = None,
+    memberships: Path | None = None,
+    bases: Path | None = None,
+    dim: int | None = None,
     compare: bool = False,
     seeds: int = 1,
     seed: int = 0,
@@ -97,6 +100,13 @@ def graph(
         What to do with a matrix that is not symmetric.
     embedding : Path
         The subspace found, one row a vertex: .npy, .npz, .parquet or .safetensors.
+    memberships : Path
+        How far each vertex belongs to each cluster, (n, clusters), rows with the sum 1: the embedding before it is
+        rounded; .npy, .npz, .parquet or .safetensors.
+    bases : Path
+        Orthonormal bases of the clusters' subspaces of the smoothed attributes, one .safetensors file.
+    dim : int
+        Dimension of the subspaces of --bases; left out, whatever holds 95 %.
     compare : bool
         Run k-means on attributes and on smoothed rows, spectral clustering of the graph, and subspace clusterings of
         the smoothed rows too.
@@ -125,11 +135,17 @@ def graph(
         raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
     if seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {seeds}")
-    check_places(plot, read=(edges, attributes, labels), out=out, embedding=embedding, report=report)
+    if dim is not None and bases is None:
+        raise ValueError(f"--dim must go with --bases, got {dim} alone")
+    places = {"embedding": embedding, "memberships": memberships, "bases": bases}
+    check_places(plot, read=(edges, attributes, labels), out=out, report=report, **places)
     started = time.perf_counter()
     found = read_graph(edges, attributes=attributes, labels=labels, symmetrize=symmetrize)
     if found.attributes is None:
         raise ValueError(f"--attributes must be given: {edges} holds a graph without attributes")
+    d = found.attributes.shape[1]
+    if dim is not None and not 1 <= dim <= d:
+        raise ValueError(f"--dim must be between 1 and the {d} attributes, got {dim}")
     if n_clusters is None:
         if found.labels is None:
             raise ValueError("--n-clusters must be given where there are no true classes to count")
@@ -183,6 +199,15 @@ def graph(
     if embedding is not None:
         write_array(embedding, estimator.embedding_)
         told["embedding"] = str(embedding)
+    if memberships is not None:
+        write_array(memberships, estimator.memberships_)
+        told["memberships"] = str(memberships)
+    if bases is not None:
+        subspaces = estimator.subspaces(found.attributes, adjacency=found.adjacency, subspace_dim=dim)
+        for group, basis in zip(told["clusters"], subspaces, strict=True):
+            group["rank"] = int(basis.shape[1])
+        write_bases(bases, subspaces, told, {"order": told["order"], "decay": told["decay"]})
+        told["bases"] = str(bases)
     if plot is not None:
         from polyspan.cluster.plots import plot_clusters
 
@@ -279,7 +304,8 @@ def _rows(told: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("components", f"{told['n_components'] - told['n_isolated']} of two or more vertices"))
     for group in told["clusters"]:
         share = "undefined" if group["conductance"] is None else f"{group['conductance']:.3f}"
-        rows.append((f"cluster {group['label']}", f"{group['size']} vertices, conductance {share}"))
+        rank = f", rank {group['rank']}" if "rank" in group else ""
+        rows.append((f"cluster {group['label']}", f"{group['size']} vertices, conductance {share}{rank}"))
     spread = max(told["rounding_objectives"]) - min(told["rounding_objectives"])
     rows += [
         ("affinity modularity", f"{told['affinity_modularity']:.4f}"),
@@ -290,7 +316,8 @@ def _rows(told: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("stability", f"ARI {s['mean_ari']:.4f} over {s['seeds']} seeds, at least {s['min_ari']:.4f}"))
     rows += [(name, f"{value:.4f}") for name, value in told.get("scores", {}).items()]
     rows += [(f"seconds to {name}", f"{value:.3f}") for name, value in told["seconds"].items()]
-    return rows + [(name, told[key]) for name, key in (("labels", "out"), ("embedding", "embedding")) if key in told]
+    written = {"out": "labels", "embedding": "embedding", "memberships": "memberships", "bases": "bases"}
+    return rows + [(name, told[key]) for key, name in written.items() if key in told]
 
 
 def write_labels(path: Path, labels: Any, ids: Any) -> None:
@@ -303,3 +330,20 @@ def write_labels(path: Path, labels: Any, ids: Any) -> None:
         write_array(path, labels)
     else:
         write_columns(path, {"id": np.arange(len(labels)) if ids is None else ids, "label": labels})
+
+
+def write_bases(
+    path: Path, subspaces: list[Any], told: dict[str, Any], facts: dict[str, Any], projection: Any = None
+) -> None:
+    """Write bases as basis_0, basis_1, ... with ``facts`` on how rows were made.
+
+    Where rows were projected first, the ``projection`` (d, D) goes with them.
+    """
+    from polyspan.io import save_fitted
+
+    arrays = {f"basis_{c}": basis for c, basis in enumerate(subspaces) if basis.shape[1]}
+    if projection is not None:
+        arrays["projection"] = projection
+    about = {"n": told["n"], "sizes": [c["size"] for c in told["clusters"]], "scores": told.get("scores", {})}
+    params = {"method": told["method"], **facts, "n_clusters": len(subspaces)}
+    save_fitted(path, kind="FoundSubspaces", arrays=arrays, params=params, about=about)

@@ -271,7 +271,7 @@ def images(
     if memberships is not None:
         write_array(memberships, belonging(made.transform(X), made.subspaces_))
     if bases is not None:
-        write_bases(bases, made.subspaces_, None, told, normalize=False)
+        write_bases(bases, made.subspaces_, told, {"normalize": False})
     if save is not None:
         told["saved"] = str(made.save(save))
     if plot is not None:

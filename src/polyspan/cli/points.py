@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
 from ._points_input import read_rows
-from .cluster import LABEL_FILES, check_places, comparison_rows, write_labels
+from .cluster import LABEL_FILES, check_places, comparison_rows, write_bases, write_labels
 
 
 class Method(NamedTuple):
@@ -193,6 +193,12 @@ def count_clusters(n_clusters: int | None, truth: Any, X: Any) -> int:
     return n_clusters
 
 
+def check_rows(method: str, n: int, k: int) -> None:
+    """Refuse as many groups as rows where the method's solver cannot: its own words would name none of the options."""
+    if method == "spectral" and k >= n:
+        raise ValueError(f"--n-clusters must be below the {n} rows for spectral, got {k}")
+
+
 def few_rows(rows: Any, k: int) -> list[str]:
     """Return a warning where rows that differ are fewer than the groups: equal rows are then told apart by nothing."""
     distinct: set[bytes] = set()
@@ -200,6 +206,8 @@ def few_rows(rows: Any, k: int) -> list[str]:
         distinct.add((row + 0.0).tobytes())  # -0 becomes 0
         if len(distinct) >= k:
             return []
+    if len(distinct) == 1:
+        return [f"all {len(rows)} rows are equal: {k} groups cannot be told apart"]
     return [f"only {len(distinct)} of the {len(rows)} rows differ: {k} groups cannot be told apart"]
 
 
@@ -219,7 +227,8 @@ def few_groups(labels: Any, k: int) -> list[str]:
     import numpy as np
 
     n_found = len(np.unique(labels))
-    return [] if n_found == k else [f"{n_found} groups were found of the {k} that were asked for"]
+    counted = "1 group was" if n_found == 1 else f"{n_found} groups were"
+    return [] if n_found == k else [f"{counted} found of the {k} that were asked for"]
 
 
 def run_method(
@@ -258,6 +267,7 @@ def run_method(
     from polyspan.cluster import clustering_report, found_subspaces, seed_stability
     from polyspan.io import write_array, write_json
 
+    check_rows(method, len(X), n_clusters)
     rows, projection = _prepared(X, pca, normalize)
     given: dict[str, Any] = {"seed": seed, "jobs": jobs, "normalize": normalize}
     given |= {name: value for name, value in (("dim", dim), ("image", image_shape)) if value is not None}
@@ -313,7 +323,8 @@ def run_method(
 
         write_array(memberships, belonging(seen, subspaces))
     if bases is not None:
-        write_bases(bases, subspaces, None if learned else projection, told, normalize and not learned)
+        facts = {"normalize": normalize and not learned}
+        write_bases(bases, subspaces, told, facts, None if learned else projection)
     if plot is not None and learned:
         from polyspan.cluster import manifold_plots
 
@@ -412,6 +423,7 @@ def _other(name: str, rows: Any, truth: Any, k: int, given: dict[str, Any], dim:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            check_rows(name, len(rows), k)
             fitted = _make(name, k, given, []).fit(rows)
     except (ValueError, NotConverged, MemoryError) as error:
         return {"method": name, "error": " ".join(str(error).split())}
@@ -444,18 +456,6 @@ def _plain(fitted: Any) -> dict[str, Any]:
 
 def _chosen(**paths: Path | None) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if path is not None}
-
-
-def write_bases(path: Path, subspaces: list[Any], projection: Any, told: dict[str, Any], normalize: bool) -> None:
-    """Write bases as basis_0, basis_1, ... and, where rows were projected, the projection (d, D) that goes first."""
-    from polyspan.io import save_fitted
-
-    arrays = {f"basis_{c}": basis for c, basis in enumerate(subspaces) if basis.shape[1]}
-    if projection is not None:
-        arrays["projection"] = projection
-    about = {"n": told["n"], "sizes": [c["size"] for c in told["clusters"]], "scores": told.get("scores", {})}
-    params = {"method": told["method"], "normalize": normalize, "n_clusters": len(subspaces)}
-    save_fitted(path, kind="FoundSubspaces", arrays=arrays, params=params, about=about)
 
 
 def _number(value: Any) -> str:

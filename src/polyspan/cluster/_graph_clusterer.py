@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.base import BaseEstimator, ClusterMixin, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.preprocessing import normalize
@@ -23,8 +23,10 @@ from polyspan.linalg import (
     randomized_svd,
     truncated_svd,
 )
+from polyspan.run import available_memory_bytes
 
 from ._graph_smoothing import Smoothing, as_dense, hop_weights, slim, twice_looped
+from ._self_expressive_base import leading_directions
 
 DENSE_ADJACENCY_ENTRIES = 4 * 10**8
 SMALL_BYTES = 2**25
@@ -123,6 +125,27 @@ class AttributedGraphClusterer(ClusterMixin, BaseEstimator):
         return self
 
     @property
+    def memberships_(self):
+        r"""How far each vertex belongs to each cluster, (n, clusters that are not empty); rows sum to one.
+
+        With Y the embedding and C the normalised indicator of ``labels_`` (columns of length 1), the relaxed indicator
+        is :math:`Y Y^\top C`: what the rounding takes the largest entry of. Its entry i, c adds up the coefficients by
+        which the members of c express vertex i, over the root of their number. Memberships are its positive part, with
+        rows brought to the sum 1; a vertex that no cluster speaks for belongs to all alike. Neither signs nor a turn of
+        the embedding change them.
+
+        The largest one is the label wherever the rounding ``"snem"`` ended at a fixed point of its step. Elsewhere they
+        can differ: ``"kmeans"`` takes the nearest centre, and ``"cluster_qr"`` does not repeat.
+        """
+        check_is_fitted(self)
+        Y, labels = self.embedding_.astype(np.float64), self.labels_
+        sizes = np.bincount(labels)
+        sums = np.stack([np.bincount(labels, weights=column) for column in Y.T], axis=1)
+        relaxed = np.maximum(Y @ (sums / np.sqrt(sizes)[:, None]).T, 0)
+        whole = relaxed.sum(axis=1, keepdims=True)
+        return np.where(whole > 0, relaxed / np.where(whole > 0, whole, 1), 1 / len(sizes))
+
+    @property
     def predict(self):
         """No method: the labels belong to the vertices that were fitted.
 
@@ -135,6 +158,43 @@ class AttributedGraphClusterer(ClusterMixin, BaseEstimator):
             f"{type(self).__name__} is transductive and has no predict: labels_ belong to the vertices that were "
             "fitted, and a new vertex changes the graph of all; fit again with it, in X and in adjacency"
         )
+
+    def subspaces(self, X: Any, *, adjacency: Any = None, subspace_dim: int | None = None) -> list[np.ndarray]:
+        """Return orthonormal bases (d, rank) of the clusters' leading directions through the origin, one a label.
+
+        Rows are those that :func:`smoothed_attributes` gives: weighted attributes smoothed along the edges, unlike the
+        embedding without scaling by their degrees, so that a basis lives in the attributes that were given.
+
+        Parameters
+        ----------
+        X, adjacency
+            As they were fitted: nothing of size (n, d) is kept from the fit.
+        subspace_dim : int, optional
+            Left out, as many as hold 95 % of the cluster's squares.
+
+        Raises
+        ------
+        ValueError
+            There is not one row a label, or rows of (n, d) numbers, which are dense once smoothed, do not fit.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
+        n, d = X.shape
+        if n != len(self.labels_):
+            raise ValueError(f"X must be the {len(self.labels_)} rows that were fitted, got {n}")
+        if subspace_dim is not None and not 1 <= subspace_dim <= d:
+            raise ValueError(f"subspace_dim must be between 1 and the {d} attributes, got {subspace_dim}")
+        X = X if self.dtype is None else X.astype(self.dtype, copy=False)
+        needed, free = 3 * X.dtype.itemsize * n * d, available_memory_bytes()
+        if needed > free:
+            raise ValueError(
+                f"X must have rows that fit into memory once smoothed, where they are dense, got shape {X.shape}: "
+                f"bases take {needed / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB that are free; keep fewer "
+                "attributes or use float32"
+            )
+        A = slim(self._neighbours(X) if adjacency is None else check_adjacency(adjacency, X))
+        Z = smoothed_rows(clone(self), X, A)
+        return [leading_directions(Z[self.labels_ == c], subspace_dim) for c in range(int(self.labels_.max()) + 1)]
 
     def save(self, path: Path | str) -> Path:
         """Write parameters, labels, embedding and quality numbers to one .safetensors file, atomically; no pickle."""
@@ -289,6 +349,12 @@ class AttributedGraphClusterer(ClusterMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         return tags
+
+
+def smoothed_rows(reader: AttributedGraphClusterer, X: Any, A: sp.csr_array) -> np.ndarray:
+    """Return the attributes weighted and smoothed as the reader's parameters say, (n, d), without scaling by degree."""
+    rows = reader._weighted(slim(X), scaled=False)[:, : X.shape[1]]
+    return Smoothing(twice_looped(A.astype(X.dtype)), slim(rows), hop_weights(reader.order, reader.decay)).toarray()
 
 
 def check_adjacency(adjacency: Any, X: Any) -> sp.csr_array:

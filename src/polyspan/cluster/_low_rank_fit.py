@@ -1,15 +1,18 @@
 """Fitting of low-rank Gaussians: weighted PCA by components, expectation maximisation, and K-subspaces."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import logsumexp
 
-from ._low_rank_density import log_joint, split_energy
+from ._low_rank_density import split_energy
 
 BLOCK_ENTRIES = 2**21
 EXACT_SIDE = 128
+# Up to this side, and from as many rows a component, one symmetric product that all steps read beats thin ones.
+GRAM_SIDE, GRAM_WIDTHS = 1024, 16
 NEGLIGIBLE = 1e-10
 BATCH_ENTRIES = 2**24
 
@@ -59,12 +62,26 @@ def row_blocks(X: Any, wide: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
 def log_memberships(X: Any, parts: Parts) -> np.ndarray:
     """Return the logarithm of weight times density, (n, K)."""
     out = np.empty((len(X), len(parts.weights)))
-    log_weights = np.log(np.maximum(parts.weights, 1e-300))
+    K, D, d = parts.bases.shape
+    # Squared distances are differences of squares: rows far from the origin would lose all their digits.
     origin = parts.means.mean(axis=0)
-    for rows, block in row_blocks(X):
-        # Squared distances are differences of squares: rows far from the origin would lose all their digits.
-        energy = split_energy(block - origin, parts.bases, parts.means - origin)
-        out[rows] = log_joint(energy, parts.spectra, log_weights, parts.residual[None], 1.0, X.shape[1])
+    means = parts.means - origin
+    side = parts.bases.transpose(1, 0, 2).reshape(D, K * d)
+    offset = (means[:, None, :] @ parts.bases).ravel()
+    along = parts.spectra + parts.residual[:, None]
+    # Sums over the columns of every basis, plain and over their variances, by one product each.
+    pick = np.repeat(np.eye(K), d, axis=0)
+    over = pick / along.reshape(-1, 1)
+    volume = np.log(along).sum(axis=1) + (D - d) * np.log(parts.residual) + D * math.log(2 * math.pi)
+    constant = np.log(np.maximum(parts.weights, 1e-300)) - 0.5 * volume
+    lengths = np.square(means).sum(axis=1)
+    for rows, block in row_blocks(X, 4):
+        x = block - origin
+        c = x @ side
+        c -= offset
+        np.square(c, out=c)
+        outside = np.maximum(np.vecdot(x, x)[:, None] - 2 * (x @ means.T) + lengths - c @ pick, 0)
+        out[rows] = constant - 0.5 * (c @ over + outside / parts.residual)
     return out
 
 
@@ -79,7 +96,8 @@ def weighted_parts(X: Any, R: np.ndarray, rules: Rules, old: Parts | None = None
     """Return the best mixture for memberships ``R`` (n, K): one weighted PCA a component.
 
     Exact for at most 128 features; otherwise the best subspaces in the span of the old bases and their
-    images under the covariance, so that likelihood cannot fall and no D x D matrix is made.
+    images under the covariance, so that likelihood cannot fall. Matrices of D x D are made only where they are small
+    and cheaper than thin products with the rows.
     """
     n, D = X.shape
     K, d = R.shape[1], max(rules.ranks)
@@ -87,17 +105,23 @@ def weighted_parts(X: Any, R: np.ndarray, rules: Rules, old: Parts | None = None
     means = np.zeros((K, D))
     if rules.center:
         means = sum((R[rows].T @ block for rows, block in row_blocks(X)), means) / mass[:, None]
-    if D <= EXACT_SIDE:
-        S, trace = np.zeros((K, D, D)), np.zeros(K)
+    rounds = 4 if old is None else rounds
+    if D <= EXACT_SIDE or (min(GRAM_SIDE, GRAM_WIDTHS * d * rounds) >= D and n >= K * D):
+        S = np.zeros((K, D, D))
         for k, Y in _weighted_rows(X, R, means):
             S[k] += Y.T @ Y
-        trace = np.trace(S, axis1=1, axis2=2)
-        values, vectors = np.linalg.eigh(S)
-        bases, values = vectors[:, :, ::-1][:, :, :d].copy(), values[:, ::-1][:, :d].copy()
+        if D <= EXACT_SIDE:
+            values, vectors = np.linalg.eigh(S)
+            bases, values = vectors[:, :, ::-1][:, :, :d].copy(), values[:, ::-1][:, :d].copy()
+            return assembled(
+                bases, values / mass[:, None], np.trace(S, axis1=1, axis2=2) / mass, means, mass / n, rules
+            )
+        rows: _Rows | _Grams = _Grams(S)
     else:
-        bases = _random_bases(K, D, d, np.random.default_rng(0)) if old is None else old.bases.copy()
-        for _ in range(rounds if old is not None else 4):
-            bases, values, trace = _ritz(X, R, means, bases)
+        rows = _Rows(X, R, means)
+    bases = _random_bases(K, D, d, np.random.default_rng(0)) if old is None else old.bases
+    for _ in range(rounds):
+        bases, values, trace = _ritz(rows, bases)
     return assembled(bases, values / mass[:, None], trace / mass, means, mass / n, rules)
 
 
@@ -123,25 +147,54 @@ def _weighted_rows(X: Any, R: np.ndarray, means: np.ndarray) -> Iterator[tuple[i
     for rows, block in row_blocks(X):
         for k, r in enumerate(R[rows].T):
             used = r > NEGLIGIBLE
-            if used.all():
-                yield k, (block - means[k]) * np.sqrt(r)[:, None]
-            elif used.any():
-                yield k, (block[used] - means[k]) * np.sqrt(r[used])[:, None]
+            if used.any():
+                Y = block[used] - means[k]
+                Y *= np.sqrt(r[used])[:, None]
+                yield k, Y
 
 
-def _ritz(X: Any, R: np.ndarray, means: np.ndarray, bases: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class _Rows(NamedTuple):
+    """Weighted covariances times mass, as rows (n, D) with memberships (n, K) and means (K, D): never formed."""
+
+    X: Any
+    R: np.ndarray
+    means: np.ndarray
+
+    def images(self, bases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images (K, D, d) of bases (K, D, d), and the traces (K,)."""
+        images, trace = np.zeros(bases.shape), np.zeros(len(bases))
+        for k, Y in _weighted_rows(*self):
+            images[k] += Y.T @ (Y @ bases[k])
+            trace[k] += np.vdot(Y, Y)
+        return images, trace
+
+    def seen_from(self, span: np.ndarray) -> np.ndarray:
+        """Return the matrices (K, m, m) in the coordinates of a span (K, D, m)."""
+        small = np.zeros((len(span), span.shape[2], span.shape[2]))
+        for k, Y in _weighted_rows(*self):
+            Z = Y @ span[k]
+            small[k] += Z.T @ Z
+        return small
+
+
+class _Grams(NamedTuple):
+    """The same as matrices (K, D, D)."""
+
+    S: np.ndarray
+
+    def images(self, bases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.S @ bases, np.trace(self.S, axis1=1, axis2=2)
+
+    def seen_from(self, span: np.ndarray) -> np.ndarray:
+        return np.swapaxes(span, 1, 2) @ (self.S @ span)
+
+
+def _ritz(rows: _Rows | _Grams, bases: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One step of block iteration with Rayleigh-Ritz on the old bases and their images."""
-    K, D, d = bases.shape
-    images, trace = np.zeros((K, D, d)), np.zeros(K)
-    for k, Y in _weighted_rows(X, R, means):
-        images[k] += Y.T @ (Y @ bases[k])
-        trace[k] += np.vdot(Y, Y)
+    d = bases.shape[2]
+    images, trace = rows.images(bases)
     span = np.linalg.qr(np.concatenate([bases, images / np.maximum(trace, 1e-300)[:, None, None]], axis=2))[0]
-    small = np.zeros((K, span.shape[2], span.shape[2]))
-    for k, Y in _weighted_rows(X, R, means):
-        Z = Y @ span[k]
-        small[k] += Z.T @ Z
-    values, vectors = np.linalg.eigh(small)
+    values, vectors = np.linalg.eigh(rows.seen_from(span))
     return span @ vectors[:, :, ::-1][:, :, :d], values[:, ::-1][:, :d], trace
 
 

@@ -12,8 +12,8 @@ from sklearn.utils.validation import validate_data
 from polyspan.linalg import factored_modularity, fix_signs, graph_modularity, randomized_svd, truncated_eigh
 from polyspan.run import map_tasks
 
-from ._graph_clusterer import EXACT_SIDE, AttributedGraphClusterer, check_adjacency, noise
-from ._graph_smoothing import Smoothing, hop_weights, modularity_operator, row_scaled, slim, transpose, twice_looped
+from ._graph_clusterer import EXACT_SIDE, AttributedGraphClusterer, check_adjacency, noise, smoothed_rows
+from ._graph_smoothing import modularity_operator, row_scaled, slim, transpose
 
 
 class S2CAG(AttributedGraphClusterer):
@@ -75,6 +75,8 @@ class S2CAG(AttributedGraphClusterer):
         0 .. k - 1, the largest cluster first.
     embedding_ : ndarray of shape (n, k)
         Orthonormal columns, in the order of the singular values; signs fixed.
+    memberships_ : ndarray of shape (n, clusters that are not empty)
+        Rows of the relaxed indicator before rounding, not negative, with the sum 1. Made when asked for.
     singular_values_ : ndarray
         Of Z, descending, the trivial one first.
     affinity_modularity_ : float
@@ -159,7 +161,7 @@ class ModularityS2CAG(AttributedGraphClusterer):
 
     Attributes
     ----------
-    labels_, embedding_, conductance_, rounding_objectives_, n_features_in_
+    labels_, embedding_, memberships_, conductance_, rounding_objectives_, n_features_in_
         As in :class:`S2CAG`.
     affinity_modularity_ : float
         At ``resolution``, under the affinity of :math:`\hat Z`.
@@ -250,9 +252,7 @@ def smoothed_attributes(
     reader = S2CAG(1, order=order, decay=decay, text_weighting=text_weighting)
     X = validate_data(reader, X, accept_sparse="csr", dtype=[np.float64, np.float32])
     reader._check(X)
-    A = slim(check_adjacency(adjacency, X))
-    rows = reader._weighted(slim(X), scaled=False)[:, : X.shape[1]]
-    return Smoothing(twice_looped(A.astype(X.dtype)), slim(rows), hop_weights(order, decay)).toarray()
+    return smoothed_rows(reader, X, slim(check_adjacency(adjacency, X)))
 
 
 class OrderDecayRow(NamedTuple):

@@ -140,9 +140,10 @@ def jacobian_spectrum(
 ) -> JacobianSpectrum:
     r"""Singular values and directions of :math:`J = \partial D(x, \sigma)/\partial x` at one point.
 
-    With ``k``, the leading ones by block iteration on products with J and its transpose: about 2 (k + oversample)
-    (n_iter + 1) products, and no matrix of the square of the inputs. Values are accurate where they fall off after the
-    k-th; a flat spectrum needs more iterations. Without ``k``, all of them from the whole matrix.
+    With ``k``, the leading ones in a block Krylov space of products with J and its transpose: (k + oversample)
+    (2 n_iter + 1) products, fewer where J has fewer directions, and no matrix of the square of the inputs; ``2 (n_iter
+    + 1)`` blocks of ``k + oversample`` vectors are held. Values come from below, the largest soonest; a flat spectrum
+    needs more iterations. Without ``k``, all of them from the whole matrix.
 
     The energy of what is left is estimated by random probes: unbiased, with a relative error of about
     sqrt(2 / n_probes) of that part.
@@ -195,10 +196,9 @@ def jacobian_spectrum(
         )
     V = torch.randn(n, k + oversample, generator=generator, dtype=torch.float64).to(x)
     V = torch.linalg.qr(V)[0]
-    for _ in range(n_iter):
-        V = torch.linalg.qr(products.backward(torch.linalg.qr(products.forward(V.T).T)[0].T).T)[0]
-    found = products.forward(V.T).T
-    _check_products(found, model, x, level)
+    images = products.forward(V.T).T
+    _check_products(images, model, x, level)
+    V, found = _krylov(products, V, images, n_iter)
     U, S, Wh = torch.linalg.svd(found, full_matrices=False)
     V = V @ Wh.T
     energy = float(S.double().square().sum())
@@ -350,6 +350,25 @@ def jacobian_directions(
     total = effect.sum(dim=1)
     share = (effect * ~mask.reshape(-1)).sum(dim=1) / total.clamp_min(torch.finfo(x.dtype).tiny)
     return EditDirections(found.directions, found.values, share)
+
+
+def _krylov(products: "_Products", V: Tensor, images: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis (n, m) of the powers of J'J times V (n, b), and its images under J, (n, m)."""
+    block = V
+    for _ in range(n_iter):
+        pulled = products.backward(torch.linalg.qr(images[:, -block.shape[1] :])[0].T).T
+        rest = pulled - V @ (V.T @ pulled)
+        Q, R = torch.linalg.qr(rest - V @ (V.T @ rest))
+        turn, sizes, _ = torch.linalg.svd(R)
+        # What is left of a space that is exhausted is rounding, of any direction.
+        new = sizes > 100 * torch.finfo(V.dtype).eps * torch.linalg.vector_norm(pulled)
+        block = (Q @ turn)[:, new][:, : len(V) - V.shape[1]]
+        if not block.shape[1]:
+            break
+        block = torch.linalg.qr(block - V @ (V.T @ block))[0]
+        V = torch.cat([V, block], dim=1)
+        images = torch.cat([images, products.forward(block.T).T], dim=1)
+    return V, images
 
 
 class _Products:

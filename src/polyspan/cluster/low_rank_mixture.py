@@ -198,7 +198,8 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
             self.loss_curve_ = found.history
         self.lower_bound_, self.converged_ = fit.objective, fit.settled
         self.n_iter_, self.n_reseeded_ = fit.rounds, fit.reseeded
-        self.labels_ = self._labels(X)
+        # Memberships of a fit that settled are those of its last parts.
+        self.labels_ = fit.memberships.argmax(axis=1) if fit.settled else self._labels(X)
         self._sums = None
         self._judge_counts()
         if not fit.settled:
