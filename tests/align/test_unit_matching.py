@@ -106,7 +106,7 @@ def test_a_rotation_takes_the_partners_away_and_leaves_what_all_units_explain():
     X = units(3, n=4000, d=16, noise=1.0)
     Y = X[:, ::-1] + 0.2 * np.random.default_rng(3).normal(size=X.shape)
     Q = random_orthogonal(16, rng=np.random.default_rng(4))
-    plain, turned = (compare_networks(X, Z, random_state=0)[0] for Z in (Y, Y @ Q))
+    plain, turned = (compare_networks(X, Z, n_bootstraps=0, random_state=0)[0] for Z in (Y, Y @ Q))
     assert plain.mean_bipartite > turned.mean_bipartite + 0.3
     assert plain.nulls["rotation"] == pytest.approx(turned.mean_bipartite, abs=0.1)
     assert plain.cka == pytest.approx(turned.cka, abs=1e-12)
@@ -257,13 +257,13 @@ def test_shuffled_rows_match_no_better_than_the_null_and_a_warning_says_so():
 def test_shuffles_that_are_too_few_for_any_small_p_give_no_false_alarm(n_shuffles, told, paired):
     X, Y = units(19, n=400, noise=0.1), units(19, n=400, noise=0.1)[:, ::-1]
     Y = Y if paired else np.random.default_rng(0).permutation(Y)
-    found = compare_networks(X, Y, n_shuffles=n_shuffles, nulls=("shuffle",), random_state=0)[0]
+    found = compare_networks(X, Y, n_shuffles=n_shuffles, n_bootstraps=0, nulls=("shuffle",), random_state=0)[0]
     few = [text for text in found.warnings if "cannot tell whether rows belong together" in text]
     assert len(few) == told
     alarm = any("no better than shuffled rows" in text for text in found.warnings)
     assert alarm == (not told and found.p_value > 0.05)
     assert found.p_value == pytest.approx(1 / (n_shuffles + 1)) or not paired
-    without = compare_networks(X, Y, n_shuffles=n_shuffles, nulls=("rotation",), random_state=0)[0]
+    without = compare_networks(X, Y, n_shuffles=n_shuffles, n_bootstraps=0, nulls=("rotation",), random_state=0)[0]
     assert without.warnings == [], "no shuffles were asked for"
 
 
@@ -277,7 +277,7 @@ def test_sorted_rows_do_not_spoil_the_shuffle_of_arrays_read_in_batches():
 def test_the_seed_decides_and_global_chance_is_left_alone():
     X, Y = units(20, n=200), units(21, n=200)
     state = np.random.get_state()[1].copy()  # noqa: NPY002
-    told = [compare_networks(X, Y, random_state=seed).to_json() for seed in (0, 0, 1)]
+    told = [compare_networks(X, Y, n_bootstraps=4, random_state=seed).to_json() for seed in (0, 0, 1)]
     assert told[0] == told[1]
     assert told[0]["layers"][0]["nulls"] != told[2]["layers"][0]["nulls"]
     np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
@@ -291,11 +291,13 @@ def test_files_tensors_and_arrays_give_one_report(tmp_path):
     for name, rows in (("a", X), ("b", Y)):
         write_array(tmp_path / f"{name}.npy", rows)
     told = [
-        compare_networks(a, b, random_state=0)[0].to_json()
+        compare_networks(a, b, n_bootstraps=3, random_state=0)[0].to_json()
         for a, b in ((X, Y), (tmp_path / "a.npy", tmp_path / "b.npy"), (torch.as_tensor(X), torch.as_tensor(Y)))
     ]
     assert told[0] == told[1] == told[2]
-    named = compare_networks({"fc": X, "out": Y}, {"fc": Y, "out": X}, layers=[("fc", "out"), "fc"], random_state=0)
+    named = compare_networks(
+        {"fc": X, "out": Y}, {"fc": Y, "out": X}, layers=[("fc", "out"), "fc"], n_bootstraps=0, random_state=0
+    )
     assert [layer.layer_out for layer in named.layers] == ["out", "fc"]
     assert named["fc"].mean_bipartite == pytest.approx(1)
     assert named[1].mean_bipartite == pytest.approx(told[0]["mean_bipartite"])
@@ -303,7 +305,7 @@ def test_files_tensors_and_arrays_give_one_report(tmp_path):
 
 def test_a_model_is_compared_by_channels_over_all_positions():
     a, b = network(0), network(1)
-    found = compare_networks(a, b, IMAGES, layers=["1", ("3", "2")], random_state=0)
+    found = compare_networks(a, b, IMAGES, layers=["1", ("3", "2")], n_bootstraps=0, random_state=0)
     with torch.no_grad():
         x = torch.as_tensor(IMAGES)
         rows = [m[:2](x).movedim(1, -1).reshape(-1, 6).double().numpy() for m in (a, b)]
@@ -448,7 +450,7 @@ def test_equal_units_fewer_rows_than_units_and_one_unit_are_no_trouble():
     found = SparseUnitMapping(alpha=0.1).fit(np.hstack([X, X]), X[:, :3])
     assert (found.loss_half_mse_[0] < 0.06).all()
     assert np.isfinite(found.predict(np.hstack([X, X]))).all()
-    told = compare_networks(X, X, random_state=0)[0]
+    told = compare_networks(X, X, n_bootstraps=3, random_state=0)[0]
     assert any("10 rows are few" in text for text in told.warnings)
     single = compare_networks(X[:, :1], X[:, :1], random_state=0)[0]
     assert np.sum(single.clusters, axis=0).tolist() == [1, 1]

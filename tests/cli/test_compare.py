@@ -42,6 +42,8 @@ def test_the_report_is_that_of_the_function_and_the_matching_is_written(files, c
     assert [ORDER[p] for i, p in enumerate(partners) if i != 2] == [0, 1, 3, 4, 5]
     assert partners[2] == -1
     np.testing.assert_allclose([float(row["correlation"]) for row in rows], expected.bipartite.scores, rtol=1e-6)
+    np.testing.assert_allclose([float(row["correlation_error"]) for row in rows], expected.bipartite_errors, rtol=1e-6)
+    assert told["errors"] == expected.errors
 
 
 def test_the_table_tells_nulls_prices_and_groups(files, capsys):
@@ -55,8 +57,29 @@ def test_the_table_tells_nulls_prices_and_groups(files, capsys):
     assert shown["groups (units of a, of b)"].count("(") == 2
     assert float(shown["few to one, penalty 0.01"].split()[3].rstrip(",")) < 0.2
     assert pq.read_table(files / "m.parquet").column("unit").to_pylist() == list(range(6))
-    compare(*paths, shuffles=0)
-    assert "against shuffles" not in capsys.readouterr().out
+    compare(*paths, shuffles=0, bootstraps=0)
+    plain = capsys.readouterr().out
+    assert "against shuffles" not in plain
+    assert "±" not in plain
+
+
+def test_the_table_tells_errors_stability_and_the_tree_of_groups(files, capsys):
+    compare(files / "a.npy", files / "b.npz", member_b="fc", clusters=3, report=files / "report.json")
+    shown = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+    told = json.loads((files / "report.json").read_text())
+    assert shown["one to one"].startswith(
+        f"mean correlation {told['mean_bipartite']:.3f} ± {told['errors']['mean_bipartite']:.3f}, "
+    )
+    stable = told["sparse"][0]["stability"]
+    assert shown["few to one, penalty 0.1"].endswith(f", {stable:.2f} of them the same when drawn again")
+    first, second = told["hierarchy"]
+    leaves = [tuple(second["left"]), tuple(second["right"])]
+    other = tuple(first["right"] if second["node"] == 1 else first["left"])
+    inner = "[({},{}) ({},{})]".format(*leaves[0], *leaves[1])
+    plain = "({},{})".format(*other)
+    expected = f"[{inner} {plain}]" if second["node"] == 1 else f"[{plain} {inner}]"
+    assert shown["groups as a tree"] == expected
+    assert np.sum([*leaves, other], axis=0).tolist() == [5, 6], "every live unit stands in one group"
 
 
 @pytest.mark.parametrize(("shuffles", "told"), [(5, 1), (19, 0)])
@@ -97,6 +120,7 @@ def test_pictures_show_pairs_on_the_diagonal_and_have_equal_bytes_for_equal_inpu
         ({"out": "m.txt"}, "--out must end in"),
         ({"untrained_a": "a.npy"}, "must be given together"),
         ({"shuffles": -1}, "--shuffles must be at least 0"),
+        ({"bootstraps": 1}, "--bootstraps must be 0 or at least 2, got 1"),
         ({"member_b": "other"}, "one row an input, got 500 and 3"),
     ],
 )

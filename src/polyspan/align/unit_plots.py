@@ -6,7 +6,7 @@ import numpy as np
 
 from polyspan.io import picture_path, write_picture
 
-from .network_comparison import LayerComparison
+from .unit_report import LayerComparison
 
 
 def plot_comparison(layer: LayerComparison, path: Path | str) -> Path:
@@ -14,8 +14,8 @@ def plot_comparison(layer: LayerComparison, path: Path | str) -> Path:
 
     Left: units of A, best matched first, against their partners in the same order, so that pairs lie on the diagonal;
     units of B without a partner come last and dead units are left out. Middle: correlation with the one-to-one
-    partner and with the favourite, sorted by the favourite; the gap is what sharing costs. Right: half mean squared
-    error of the few-to-one mapping by the number of units that it uses.
+    partner, with its standard error, and with the favourite, sorted by the favourite; the gap is what sharing costs.
+    Right: half mean squared error of the few-to-one mapping by the number of units that it uses.
 
     Parameters
     ----------
@@ -42,7 +42,9 @@ def plot_comparison(layer: LayerComparison, path: Path | str) -> Path:
         live = np.flatnonzero(layer.correlations.live_in)
         order = live[np.argsort(-layer.semi.scores[live], kind="stable")]
         middle.plot(layer.semi.scores[order], color="#a0aec0", label="favourite")
-        middle.plot(layer.bipartite.scores[order], ".", color="#2b6cb0", markersize=4, label="one-to-one partner")
+        shown = {"fmt": ".", "color": "#2b6cb0", "markersize": 4, "elinewidth": 0.6, "label": "one-to-one partner"}
+        errors = np.nan_to_num(layer.bipartite_errors[order])
+        middle.errorbar(np.arange(len(order)), layer.bipartite.scores[order], yerr=errors, **shown)
         for (name, value), line in zip(layer.nulls.items(), ("--", ":", "-.", (0, (1, 4))), strict=False):
             middle.axhline(value, color="#c05621", linestyle=line, linewidth=1, label=f"mean of {name}")
         middle.set(title="Unit by unit", xlabel="units of A, by favourite", ylabel="correlation", ylim=(None, 1.02))

@@ -1,6 +1,7 @@
 """Features that two networks share only as groups of units: few to one by Lasso, many to many by spectral clusters."""
 
 import warnings
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
@@ -15,12 +16,15 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from polyspan.linalg import PairedMoments, discretize_embedding
 
 from ._checks import check_count, check_kind, check_number
+from .unit_bipartition import recursive_bipartition
 from .unit_matching import UnitCorrelations, deviations, unit_correlations
 
 ALPHAS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 BLOCK = 32
-SWEEPS = 5
+SWEEPS, AGAIN = 5, 200
+"""Sweeps between two looks at how far a fit is, and at most in fits whose choice of units alone counts."""
 AFFINITIES = ("abs", "squared", "relu")
+METHODS = ("spectral", "recursive")
 
 
 class SparseUnitMapping(MultiOutputMixin, RegressorMixin, BaseEstimator):
@@ -116,25 +120,11 @@ class SparseUnitMapping(MultiOutputMixin, RegressorMixin, BaseEstimator):
         check_count("max_iter", self.max_iter)
         if not all(np.isfinite(part).all() for part in (moments.cov_in, moments.cross, moments.cov_out)):
             raise ValueError("moments must be finite, got NaN or infinity: a value is not finite, or its square is not")
-        n = moments.weight
-        s = deviations(np.diag(moments.cov_in), moments.mean_in, n)
-        t = deviations(np.diag(moments.cov_out), moments.mean_out, n)
-        if self.standardize:
-            scale_in, scale_out = (np.where(x > 0, x, 1.0) for x in (s, t))
-        else:
-            scale_in, scale_out = np.ones_like(s), np.ones_like(t)
-        # Rounding noise of a constant unit must not become a regressor.
-        G = np.where((s > 0)[:, None] & (s > 0), moments.cov_in / n / scale_in[:, None] / scale_in, 0.0)
-        C = np.where((s > 0)[:, None] & (t > 0), moments.cross / n / scale_in[:, None] / scale_out, 0.0)
-        yy = np.where(t > 0, np.diag(moments.cov_out) / n / scale_out**2, 0.0)
+        G, C, yy, scale_in, scale_out = self._standardised(moments)
         W, weights, self.n_iter_, stuck = np.zeros_like(C), [], 0, 0
         for alpha in path:
-            if alpha == 0:
-                live, W = np.flatnonzero(s > 0), np.zeros_like(C)
-                W[live] = np.linalg.pinv(G[np.ix_(live, live)], rcond=1e-12, hermitian=True) @ C[live]
-            else:
-                W, sweeps, late = _lasso(G, C, yy, float(alpha), W, self.tol, self.max_iter)
-                self.n_iter_, stuck = self.n_iter_ + sweeps, stuck + late
+            W, sweeps, late = self._penalised(G, C, yy, float(alpha), W, self.max_iter)
+            self.n_iter_, stuck = self.n_iter_ + sweeps, stuck + late
             weights.append(W.T.copy())
         if stuck:
             warnings.warn(
@@ -149,6 +139,31 @@ class SparseUnitMapping(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.n_units_ = np.count_nonzero(chosen, axis=1)
         self.coef_ = chosen * scale_out[:, None] / scale_in
         self.intercept_ = moments.mean_out - self.coef_ @ moments.mean_in
+
+    def _standardised(self, moments: Any) -> tuple[np.ndarray, ...]:
+        """Return the Gram matrix of inputs, their products with targets, targets' variances, and both scales."""
+        n = moments.weight
+        s = deviations(np.diag(moments.cov_in), moments.mean_in, n)
+        t = deviations(np.diag(moments.cov_out), moments.mean_out, n)
+        if self.standardize:
+            scale_in, scale_out = (np.where(x > 0, x, 1.0) for x in (s, t))
+        else:
+            scale_in, scale_out = np.ones_like(s), np.ones_like(t)
+        # Rounding noise of a constant unit must not become a regressor.
+        G = np.where((s > 0)[:, None] & (s > 0), moments.cov_in / n / scale_in[:, None] / scale_in, 0.0)
+        C = np.where((s > 0)[:, None] & (t > 0), moments.cross / n / scale_in[:, None] / scale_out, 0.0)
+        yy = np.where(t > 0, np.diag(moments.cov_out) / n / scale_out**2, 0.0)
+        return G, C, yy, scale_in, scale_out
+
+    def _penalised(
+        self, G: np.ndarray, C: np.ndarray, yy: np.ndarray, alpha: float, start: np.ndarray, max_iter: int
+    ) -> tuple[np.ndarray, int, int]:
+        """Return weights (d_A, targets) at one penalty, sweeps, and how many targets are not done."""
+        if alpha:
+            return _lasso(G, C, yy, alpha, start, self.tol, max_iter)
+        live, W = np.flatnonzero(G.diagonal() > 0), np.zeros_like(C)
+        W[live] = np.linalg.pinv(G[np.ix_(live, live)], rcond=1e-12, hermitian=True) @ C[live]
+        return W, 0, 0
 
     def _choose(self, G: np.ndarray, C: np.ndarray) -> np.ndarray:
         """Return the weights (n_targets, d_A) that predict, and note their penalties."""
@@ -197,6 +212,29 @@ def unexplained_share(moments: Any, weights: np.ndarray, offset: np.ndarray, rel
     error = np.maximum(np.diag(moments.cov_out) - fitted, 0.0) / moments.weight + bias**2
     spread = deviations(np.diag(relative_to.cov_out), relative_to.mean_out, relative_to.weight) ** 2
     return np.divide(error, spread, out=np.full_like(error, np.nan), where=spread > 0)
+
+
+def support_stability(mapping: SparseUnitMapping, resamples: Iterable[Any], targets: np.ndarray) -> np.ndarray:
+    r"""Say how far the units that a mapping chose are chosen again: (n_alphas, len(targets)), in [0, 1].
+
+    Mean of :math:`|S \cap S_b| / |S \cup S_b|` over resamples b, where S is the support of the fitted path and S_b that
+    of the same path on :class:`polyspan.linalg.PairedMoments` of inputs drawn again. 1: always the same units; two
+    supports that are both empty agree. A support of s of d units drawn at random would have about s / (2d - s), so
+    that dense ones are stable whatever was learnt.
+    Source: catalogue entry ``convergent-learning``; Kalousis, Prados and Hilario 2007 for the index.
+    """
+    own, again = mapping.coef_path_[:, targets] != 0, []
+    for moments in resamples:
+        G, C, yy, _, _ = mapping._standardised(moments)
+        C, yy = C[:, targets], yy[targets]
+        W, supports = np.zeros_like(C), []
+        for alpha in mapping.alphas_:
+            W, _, _ = mapping._penalised(G, C, yy, float(alpha), W, min(mapping.max_iter, AGAIN))
+            supports.append(W.T != 0)
+        other = np.stack(supports)
+        common, either = (own & other).sum(axis=2), (own | other).sum(axis=2)
+        again.append(np.where(either > 0, common / np.maximum(either, 1), 1.0))
+    return np.mean(again, axis=0)
 
 
 def _half_mse(G: np.ndarray, C: np.ndarray, yy: np.ndarray, W: np.ndarray) -> np.ndarray:
@@ -280,9 +318,13 @@ def _descend_face(G: np.ndarray, c: np.ndarray, w: np.ndarray, alpha: float) -> 
 class UnitCoClustering(BaseEstimator):
     r"""Group the units of two networks together, by what they respond to.
 
-    All units of both are vertices; an edge weighs by their correlation. Spectral clustering: the k leading
-    eigenvectors of :math:`D^{-1/2} A D^{-1/2}`, rows of unit length, k-means. A group of (1, 1) units is one shared
-    feature, (a, b) a shared subspace, (a, 0) what only the first network has.
+    All units of both are vertices; an edge weighs by their correlation. A group of (1, 1) units is one shared feature,
+    (a, b) a shared subspace, (a, 0) what only the first network has.
+
+    * ``"spectral"``: the k leading eigenvectors of :math:`D^{-1/2} A D^{-1/2}`, rows of unit length, k-means.
+    * ``"recursive"``: the whole is cut in two where that is cheapest, then the group that is cheapest to cut, and so
+      on: a tree, in which the groups for k are unions of those for k + 1. No chance is in it. What one cut parts
+      wrongly no later one mends.
 
     With an eigengap that is not clear, neither is the number of groups: see ``eigenvalues_`` and ``stability_``.
     Source: catalogue entry ``convergent-learning``.
@@ -293,6 +335,7 @@ class UnitCoClustering(BaseEstimator):
         ``"eigengap"`` takes the k >= 2 after which the eigenvalues fall most.
     affinity : {"abs", "squared", "relu"}, default="abs"
         How a correlation becomes a weight: its size, its square, or what of it is positive.
+    method : {"spectral", "recursive"}, default="spectral"
     n_init : int, default=10
         Starts of k-means.
     random_state : int, RandomState instance or None
@@ -307,12 +350,21 @@ class UnitCoClustering(BaseEstimator):
     eigenvalues_ : ndarray
         Of the normalised affinity, descending, as many as were computed.
     stability_ : float
-        Mean adjusted Rand index of the other starts with the best: 1 where all agree.
+        Mean adjusted Rand index of the other starts with the best: 1 where all agree. NaN with ``"recursive"``, which
+        has no starts.
+    splits_, cuts_ : ndarrays of shape (n_clusters_ - 1,)
+        With ``"recursive"``: node 0 is all live units, and split s cuts node ``splits_[s]`` into nodes 2s + 1 and
+        2s + 2, at the normalised cut ``cuts_[s]`` in [0, 2], where 0 parts what nothing joins.
+    leaves_ : ndarray of shape (n_clusters_,)
+        With ``"recursive"``: the node of each group.
     """
 
-    def __init__(self, n_clusters: Any = "eigengap", *, affinity="abs", n_init=10, random_state=None):
+    def __init__(
+        self, n_clusters: Any = "eigengap", *, affinity="abs", method="spectral", n_init=10, random_state=None
+    ):
         self.n_clusters = n_clusters
         self.affinity = affinity
+        self.method = method
         self.n_init = n_init
         self.random_state = random_state
 
@@ -334,6 +386,8 @@ class UnitCoClustering(BaseEstimator):
     def _group(self, found: UnitCorrelations) -> "UnitCoClustering":
         if self.affinity not in AFFINITIES:
             raise ValueError(f"affinity must be one of {AFFINITIES}, got {self.affinity!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
         check_count("n_init", self.n_init)
         live = np.concatenate([found.live_in, found.live_out])
         whole = np.block([[found.within_in, found.between], [found.between.T, found.within_out]])
@@ -358,22 +412,29 @@ class UnitCoClustering(BaseEstimator):
             k = units
         else:
             k = 2 + int(np.argmax(self.eigenvalues_[1:-1] - self.eigenvalues_[2:]))
-        Y = vectors[:, :k]
-        Y = Y / np.maximum(np.linalg.norm(Y, axis=1, keepdims=True), 1e-300)
-        rng = np.random.default_rng(int(check_random_state(self.random_state).randint(2**31 - 1)))
-        runs = [discretize_embedding(Y, method="kmeans", n_clusters=k, n_init=1, rng=rng) for _ in range(self.n_init)]
-        best = max(range(len(runs)), key=lambda i: float(runs[i].objectives[0]))
-        rest = [adjusted_rand_score(runs[best].labels, run.labels) for i, run in enumerate(runs) if i != best]
-        self.stability_ = float(np.mean(rest)) if rest else 1.0
+        cut = recursive_bipartition(A, k) if self.method == "recursive" else None
+        groups = self._kmeans(vectors[:, :k], k) if cut is None else cut.labels
         labels = np.full(len(live), -1, dtype=np.int64)
-        labels[live] = runs[best].labels
+        labels[live] = groups
         d = len(found.live_in)
         sizes = np.array([[np.sum(side == c) for side in (labels[:d], labels[d:])] for c in range(k)])
         order = np.lexsort((-sizes[:, 0], -sizes.sum(axis=1)))
         rank = np.append(np.argsort(order), -1)
         self.n_clusters_, self.table_ = k, sizes[order]
         self.labels_in_, self.labels_out_ = rank[labels[:d]], rank[labels[d:]]
+        if cut is not None:
+            self.splits_, self.cuts_, self.leaves_, self.stability_ = cut.splits, cut.cuts, cut.leaves[order], np.nan
         return self
+
+    def _kmeans(self, Y: np.ndarray, k: int) -> np.ndarray:
+        """Return the best labels (m,) of several starts, and note how far the others agree."""
+        Y = Y / np.maximum(np.linalg.norm(Y, axis=1, keepdims=True), 1e-300)
+        rng = np.random.default_rng(int(check_random_state(self.random_state).randint(2**31 - 1)))
+        runs = [discretize_embedding(Y, method="kmeans", n_clusters=k, n_init=1, rng=rng) for _ in range(self.n_init)]
+        best = max(range(len(runs)), key=lambda i: float(runs[i].objectives[0]))
+        rest = [adjusted_rand_score(runs[best].labels, run.labels) for i, run in enumerate(runs) if i != best]
+        self.stability_ = float(np.mean(rest)) if rest else 1.0
+        return runs[best].labels
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -7,6 +7,9 @@ from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
 
+SHOWN = 12
+"""Groups of the table; the report has all."""
+
 
 def compare(
     a: Path,
@@ -19,6 +22,7 @@ def compare(
     untrained_a: Path | None = None,
     untrained_b: Path | None = None,
     shuffles: int = 20,
+    bootstraps: int = 50,
     clusters: int | None = None,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     report: Path | None = None,
@@ -30,7 +34,8 @@ def compare(
 
     Rows of both files are the same inputs in the same order, columns are units. Files are mapped, not read whole, so
     memory grows with units, not with rows. Beside each number stands what shuffled rows, a rotated layer and, where
-    you give them, untrained networks reach.
+    you give them, untrained networks reach. What follows ± is a standard error, for rows that are independent: of
+    positions of images it is too small.
 
     Parameters
     ----------
@@ -52,6 +57,9 @@ def compare(
         Likewise for b.
     shuffles : int
         Times that rows are shuffled; 20 allow p down to 1/21, fewer than 19 tell nothing, 0 leaves them out.
+    bootstraps : int
+        Times that rows are drawn again for standard errors and the stability of the few-to-one choice; 0 leaves both
+        out.
     clusters : int
         Groups of the many-to-many table; by the eigengap where not given.
     out : Path
@@ -74,12 +82,15 @@ def compare(
         raise ValueError("--untrained-a and --untrained-b must be given together, got one of them")
     if shuffles < 0:
         raise ValueError(f"--shuffles must be at least 0, got {shuffles}")
+    if bootstraps < 0 or bootstraps == 1:
+        raise ValueError(f"--bootstraps must be 0 or at least 2, got {bootstraps}")
     found = compare_networks(
         read_array(a, member=member_a, column=column_a),
         read_array(b, member=member_b, column=column_b),
         untrained=None if untrained_a is None else (untrained_a, untrained_b),
         nulls=("shuffle", "rotation") if shuffles else ("rotation",),
         n_shuffles=max(shuffles, 1),
+        n_bootstraps=bootstraps,
         n_clusters="eigengap" if clusters is None else clusters,
         random_state=seed,
         label=f"comparing {a.name} and {b.name}",
@@ -116,19 +127,28 @@ def _write_matching(path: Path, matching: list[dict[str, Any]]) -> None:
             "unit": column("unit", -1),
             "partner": column("partner", -1),
             "correlation": column("correlation", np.nan).astype(np.float64),
+            "correlation_error": column("correlation_error", np.nan).astype(np.float64),
             "favourite": column("favourite", -1),
             "favourite_correlation": column("favourite_correlation", np.nan).astype(np.float64),
+            "favourite_error": column("favourite_error", np.nan).astype(np.float64),
         },
     )
 
 
 def _rows(told: dict[str, Any]) -> list[tuple[str, str]]:
+    def number(name: str) -> str:
+        error = told["errors"].get(name)
+        return f"{told[name]:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
     live = len(told["matching"]) - told["n_dead_in"]
     rows = [
         ("rows", str(told["n_rows"])),
         ("dead units", f"{told['n_dead_in']} and {told['n_dead_out']}"),
-        ("one to one", f"mean correlation {told['mean_bipartite']:.3f}, {told['mean_held_out']:.3f} on held-out rows"),
-        ("favourites", f"mean correlation {told['mean_semi']:.3f}"),
+        (
+            "one to one",
+            f"mean correlation {number('mean_bipartite')}, {number('mean_held_out')} on held-out rows",
+        ),
+        ("favourites", f"mean correlation {number('mean_semi')}"),
     ]
     rows += [(f"one to one, {name}", f"{value:.3f}") for name, value in told["nulls"].items()]
     if told["p_value"] is not None:
@@ -136,20 +156,31 @@ def _rows(told: dict[str, Any]) -> list[tuple[str, str]]:
             ("against shuffles", f"p = {told['p_value']:.3f}, {told['n_above_null']} of {live} units above all")
         )
     rows += [
-        ("unexplained by the best unit", f"{told['unexplained_single']:.3f}"),
-        ("unexplained by all units", f"{told['unexplained_all']:.3f}"),
+        ("unexplained by the best unit", number("unexplained_single")),
+        ("unexplained by all units", number("unexplained_all")),
     ]
     rows += [
         (
             f"few to one, penalty {row['alpha']:g}",
-            f"half squared error {row['half_mse']:.3f}, {row['n_units']:.1f} units",
+            f"half squared error {row['half_mse']:.3f}, {row['n_units']:.1f} units"
+            + ("" if row["stability"] is None else f", {row['stability']:.2f} of them the same when drawn again"),
         )
         for row in told["sparse"]
     ]
-    groups = " ".join(f"({p},{q})" for p, q in told["clusters"][:12])
-    more = f" and {len(told['clusters']) - 12} more" if len(told["clusters"]) > 12 else ""
-    rows += [
-        ("groups (units of a, of b)", groups + more),
-        ("CKA, SVCCA, PWCCA", f"{told['cka']:.3f}, {told['svcca']:.3f}, {told['pwcca']:.3f}"),
-    ]
+    groups = " ".join(f"({p},{q})" for p, q in told["clusters"][:SHOWN])
+    more = f" and {len(told['clusters']) - SHOWN} more" if len(told["clusters"]) > SHOWN else ""
+    rows.append(("groups (units of a, of b)", groups + more))
+    if told["hierarchy"]:
+        rows.append(("groups as a tree", _tree(told["hierarchy"])))
+    rows.append(("CKA, SVCCA, PWCCA", f"{number('cka')}, {number('svcca')}, {number('pwcca')}"))
     return rows + ([("matching", told["out"])] if "out" in told else [])
+
+
+def _tree(splits: list[dict[str, Any]]) -> str:
+    """Return groups in brackets, as they were cut in two; of many groups the first cuts."""
+    made = {0: ""}
+    for number, split in enumerate(splits[: SHOWN - 1]):
+        made |= {2 * number + 1 + i: "({},{})".format(*split[side]) for i, side in enumerate(("left", "right"))}
+    for number in reversed(range(min(len(splits), SHOWN - 1))):
+        made[splits[number]["node"]] = f"[{made[2 * number + 1]} {made[2 * number + 2]}]"
+    return made[0]
