@@ -87,8 +87,12 @@ def main(sample: int = 1000) -> None:
         print(f"recall@10 of {plan.n_anchors} sampled texts, and about what to expect among all {plan.n_rows}:")
         for row in plan.table[:8]:
             low, high = row.interval
-            told = "" if row.store_recall is None else f"{row.store_recall:.2f}"
-            print(f"  {row.strategy:9} {row.aligner:13} {row.recall:.3f} ({low:.3f} to {high:.3f}) {told:4}", end="")
+            told = (
+                ""
+                if row.store_recall is None
+                else "{:.2f} ({:.2f} to {:.2f})".format(row.store_recall, *row.store_interval)
+            )
+            print(f"  {row.strategy:9} {row.aligner:13} {row.recall:.3f} ({low:.3f} to {high:.3f}) {told:20}", end="")
             print(f"  {row.share:4.0%} embedded again, {row.seconds:7.1f} s")
 
         upgrade.begin("gallery")

@@ -102,5 +102,16 @@ def test_the_report_sees_good_pairs_shuffled_pairs_and_a_swapped_map(turned):
     assert any("belong together" in said for said in shuffled["warnings"])
     swapped = alignment_report(fitted, Y[100:], X[100:])
     assert any("swapped" in said for said in swapped["warnings"])
-    few = alignment_report(OrthogonalMap().fit(X[:6], Y[:6]), X[100:], Y[100:])
+    with pytest.warns(UserWarning, match="6 anchors leave part of 12"):
+        fitted = OrthogonalMap().fit(X[:6], Y[:6])
+    few = alignment_report(fitted, X[100:], Y[100:])
     assert any("6 anchors leave part" in said for said in few["warnings"])
+
+
+def test_that_anchors_are_few_is_said_of_the_winner_and_not_of_folds(turned):
+    X, Y = turned
+    candidates = {"orthogonal": OrthogonalMap()}
+    choose_aligner(X[:14], Y[:14], candidates=candidates, directions=("query",))
+    with pytest.warns(UserWarning, match="anchors leave part of") as caught:
+        choose_aligner(np.hstack([X[:14], X[:14]]), np.hstack([Y[:14], Y[:14]]), candidates=candidates)
+    assert [str(told.message).split()[0] for told in caught] == ["14"]

@@ -102,9 +102,21 @@ def test_partial_fits_equal_one_fit(n_batches):
 
 def test_too_few_anchors_still_give_an_isometry_and_say_what_they_determine():
     X, Y = np.random.default_rng(5).normal(size=(2, 4, 9))
-    fitted = OrthogonalMap().fit(X, Y)
+    with pytest.warns(UserWarning, match="^4 anchors leave part of 9 dimensions open: they determine 3$"):
+        fitted = OrthogonalMap().fit(X, Y)
     np.testing.assert_allclose(fitted.rotation_.T @ fitted.rotation_, np.eye(9), atol=1e-12)
     assert fitted.rank_ == 3
+
+
+def test_anchors_as_many_as_the_narrower_space_or_the_rank_are_enough_and_batches_may_be_small():
+    X, Y = np.random.default_rng(5).normal(size=(2, 6, 9))
+    OrthogonalMap().fit(X, Y[:, :6])
+    OrthogonalMap(rank=6).fit(X, Y)
+    for options, Z in (({}, Y[:, :7]), ({"rank": 7}, Y)):
+        with pytest.warns(UserWarning, match="^6 anchors leave part of 7 dimensions open"):
+            OrthogonalMap(**options).fit(X, Z)
+    streamed = OrthogonalMap().partial_fit(X[:3], Y[:3]).partial_fit(X[3:], Y[3:])
+    assert streamed.rank_ == 5
 
 
 def test_a_truncated_spectrum_maps_only_the_leading_directions():

@@ -103,3 +103,11 @@ def test_k_is_asked_for_with_one_dash_or_two(pair, capsys, option):
     capsys.readouterr()
     assert run(["align", "score", *(str(pair / n) for n in ("m.safetensors", "x.npy", "y.npy")), option, "3"]) == 0
     assert "twin@3" in capsys.readouterr().out
+
+
+def test_anchors_too_few_for_a_rotation_are_said_once_and_raise_nothing(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        write_array(tmp_path / f"{name}.npy", rng.normal(size=(8, 12)).astype(np.float32))
+    fit(tmp_path / "a.npy", tmp_path / "b.npy", out=tmp_path / "map.safetensors", method="orthogonal")
+    assert capsys.readouterr().err.count("anchors leave part of 12 dimensions open") == 1

@@ -57,6 +57,31 @@ def postgres():
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture
+def postgres_docs(postgres):
+    """Make the table ``docs`` (id, body, v) anew, with vectors of a kind; return a connection that others would use."""
+    psycopg = pytest.importorskip("psycopg")
+    with psycopg.connect(postgres, autocommit=True) as connection:
+
+        def made(ids, texts, rows, kind="real[]"):
+            connection.execute("DROP TABLE IF EXISTS docs CASCADE")
+            if "[" not in kind:
+                found = connection.execute("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'").fetchone()
+                if found is None:
+                    pytest.skip("the server has no pgvector: its types are untested here")
+                connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            id_kind = "text" if isinstance(ids[0], str) else "int"
+            connection.execute(f"CREATE TABLE docs (id {id_kind} PRIMARY KEY, body text, v {kind})")
+            with connection.cursor() as cursor:
+                cursor.executemany(
+                    f"INSERT INTO docs VALUES (%s, %s, %s::real[]::{kind})",
+                    [(key, text, row.tolist()) for key, text, row in zip(ids, texts, rows, strict=True)],
+                )
+            return connection
+
+        yield made
+
+
 def served(programs, user, folder):
     data = folder / "data"
     command = [*user, programs / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "-N"]

@@ -19,36 +19,22 @@ def encoder():
 
 
 @pytest.fixture
-def docs(postgres):
-    """Make the table ``docs`` with a column of vectors of a kind; yield how, and a connection that others use."""
-    psycopg = pytest.importorskip("psycopg")
-    with psycopg.connect(postgres, autocommit=True) as connection:
+def docs(postgres, postgres_docs):
+    """Make the table ``docs`` with vectors of a kind and open it; ``run`` is what others do to it."""
+    tables = []
 
-        def made(kind="real[]"):
-            connection.execute("DROP TABLE IF EXISTS docs CASCADE")
-            if "[" not in kind:
-                found = connection.execute("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'").fetchone()
-                if found is None:
-                    pytest.skip("the server has no pgvector: its types are untested here")
-                connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
-            connection.execute(f"CREATE TABLE docs (id int PRIMARY KEY, body text, v {kind})")
-            with connection.cursor() as cursor:
-                cursor.executemany(
-                    f"INSERT INTO docs VALUES (%s, %s, %s::real[]::{kind})",
-                    [(i, TEXTS[i], [float(x) for x in OLD[i]]) for i in range(N)],
-                )
-            return opened()
+    def opened(name="docs", address=postgres):
+        tables.append(PostgresTable(address, name, text_column="body"))
+        return tables[-1]
 
-        tables = []
+    def made(kind="real[]"):
+        made.run = postgres_docs(range(N), TEXTS, OLD, kind).execute
+        return opened()
 
-        def opened(name="docs", address=postgres):
-            tables.append(PostgresTable(address, name, text_column="body"))
-            return tables[-1]
-
-        made.again, made.run, made.address = opened, connection.execute, postgres
-        yield made
-        for table in tables:
-            table.close()
+    made.again, made.address = opened, postgres
+    yield made
+    for table in tables:
+        table.close()
 
 
 def begun(folder, table, strategy="re-embed"):

@@ -98,25 +98,6 @@ def make_qdrant(folder, distance="Dot"):
     return folder
 
 
-def make_postgres(address, kind="real[]"):
-    import psycopg
-
-    with psycopg.connect(address, autocommit=True) as connection:
-        connection.execute("DROP TABLE IF EXISTS docs")
-        if "[" not in kind:
-            found = connection.execute("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'").fetchone()
-            if found is None:
-                pytest.skip("the server has no pgvector: its types are untested here")
-            connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
-        connection.execute(f"CREATE TABLE docs (id text PRIMARY KEY, body text, v {kind})")
-        with connection.cursor() as cursor:
-            cursor.executemany(
-                f"INSERT INTO docs VALUES (%s, %s, %s::real[]::{kind})",
-                [(f"k{i:03}", TEXTS[i], [float(x) for x in OLD[i]]) for i in range(N)],
-            )
-    return address
-
-
 STORES = [f"x{suffix}" for suffix in FILES] + [*INDEXES, "lance", "qdrant", "postgres", "pgvector"]
 
 
@@ -145,8 +126,8 @@ def opened(request, tmp_path):
         open_tables[0].close()
     elif name in ("postgres", "pgvector"):
         kind = "real[]" if name == "postgres" else f"vector({D})"
-        address = make_postgres(request.getfixturevalue("postgres"), kind)
-        tables = []
+        request.getfixturevalue("postgres_docs")([f"k{i:03}" for i in range(N)], TEXTS, OLD, kind)
+        address, tables = request.getfixturevalue("postgres"), []
 
         def fresh():
             tables.append(PostgresTable(address, "docs", text_column="body"))

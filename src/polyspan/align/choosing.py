@@ -12,7 +12,15 @@ from polyspan.linalg import PairedMoments, label_hits, mean_average_precision, r
 
 from ._aligner import Aligner
 from ._checks import check_count, check_labels, check_squares, finite_rows
-from .orthogonal_map import IdentityMap, MeanShift, OrthogonalMap, ResidualMLPMap, RidgeMap
+from .orthogonal_map import (
+    IdentityMap,
+    MeanShift,
+    OrthogonalMap,
+    ResidualMLPMap,
+    RidgeMap,
+    few_anchors,
+    few_anchors_unsaid,
+)
 
 Direction = Literal["gallery", "query"]
 DIRECTIONS: tuple[Direction, ...] = ("gallery", "query")
@@ -108,7 +116,9 @@ def choose_aligner(
         for name, candidate in tried.items():
             scores = []
             for fitting, held in folds:
-                mapped = clone(candidate).fit(A[fitting], B[fitting]).transform(A[held])
+                with few_anchors_unsaid():
+                    # A fold has fewer than there are: what counts is the fit on all.
+                    mapped = clone(candidate).fit(A[fitting], B[fitting]).transform(A[held])
                 queries, gallery = (Y[held], mapped) if direction == "gallery" else (mapped, X[held])
                 scores.append(_retrieval(queries, gallery, Y[held], None if labels is None else labels[held], k))
             table.append(AlignerScore(name, direction, float(np.mean(scores)), tuple(scores)))
@@ -275,8 +285,9 @@ def alignment_report(aligner: Aligner, X: Any, Y: Any, *, k: int = 10, random_st
         other = aligner.score(Y, X)
         if other > after + 0.05:
             said.append(f"the map fits the other direction better (cosine {other:.2f} against {after:.2f}): swapped?")
-    if aligner.n_anchors_ < min(X.shape[1], Y.shape[1]):
-        said.append(f"{aligner.n_anchors_} anchors leave part of {min(X.shape[1], Y.shape[1])} dimensions open")
+    few = few_anchors(aligner.n_anchors_, X.shape[1], Y.shape[1])
+    if few is not None:
+        said.append(few)
     same = IdentityMap().fit(X, Y).score(X, Y) if X.shape[1] == Y.shape[1] else None
     found = top_k(Y, mapped, k, exclude=None).indices
     neighbours = top_k(Y, mapped, k, exclude=twins).indices

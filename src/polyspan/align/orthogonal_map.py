@@ -1,6 +1,8 @@
 """One orthogonal map between two embedding spaces, fitted on paired anchors, and the maps that it competes with."""
 
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,27 @@ class OrthogonalMap(Aligner):
         self.normalize = normalize
         self.rank = rank
 
+    def fit(self, X, y, sample_weight=None) -> "OrthogonalMap":
+        """Fit on anchors ``X`` (n, d_A) and ``y`` (n, d_B).
+
+        Raises
+        ------
+        ValueError
+            Row counts differ, fewer than two anchors, a value is not finite or so large or small that its square is
+            not, or a row is all zero and directions are asked for (``normalize=True``).
+
+        Warns
+        -----
+        UserWarning
+            Fewer anchors than min(d_A, d_B), or than ``rank``: how rows that differ from all of them turn is then
+            nobody's choice. Rows hold 8-bit codes, whose scale and offset nobody told.
+        """
+        super().fit(X, y, sample_weight)
+        told = few_anchors(self.n_anchors_, self.n_features_in_, self._n_features_out, self.rank)
+        if told is not None:
+            warnings.warn(f"{told}: they determine {self.rank_}", stacklevel=2)
+        return self
+
     def _fit_rows(self, X, Y, weights) -> None:
         if self.rank is not None:
             check_count("rank", self.rank)
@@ -76,6 +99,8 @@ class OrthogonalMap(Aligner):
     def partial_fit(self, X, y, sample_weight=None) -> "OrthogonalMap":
         """Add a batch of anchors to those seen so far and refit; equal to one :meth:`fit` on all of them.
 
+        That they are too few is not said, since others may come: see ``rank_``.
+
         Raises
         ------
         ValueError
@@ -87,7 +112,8 @@ class OrthogonalMap(Aligner):
                     f"partial_fit must go on from anchors seen in this process, got a map of {self.n_anchors_} anchors "
                     "read from a file, which keeps none of them: fit anew"
                 )
-            return self.fit(X, y, sample_weight)
+            super().fit(X, y, sample_weight)
+            return self
         X, Y, weights = self._anchors(X, y, sample_weight, reset=False)
         self._moments.update(X, Y, weights)
         self.n_anchors_ += len(X)
@@ -182,6 +208,20 @@ class OrthogonalMap(Aligner):
             name: tuple(arrays.pop(f"modality:{side}:{name}") for side in ("in", "out")) for name in names
         }
         super()._from_arrays(arrays)
+
+
+def few_anchors(n: int, d_in: int, d_out: int, rank: int | None = None) -> str | None:
+    """Say that so many anchors cannot determine a rotation, or None."""
+    wanted = min(d_in, d_out) if rank is None else min(d_in, d_out, rank)
+    return f"{n} anchors leave part of {wanted} dimensions open" if n < wanted else None
+
+
+@contextmanager
+def few_anchors_unsaid() -> Generator[None]:
+    """Fit within it where the caller says itself, once, that anchors are few."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\d+ anchors leave part of ", category=UserWarning)
+        yield
 
 
 class RidgeMap(Aligner):

@@ -7,7 +7,19 @@ from cyclopts import Parameter
 
 from ._output import check_target, say, show_json, show_table
 
-Method = Literal["auto", "orthogonal", "relaxed-orthogonal", "ridge", "mean-shift", "residual-mlp", "no-map"]
+Method = Literal[
+    "auto",
+    "orthogonal",
+    "relaxed-orthogonal",
+    "srip",
+    "ridge",
+    "mean-shift",
+    "residual-mlp",
+    "forward-compatible",
+    "no-map",
+]
+TRAINED = {"relaxed-orthogonal", "srip", "forward-compatible"}
+"""What auto leaves out: methods trained by many steps."""
 
 
 def fit(
@@ -42,8 +54,9 @@ def fit(
         Vectors of the same items, row by row, by the model you go to.
     out : Path
         The fitted map, one .safetensors file.
-    method : {"auto", "orthogonal", "relaxed-orthogonal", "ridge", "mean-shift", "residual-mlp", "no-map"}
-        auto tries every family by cross-validated retrieval, but for relaxed-orthogonal, which is trained by steps.
+    method : one of the families
+        auto tries every family by cross-validated retrieval, but for relaxed-orthogonal, srip and forward-compatible,
+        which are trained by many steps.
     metric : {"cosine", "dot"}
         How your store compares vectors; cosine scales rows to length 1 first.
     shift : bool
@@ -75,6 +88,7 @@ def fit(
     from sklearn.base import clone
 
     from polyspan.align import alignment_report, choose_aligner
+    from polyspan.align.orthogonal_map import few_anchors, few_anchors_unsaid
     from polyspan.io import digest_file, read_array
 
     check_target(out, "--out", ".safetensors")
@@ -101,19 +115,21 @@ def fit(
     held, kept = np.sort(order[:n_held]), np.sort(order[n_held:])
     table, chosen = [], str(method)
     if method == "auto":
-        left_out = (
-            {"relaxed-orthogonal"} if X.shape[1] == Y.shape[1] else {"relaxed-orthogonal", "mean-shift", "no-map"}
-        )
+        left_out = TRAINED | ({"mean-shift", "no-map"} if X.shape[1] != Y.shape[1] else set())
         usable = {k: v for k, v in families.items() if k not in left_out}
-        choice = choose_aligner(X[kept], Y[kept], candidates=usable, directions=("gallery",), random_state=seed)
+        with few_anchors_unsaid():
+            choice = choose_aligner(X[kept], Y[kept], candidates=usable, directions=("gallery",), random_state=seed)
         chosen = choice.table[0].aligner
         table = [row._asdict() for row in choice.table]
     aligner = families[chosen]
     report = {}
-    if n_held >= 2:
-        report = alignment_report(clone(aligner).fit(X[kept], Y[kept]), X[held], Y[held], random_state=seed)
-    doubts = [*report.get("warnings", []), *_doubts(X, Y)]
-    aligner.fit(X, Y)
+    with few_anchors_unsaid():
+        # The report says it, or the line below.
+        if n_held >= 2:
+            report = alignment_report(clone(aligner).fit(X[kept], Y[kept]), X[held], Y[held], random_state=seed)
+        aligner.fit(X, Y)
+    few = few_anchors(len(X), X.shape[1], Y.shape[1]) if chosen == "orthogonal" and not report else None
+    doubts = [*report.get("warnings", []), *([few] if few else []), *_doubts(X, Y)]
     about = {
         "method": chosen,
         "metric": metric,
@@ -163,6 +179,7 @@ def _doubts(X: Any, Y: Any) -> list[str]:
 
 def _families(*, shift: bool, rank: int | None, normalize: bool, seed: int):
     from polyspan.align import (
+        ForwardCompatibleMap,
         IdentityMap,
         MeanShift,
         OrthogonalMap,
@@ -174,9 +191,11 @@ def _families(*, shift: bool, rank: int | None, normalize: bool, seed: int):
     return {
         "orthogonal": OrthogonalMap(shift=shift, rank=rank, normalize=normalize),
         "relaxed-orthogonal": RelaxedOrthogonalAdapter(shift=shift, normalize=normalize, random_state=seed),
+        "srip": RelaxedOrthogonalAdapter("srip", shift=shift, normalize=normalize, random_state=seed),
         "ridge": RidgeMap(shift=shift, normalize=normalize),
         "mean-shift": MeanShift(normalize=normalize),
         "residual-mlp": ResidualMLPMap(normalize=normalize, random_state=seed),
+        "forward-compatible": ForwardCompatibleMap(normalize=normalize, random_state=seed),
         "no-map": IdentityMap(normalize=normalize),
     }
 

@@ -137,7 +137,10 @@ def plan(
     by = f" with the {best.aligner} map" if best.aligner else ""
     print(f"recommended: {best.strategy}{share}{by}: {made.reason}")
     if any(row.store_recall is not None for row in made.table):
-        say(f"recall and its interval are of the sample; of all {made.n_rows} rows expect what the last column says")
+        say(
+            f"recall and its interval are of the sample; of all {made.n_rows} rows expect what the last column says, "
+            "with its interval over queries"
+        )
     say("time is an estimate: of the encoder, and of reading, mapping and writing a file of vectors, on the sample")
     say(f"nothing was written to the store; next: {_command('apply', upgrade.folder, '--apply')}")
 
@@ -483,6 +486,14 @@ def _would(strategy: str, share: float | None, plan: dict[str, Any]) -> str:
     return f"{n} vectors, {dim} wide, {how[strategy]}, are written beside those in use"
 
 
+def _in_store(row: Any) -> str:
+    """Return predicted recall among all rows of a store with its interval, where it is known."""
+    if row.store_recall is None:
+        return ""
+    low, high = row.store_interval
+    return f"{row.store_recall:.3f} ({low:.3f} to {high:.3f})"
+
+
 def _plan_row(row: Any) -> tuple[str, ...]:
     def seconds(value: float | None) -> str:
         if value is None:
@@ -500,5 +511,5 @@ def _plan_row(row: Any) -> tuple[str, ...]:
         f"{row.n_written}",
         seconds(row.seconds),
         "" if row.cost is None else f"{row.cost:.2f}",
-        "" if row.store_recall is None else f"~{row.store_recall:.2f}",
+        _in_store(row),
     )

@@ -3,7 +3,7 @@
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,16 @@ ID, OLD, NEXT = "id", "old", "next"
 ABOUT = b"polyspan:work"
 
 
-def row_sums(rows: np.ndarray) -> np.ndarray:
-    """Return the CRC-32 of each row's bytes, (b,): it tells whether a vector is the one that was seen before."""
-    return np.fromiter(map(zlib.crc32, np.ascontiguousarray(rows)), np.uint32, len(rows))
+def row_sums(rows: np.ndarray, texts: Sequence[Any] | None = None) -> np.ndarray:
+    """Return the CRC-32 of each vector's bytes, and of its text's where they are given, (b,) uint32.
+
+    It tells whether a vector and its text are those that were seen before.
+    """
+    sums = map(zlib.crc32, np.ascontiguousarray(rows))
+    if texts is not None:
+        said = (b"" if text is None else b"\0" + str(text).encode() for text in texts)
+        sums = map(zlib.crc32, said, sums)
+    return np.fromiter(sums, np.uint32, len(rows))
 
 
 def vector_lists(rows: np.ndarray, kind: Any) -> Any:
@@ -52,8 +59,8 @@ def _keys(ids: Any) -> np.ndarray:
 class Spool:
     """Next vectors with their ids, in a folder of files that are each whole and synced once they have their names.
 
-    With each stands a sum of the vector that it was made of, so that an item whose vector changed is not found. Of two
-    next vectors of one id the later counts.
+    With each stands a sum of the vector, and of the text, that it was made of, so that an item that changed is not
+    found. Of two next vectors of one id the later counts.
 
     Parameters
     ----------
@@ -76,15 +83,15 @@ class Spool:
     def _names(self) -> list[Path]:
         return list_folder(self.folder, "*.arrow") if self.folder.is_dir() else []
 
-    def add(self, ids: Any, old: np.ndarray, rows: np.ndarray) -> None:
-        """Write a piece; it is on the disk when this returns."""
+    def add(self, ids: Any, sums: np.ndarray, rows: np.ndarray) -> None:
+        """Write a piece, with the :func:`row_sums` of what it was made of; it is on the disk when this returns."""
         import pyarrow as pa
 
         if ids.null_count:
             raise WrongContent(self.folder, found="an id missing", expected="an id of its own for each row")
         fields = [pa.field(ID, self.id_kind), pa.field(OLD, pa.uint32()), pa.field(NEXT, self.kind)]
         schema = pa.schema(fields, metadata={ABOUT: self.about})
-        columns = [ids, pa.array(row_sums(old)), vector_lists(rows, self.kind)]
+        columns = [ids, pa.array(sums), vector_lists(rows, self.kind)]
         make_folder(self.folder)
         last = self._names()[-1:]
         number = int(last[0].stem.partition("-")[0]) + 1 if last else 0
@@ -127,8 +134,8 @@ class Held:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def find(self, ids: Any, old: np.ndarray | None = None) -> np.ndarray:
-        """Return where each id's vector stands, (b,), or -1; with ``old`` (b, d) it must be made of that vector."""
+    def find(self, ids: Any, sums: np.ndarray | None = None) -> np.ndarray:
+        """Return where each id's vector stands, (b,), or -1; with ``sums`` (b,) it must be made of what has these."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -145,10 +152,14 @@ class Held:
             left = left[~same]
             at[left] -= 1
             left = left[at[left] >= 0]
-        if old is not None:
+        if sums is not None:
             found = np.flatnonzero(places >= 0)
-            places[found[self._sums[places[found]] != row_sums(old)[found]]] = -1
+            places[found[self._sums[places[found]] != sums[found]]] = -1
         return places
+
+    def sums(self, places: np.ndarray) -> np.ndarray:
+        """Return the sums, (b,), of what the vectors that stand there were made of."""
+        return self._sums[places]
 
     def take(self, places: np.ndarray) -> Any:
         """Return the vectors that stand there, (b, dim), as an Arrow array of fixed-size lists."""

@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.base import clone
 
 from polyspan.align import Aligner, ResidualMLPMap, default_candidates, plan_upgrade
+from polyspan.align.orthogonal_map import few_anchors_unsaid
 from polyspan.align.upgrade_plan import StrategyRow, UpgradePlan, recommend
 from polyspan.io import digest_array, make_folder, read_json, read_members, write_array, write_json, write_members
 from polyspan.run import progress
@@ -166,7 +167,9 @@ class PlannedUpgrade:
         aligners = dict(made.aligners) if self._rewritable() else {"query": made.aligners["query"]}
         asking = next(row.aligner for row in rows if row.strategy == "query")
         if asking != next(row.aligner for row in made.table if row.strategy == "query"):
-            aligners["query"] = clone(tried[asking]).fit(new, old)
+            with few_anchors_unsaid():
+                # The plan's warnings say it.
+                aligners["query"] = clone(tried[asking]).fit(new, old)
         if wanted in rows:
             return made._replace(table=rows, recommended=rows.index(wanted), aligners=aligners)
         chosen, reason = recommend(rows, loss)

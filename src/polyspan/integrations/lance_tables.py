@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,11 +12,11 @@ import numpy as np
 from polyspan.errors import UnreadableFile, WrongContent, require
 from polyspan.io import remove_folder
 
-from ._lance_fill import Held, Spool, vector_lists
+from ._lance_fill import Held, Spool, row_sums, vector_lists
 from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_finite_rows, check_verb
 
-STAMP, WORK, PLAN = "polyspan:space", "polyspan:work", "polyspan:next"
-NEXT, BEFORE = "__next", "__before"
+STAMP, WORK, PLAN, TEXT = "polyspan:space", "polyspan:work", "polyspan:next", "polyspan:text"
+NEXT, BEFORE, MADE_OF = "__next", "__before", "__made_of"
 SCANNED_ROWS, READ_AHEAD_BYTES = 8192, 2**25
 """Rows at a time where no caller says it, and how far Lance may read ahead of whoever takes the rows."""
 ATTEMPTS = 3
@@ -29,8 +29,9 @@ class LanceTable:
     Until they are sealed, next vectors stand in ``TABLE.VECTOR.upgrade``, a folder beside the table; the table itself
     holds the note that they are under way. Sealing writes them as the column ``VECTOR__next``, each beside the id and
     the vector that it was made of, in one version of the table: others that write meanwhile make it start anew, and
-    what a killed run wrote is removed when LanceDB next removes files of no version. Rows that others add or change
-    before that are found to be pending; a row that they add later is null in the column, and filling it is a merge,
+    what a killed run wrote is removed when LanceDB next removes files of no version. ``VECTOR__made_of`` holds a sum of
+    what each next vector was made of, the old vector and the text where one is named: rows that others add or change,
+    before the sealing or after it, are found to be pending, all of them, in one pass. Filling them after it is a merge,
     whose time grows with the table. Two renames in one version are the cut-over; the old vectors are then
     ``VECTOR__before``. Indexes of a renamed column keep their data: build one for the new vectors before you search
     many.
@@ -107,6 +108,10 @@ class LanceTable:
     def _before(self) -> str:
         return self.column + BEFORE
 
+    @property
+    def _made_of(self) -> str:
+        return self.column + MADE_OF
+
     def _has(self, name: str) -> bool:
         return name in self.table.schema.names
 
@@ -127,7 +132,7 @@ class LanceTable:
         )
         n, plan, n_pending = self.table.count_rows(), self._plan(), None
         if plan is not None:
-            n_pending = self._n_null() if self._has(self._next) else self._n_unfilled(self._spool().held())
+            n_pending = self._n_pending(None if self._has(self._next) else self._spool().held())
         return TableFacts(
             n_rows=n,
             dim=self.table.schema.field(self.column).type.list_size,
@@ -161,8 +166,13 @@ class LanceTable:
         """Return width, stamp and work of the next vectors; the column tells of them once it is there."""
         if not self._has(self._next):
             return self._note(self.column, PLAN)
+        if not self._has(self._made_of):
+            raise WrongContent(
+                self.place, found=f"{self._next} alone", expected=f"{self._made_of} beside it; drop both to begin anew"
+            )
         dim = self.table.schema.field(self._next).type.list_size
-        return {"dim": dim, "space": self._note(self._next, STAMP), "work": self._note(self._next, WORK)}
+        notes = {name: self._note(self._next, key) for name, key in (("space", STAMP), ("work", WORK), ("text", TEXT))}
+        return {"dim": dim, **notes}
 
     def _planned(self) -> dict[str, Any]:
         plan = self._plan()
@@ -170,15 +180,28 @@ class LanceTable:
             raise ValueError(f"{self.place} must be prepared for an upgrade first, got none under way")
         return plan
 
-    def _n_null(self) -> int:
-        return self._scanner([], SCANNED_ROWS, f"`{self._next}` IS NULL").count_rows()
+    def _n_pending(self, held: Held | None) -> int:
+        """Count rows without a next vector of theirs: in what is held, or without it in the table."""
+        if held is not None and not len(held):
+            return self.table.count_rows()
+        text = self._planned()["text"]
+        columns = [self.id_column, self.column, *([text] if text else []), *([] if held else [self._made_of])]
+        batches = self._scanner(columns, SCANNED_ROWS).to_batches()
+        return sum(int((~self._is_made(batch, held)).sum()) for batch in batches)
 
-    def _n_unfilled(self, held: Held) -> int:
-        n_found = 0
-        if len(held):
-            for batch in self._scanner([self.id_column, self.column], SCANNED_ROWS).to_batches():
-                n_found += int((self._places(held, batch) >= 0).sum())
-        return self.table.count_rows() - n_found
+    def _sums(self, batch: Any) -> np.ndarray:
+        """Return the sum (b,) of each row's vector, and of its text where the upgrade began with one."""
+        text = self._planned()["text"]
+        texts = None if text is None else batch.column(text).to_pylist()
+        return row_sums(_to_rows(batch.column(self.column)), texts)
+
+    def _is_made(self, batch: Any, held: Held | None) -> np.ndarray:
+        """Tell which rows of a batch (b,) have a next vector that was made of what they are now."""
+        if held is not None:
+            return self._places(held, batch) >= 0
+        noted = batch.column(self._made_of)
+        known = noted.is_valid().to_numpy(zero_copy_only=False)
+        return known & (noted.fill_null(0).to_numpy(zero_copy_only=False) == self._sums(batch))
 
     def _spool(self) -> Spool:
         """Return where next vectors stand that are not in the table yet."""
@@ -193,7 +216,7 @@ class LanceTable:
         return self._filling
 
     def _places(self, held: Held, batch: Any) -> np.ndarray:
-        return held.find(batch.column(self.id_column), _to_rows(batch.column(self.column)))
+        return held.find(batch.column(self.id_column), self._sums(batch))
 
     def stamp(self, space: Mapping[str, Any]) -> None:
         """Keep with the vectors in use what space they are of, as metadata of their column."""
@@ -208,7 +231,7 @@ class LanceTable:
         """Note in the table that next vectors are under way; other work than that under way is refused."""
         self._check_local()
         self.table.checkout_latest()
-        wanted = {"dim": dim, "space": dict(space), "work": dict(work)}
+        wanted = {"dim": dim, "space": dict(space), "work": dict(work), "text": self.text_column}
         plan = self._plan()
         if plan is None:
             if self._has(self._before):
@@ -246,8 +269,9 @@ class LanceTable:
         """Yield batches of one version of the table; fragments may be of a few rows, and batches are not."""
         import pyarrow as pa
 
-        if self.text_column is not None:
-            columns = [*columns, self.text_column]
+        plan = self._plan()
+        texts = [self.text_column, None if plan is None else plan["text"]]
+        columns = list(dict.fromkeys([*columns, *(name for name in texts if name is not None)]))
         held, n_held = [], 0
         for found in self._scanner(columns, min(batch_rows, SCANNED_ROWS), where).to_batches():
             piece = found
@@ -291,19 +315,18 @@ class LanceTable:
 
     def pending(self, batch_rows: int = BATCH_ROWS) -> Iterator[TableBatch]:
         """Yield rows without a next vector, in a version of the table that does not move under the reader."""
-        columns = [self.id_column, self.column]
         self.table.checkout_latest()
-        if self._has(self._next):
-            for batch in self._batches(columns, batch_rows, f"`{self._next}` IS NULL"):
-                yield self._read(batch)
-            return
-        held = self._spool().held()
+        held = None if self._has(self._next) else self._spool().held()
+        columns = [self.id_column, self.column, *([self._made_of] if held is None else [])]
         for batch in self._batches(columns, batch_rows):
-            left = batch
-            if len(held):
-                left = batch.take(np.flatnonzero(self._places(held, batch) < 0))
+            left = batch if held is not None and not len(held) else batch.filter(self._left(batch, held))
             if left.num_rows:
                 yield self._read(left)
+
+    def _left(self, batch: Any, held: Held | None) -> Any:
+        import pyarrow as pa
+
+        return pa.array(~self._is_made(batch, held))
 
     def fill(self, batch: TableBatch, rows: np.ndarray) -> None:
         """Keep next vectors by id: beside the table, or in one version of it once it has the column of them.
@@ -315,21 +338,33 @@ class LanceTable:
         if not len(batch.keys):
             return
         self.table.checkout_latest()
-        self._planned()
+        plan = self._planned()
         ids = pa.array(batch.keys.tolist(), type=self.table.schema.field(self.id_column).type)
+        stored = self.table.schema.field(self.column).type.value_type
+        sums = row_sums(np.asarray(batch.rows, dtype=_read_dtype(stored)), self._texts_of(batch, plan["text"]))
         if not self._has(self._next):
-            stored = self.table.schema.field(self.column).type.value_type
-            self._spool().add(ids, np.asarray(batch.rows, dtype=_read_dtype(stored)), rows)
+            self._spool().add(ids, sums, rows)
             return
         lists = vector_lists(rows, self.table.schema.field(self._next).type)
-        made = pa.table({self.id_column: ids, self._next: lists})
+        made = pa.table({self.id_column: ids, self._next: lists, self._made_of: pa.array(sums)})
         self.table.merge_insert(self.id_column).when_matched_update_all().execute(made)
+
+    def _texts_of(self, batch: TableBatch, text: str | None) -> list[Any] | None:
+        """Return the texts that a batch was made of: those it was read with, or what the table holds now."""
+        if text is None or (batch.texts is not None and self.text_column == text):
+            return batch.texts if text is not None else None
+        found: dict[Any, Any] = {}
+        wanted = set(batch.keys.tolist())
+        for piece in self._scanner([self.id_column, text], SCANNED_ROWS).to_batches():
+            pairs = zip(piece.column(self.id_column).to_pylist(), piece.column(text).to_pylist(), strict=True)
+            found |= {key: said for key, said in pairs if key in wanted}
+        return [found.get(key) for key in batch.keys.tolist()]
 
     def seal(self) -> None:
         """Write the column of next vectors, all or none of them; where it stands, look for rows without one."""
         self.table.checkout_latest()
         if self._has(self._next):
-            self._refuse_missing(self._n_null())
+            self._refuse_missing(self._n_pending(None))
         for left in reversed(range(ATTEMPTS)):
             if self._has(self._next):
                 break
@@ -348,9 +383,10 @@ class LanceTable:
         plan, spool = self._planned(), self._spool()
         dataset, held = self.table.to_lance(), spool.held()
         self._check_ids(dataset)
-        self._refuse_missing(self._n_unfilled(held))
-        notes = _as_notes({STAMP: plan["space"], WORK: plan["work"]})
-        schema = pa.schema([pa.field(self._next, spool.kind, metadata=notes)])
+        self._refuse_missing(self._n_pending(held))
+        notes = _as_notes({STAMP: plan["space"], WORK: plan["work"], TEXT: plan["text"]})
+        notes = {key: value for key, value in notes.items() if value is not None}
+        schema = pa.schema([pa.field(self._next, spool.kind, metadata=notes), pa.field(self._made_of, pa.uint32())])
         raised: list[BaseException] = []
 
         @self._lance.batch_udf(output_schema=schema)
@@ -359,7 +395,7 @@ class LanceTable:
                 places = held.find(batch.column(self.id_column))
                 if (places < 0).any():
                     raise WrongContent(self.place, found="other ids", expected="those that were filled")
-                return pa.record_batch([held.take(places)], schema=schema)
+                return pa.record_batch([held.take(places), pa.array(held.sums(places))], schema=schema)
             except BaseException as error:
                 raised.append(error)
                 raise
@@ -388,12 +424,14 @@ class LanceTable:
         self._filling = None
 
     def pairs(self, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[TableBatch, np.ndarray]]:
-        """Yield every row with its next vector, or NaN."""
+        """Yield every row with its next vector; NaN where it has none or has changed."""
         self.table.checkout_latest()
         columns, plan = [self.id_column, self.column], self._planned()
         if self._has(self._next):
-            for batch in self._batches([*columns, self._next], batch_rows):
-                yield self._read(batch), _to_rows(batch.column(self._next))
+            for batch in self._batches([*columns, self._next, self._made_of], batch_rows):
+                rows = np.array(_to_rows(batch.column(self._next)))
+                rows[~self._is_made(batch, None)] = np.nan
+                yield self._read(batch), rows
             return
         spool = self._spool()
         held, dtype = spool.held(), _read_dtype(spool.kind.value_type)
@@ -404,7 +442,10 @@ class LanceTable:
             yield self._read(batch), rows
 
     def switch(self, verb: str) -> None:
-        """Cut over, roll back or forget, each in one version of the table."""
+        """Cut over, roll back or forget, each in one version of the table.
+
+        What others commit at the same time is kept; :meth:`cut_over_if` refuses to cut over then.
+        """
         check_verb(verb)
         self.table.checkout_latest()
         has_next, has_before = self._has(self._next), self._has(self._before)
@@ -420,8 +461,28 @@ class LanceTable:
             self._rename({self.column: self._next, self._before: self.column})
         else:
             self._tidy()
-            if has_before or has_next:
-                self.table.drop_columns([self._before if has_before else self._next])
+            gone = [self._before if has_before else self._next, self._made_of]
+            if gone := [name for name in gone if self._has(name)]:
+                self.table.drop_columns(gone)
+
+    def cut_over_if(self, unchanged: Callable[[], Any]) -> None:
+        """Cut over as ``unchanged`` finds the table: it raises where that is not to be.
+
+        Commits are numbered. If another one came between the look and the renames, these are taken back in a further
+        version, and it is refused; readers may see the next vectors between these two versions.
+
+        Raises
+        ------
+        ValueError
+            Another commit came in between.
+        """
+        self.table.checkout_latest()
+        seen = self.table.version
+        unchanged()
+        self.switch("cut over")
+        if self.table.version != seen + 1:
+            self.switch("roll back")
+            raise ValueError(f"{self.place} must stand still while it is cut over, got other commits; check again")
 
     def _rename(self, names: Mapping[str, str]) -> None:
         self.table.alter_columns(*({"path": old, "rename": new} for old, new in names.items()))

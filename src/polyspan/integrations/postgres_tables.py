@@ -1,7 +1,7 @@
 """A PostgreSQL table, with pgvector or plain arrays, as a store that can be upgraded: next vectors are a column."""
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,8 +26,8 @@ class PostgresTable:
 
     ``VECTOR__made_of`` holds a sum of the vector, and of the text where one is named, that each next vector was made
     of: rows that others change are found to be pending again. :meth:`digest` lets the server read the whole table; an
-    upgrade calls it at the check and at the cut-over, so that what changes between these two is seen; writes during the
-    cut-over itself are not.
+    upgrade calls it at the check and at the cut-over. :meth:`cut_over_if` keeps writers waiting from that look until
+    the columns have their new names, so that no write is lost between the two.
 
     Parameters
     ----------
@@ -388,6 +388,19 @@ class PostgresTable:
             with self._told(), self.connection.transaction():
                 self._run("ALTER TABLE {table} DROP COLUMN {old}", old=self._before if has_before else self._next)
                 self._run("ALTER TABLE {table} DROP COLUMN IF EXISTS {made_of}")
+
+    def cut_over_if(self, unchanged: Callable[[], Any]) -> None:
+        """Cut over in one transaction that begins by a lock, if ``unchanged`` raises nothing.
+
+        ``SHARE ROW EXCLUSIVE`` waits for writers that are under way and keeps further ones waiting; readers go on until
+        the renames, which wait for them. A writer that has waited then writes into the column of the new vectors: stop
+        those that send old ones. A transaction that has read the table and then writes to it deadlocks with the
+        renames, and the server ends one of the two; the table is then as it was.
+        """
+        with self._told(), self.connection.transaction():
+            self._run("LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
+            unchanged()
+            self.switch("cut over")
 
     def _rename(self, names: Mapping[str, str]) -> None:
         with self._told(), self.connection.transaction():

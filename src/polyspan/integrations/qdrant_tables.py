@@ -3,7 +3,7 @@
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,12 @@ class QdrantTable:
     be asked for. So :meth:`facts` takes the count and the kind of the vectors from the server and reads the ids,
     vectors and payloads of at most 752 points, spread over the order of the ids: another number of points is seen
     there, and a point that changes if it is among these. :meth:`digest` reads the whole collection; an upgrade calls
-    it once at the check and once at the cut-over, and whatever changes between these two is seen. Not seen are
-    other vectors of a point (not the one that is upgraded) that change between fill and check, writes of others to the
-    next collection after the check, and writes during the cut-over itself. Indexes of payload fields, aliases of other
-    names and the number of shards and replicas are not carried: set them on the new collection before the cut-over.
+    it at the check, before the switch of the alias and after it (:meth:`cut_over_if`), and whatever changes between
+    these is seen. Not seen are other vectors of a point (not the one that is upgraded) that change between fill and
+    check, writes of others to the next collection after the check, and writes that reach the old collection, under its
+    own name or late, after it was read the last time: a server has no lock that would keep them out. Indexes of payload
+    fields, aliases of other names and the number of shards and replicas are not carried: set them on the new collection
+    before the cut-over.
 
     Parameters
     ----------
@@ -143,7 +145,10 @@ class QdrantTable:
 
     def digest(self) -> str:
         """Return a digest of ids, vectors and payloads of the whole collection in use, in the order of its ids."""
-        return _digest(self._scroll(self.collection, PAGE, vectors=True))
+        return self._whole(self.collection)
+
+    def _whole(self, collection: str) -> str:
+        return _digest(self._scroll(collection, PAGE, vectors=True))
 
     def _sample(self, collection: str, n: int) -> Iterator[list[Any]]:
         """Yield points from places that depend on n alone.
@@ -326,6 +331,25 @@ class QdrantTable:
             self._put_note(own, {k: v for k, v in self._note(own).items() if k != BEFORE})
         elif (coming := self._next()) is not None:
             self.client.delete_collection(coming)
+
+    def cut_over_if(self, unchanged: Callable[[], Any]) -> None:
+        """Cut over as ``unchanged`` finds the collection; it returns the :meth:`digest` that it was found to have.
+
+        Once the alias names the new collection, the old one is read again: what came in between is not in the new one.
+
+        Raises
+        ------
+        ValueError
+            Something did; the alias then names the old collection again. What was written under the alias to the new
+            collection in the meantime stays there.
+        """
+        own, contents = self.collection, unchanged()
+        self.switch("cut over")
+        if self._whole(own) != contents:
+            self.switch("roll back")
+            raise ValueError(
+                f"{self.place} must not be written to while it is cut over, got other contents; fill again"
+            )
 
     def _point_to(self, collection: str) -> None:
         m = self._models

@@ -53,8 +53,11 @@ class Upgrade(PlannedUpgrade):
     folder : path-like
         Made where it does not exist.
     table : VectorTable
-        A store whose ``facts`` look at a sample alone has ``digest()`` as well, which reads all: it is called once at
-        the check and once at the cut-over. One whose keys are row numbers says ``numbered = True``.
+        A store whose ``facts`` look at a sample alone has ``digest()`` as well, which reads all: it is called at the
+        check and at the cut-over. One that can keep writers out, or see that there were some, has
+        ``cut_over_if(unchanged)``: it calls ``unchanged()``, which raises ``ValueError`` where the store is not as it
+        was at the check and returns that digest (or None), and cuts over. One whose keys are row numbers says
+        ``numbered = True``.
     encoder : Encoder, optional
         The new model; needed to plan, and to fill where items are embedded again.
     texts : mapping of id to str, or sequence of str, optional
@@ -393,17 +396,29 @@ class Upgrade(PlannedUpgrade):
         ValueError
             There was no such check, or the store has changed.
         """
-        checked, facts = self._read("upgrade.json").get("checked"), self.table.facts()
-        if not (facts.has_before and facts.next_dim is None):
-            if not checked or not checked["ok"]:
-                raise ValueError("next vectors must have passed a check before they come in use, got none that passed")
-            same = checked["state"] == dict(facts.state) and not facts.n_pending
-            if not same or checked.get("contents") != self._contents():
-                raise ValueError(
-                    "the store must not change between check and cut-over, got other contents; fill and check again"
-                )
-        self.table.switch("cut over")
+        facts = self.table.facts()
+        guarded = getattr(self.table, "cut_over_if", None)
+        if facts.has_before and facts.next_dim is None:
+            self.table.switch("cut over")
+        elif guarded is not None:
+            guarded(self._refuse_changes)
+        else:
+            self._refuse_changes()
+            self.table.switch("cut over")
         self._done("cut over")
+
+    def _refuse_changes(self) -> str | None:
+        """Raise where the store is not as it was at a check that was good; return the digest of its contents."""
+        checked, facts = self._read("upgrade.json").get("checked"), self.table.facts()
+        if not checked or not checked["ok"]:
+            raise ValueError("next vectors must have passed a check before they come in use, got none that passed")
+        same = checked["state"] == dict(facts.state) and not facts.n_pending
+        contents = self._contents() if same else None
+        if not same or checked.get("contents") != contents:
+            raise ValueError(
+                "the store must not change between check and cut-over, got other contents; fill and check again"
+            )
+        return contents
 
     def roll_back(self) -> None:
         """Put the old vectors in use again; done once, it does nothing."""
