@@ -1,3 +1,4 @@
+import inspect
 import math
 import warnings
 
@@ -20,6 +21,7 @@ from polyspan.align import (
     relaxed_orthogonality,
 )
 from polyspan.align._paired_training import Maps, contrast, losses, same_kind
+from polyspan.align.relaxed_linear import spectral_orthogonality
 from polyspan.claims.lambda_orthogonality import planted
 from polyspan.errors import WrongContent
 from polyspan.linalg import mean_average_precision, random_orthogonal
@@ -47,6 +49,7 @@ def pair(n=240, d_new=12, d_old=12, n_classes=6, seed=0):
         RelaxedOrthogonalAdapter("orthogonal", **FAST),
         RelaxedOrthogonalAdapter("affine", forward="mlp", hidden=4, init="random", dim_match="pad", **FAST),
         RelaxedOrthogonalAdapter(lam="auto", **FAST),
+        RelaxedOrthogonalAdapter("srip", **FAST),
     ]
 )
 def test_sklearn_contract(estimator, check):
@@ -106,6 +109,66 @@ def test_a_bound_on_the_slope_cuts_the_gradient_and_not_the_value():
     assert float(free.detach()) == pytest.approx(float(cut.detach()))
     steep, gentle = (torch.autograd.grad(value, W)[0] for value in (free, cut))
     torch.testing.assert_close(gentle * (0.5 + 15) / 2, steep)
+
+
+def literal_srip(W, v, n_iter):
+    A = W @ W.T - np.eye(len(W)) if W.shape[0] <= W.shape[1] else W.T @ W - np.eye(W.shape[1])
+    u = v
+    for _ in range(n_iter - 1):
+        u = A @ u
+    return np.linalg.norm(A @ u) / np.linalg.norm(u), np.linalg.norm(A, 2)
+
+
+@settings(max_examples=25)
+@given(rows=st.integers(1, 6), cols=st.integers(1, 6), n_iter=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
+def test_the_spectral_penalty_is_a_power_iteration_and_never_above_the_spectral_norm(rows, cols, n_iter, seed):
+    rng = np.random.default_rng(seed)
+    W, v = rng.normal(size=(rows, cols)), rng.normal(size=min(rows, cols))
+    expected, norm = literal_srip(W, v, n_iter)
+    found = float(spectral_orthogonality(torch.tensor(W), n_iter=n_iter, start=torch.tensor(v)))
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert found <= norm * (1 + 1e-12)
+
+
+def test_many_products_find_the_spectral_norm_whatever_its_sign():
+    Q = random_orthogonal(5, rng=np.random.default_rng(0))
+    for values in ((1.0, 1.0, 1.0, 1.0, 1.5), (1.0, 1.0, 1.0, 0.9, 0.1)):
+        W = Q * np.array(values)
+        found = float(spectral_orthogonality(torch.tensor(W), n_iter=60, generator=torch.Generator().manual_seed(0)))
+        assert found == pytest.approx(np.linalg.norm(W @ W.T - np.eye(5), 2), rel=1e-9)
+
+
+def test_the_spectral_penalty_has_its_true_gradient_and_none_at_an_isometry():
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda w: spectral_orthogonality(w, start=v), (W,))
+    Q = torch.eye(4, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(spectral_orthogonality(Q), Q)
+    np.testing.assert_array_equal(grad, np.zeros((4, 4)))
+    half = spectral_orthogonality(2 * torch.eye(3, dtype=torch.float16))
+    assert half.dtype == torch.float32
+    assert float(half) == pytest.approx(3.0)
+    with pytest.raises(ValueError, match="n_iter must be at least 1, got 0"):
+        spectral_orthogonality(W, n_iter=0)
+    with pytest.raises(ValueError, match=r"start must have shape \(2, 3\), got \(2, 4\)"):
+        spectral_orthogonality(W, start=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="weight must be a matrix"):
+        inspect.unwrap(spectral_orthogonality)(v[0])
+
+
+def test_the_spectral_penalty_keeps_the_map_nearer_to_the_rotations_than_none_does():
+    X, Y, labels = pair(seed=4)
+    settings = {"max_iter": 60, "learning_rate": 3e-3, "device": "cpu", "random_state": 0}
+    held, again, free = (
+        RelaxedOrthogonalAdapter(mode, **settings).fit(X, Y, labels) for mode in ("srip", "srip", "affine")
+    )
+    np.testing.assert_array_equal(held.weights_, again.weights_)
+    # The penalty has slope 1 where the map begins; the other terms pull the free map to a deviation above 1.
+    worst = [np.abs(model.singular_values_**2 - 1).max() for model in (held, free)]
+    assert 1e-4 < worst[0] < 0.5 * worst[1]
+    assert held.lam_ is None
+    assert all(epoch["penalty"] > 0 for epoch in held.history_)
 
 
 def test_the_penalty_of_a_model_is_the_sum_over_its_linear_layers():

@@ -267,7 +267,7 @@ def test_blocks_do_not_change_what_is_retrieved(monkeypatch):
     X, Y, A, B = held(12)
     fitted = SubspaceAligner(4, method="local_cka").fit(X, Y)
     whole = fitted.retrieve(A, B, 5)
-    monkeypatch.setattr("polyspan.align.subspace_alignment.BLOCK_BYTES", 8 * len(B) * 7)
+    monkeypatch.setattr("polyspan.align._pair_matching.BLOCK_BYTES", 8 * len(B) * 7)
     for one, other in zip(whole, fitted.retrieve(A, B, 5), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)
 
@@ -447,7 +447,7 @@ def test_queries_that_do_not_fit_are_refused(monkeypatch):
             fitted.retrieve(A, B, k)
     with pytest.raises(ValueError, match="candidates must be at least 1, got 0"):
         fitted.match(A, B, candidates=0)
-    monkeypatch.setattr("polyspan.align.subspace_alignment.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("polyspan.align._pair_matching.available_memory_bytes", lambda: 1000)
     with pytest.raises(ValueError, match="60 by 60: 86,400 bytes; give candidates="):
         fitted.match(A, B)
     assert len(fitted.match(A, B, candidates=60).rows) == 60

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from polyspan.align import (
+    BasisTransformationHead,
+    BasisTransformationLoss,
+    BasisTransformationOutput,
     CompatibleOutput,
     OrthogonalCompatibleHead,
     OrthogonalCompatibleLoss,
@@ -121,6 +124,16 @@ class CompatibleTotal(OrthogonalCompatibleLoss):
         return super().forward(out, logits.detach().argmax(dim=-1))["total"]
 
 
+class BasisTotal(BasisTransformationLoss):
+    """The loss of tensors alone, one number an item, against each item's likeliest class."""
+
+    def forward(self, logits, compatible):
+        v = compatible[:, :3] / compatible[:, :3].norm(dim=-1, keepdim=True)
+        out = BasisTransformationOutput(logits, compatible, v, compatible)
+        old = torch.ones_like(compatible)
+        return super().forward(out, logits.detach().argmax(dim=-1), old, old[:, :3])["total"]
+
+
 def logits_and_vectors(batch, generator):
     return torch.randn(batch, 4, generator=generator), torch.randn(batch, 5, generator=generator)
 
@@ -165,6 +178,15 @@ CASES = {
     "checkpoints.MergedExperts": [ModuleCase(RoutedExperts, normals((8,), (5,)), compiles=False)],
     "checkpoints.SparseDictionaryLinear": [ModuleCase(sparse_dictionary, normal(4, 12))],
     "checkpoints.TuckerAdapterModel": [ModuleCase(adapted, normal(2, 5))],
+    "align.BasisTransformationHead": [
+        ModuleCase(
+            lambda how=how, **kw: Joined(BasisTransformationHead(9, 5, 6, 4, 3, orthogonal_map=how, **kw)), normal(9)
+        )
+        for how in ("cayley", "matrix-exp", "householder", "retraction")
+    ],
+    "align.BasisTransformationLoss": [
+        ModuleCase(lambda **kw: BasisTotal(torch.eye(5)[:4], reduction="none", **kw), logits_and_vectors)
+    ],
     "align.OrthogonalCompatibleHead": [
         ModuleCase(lambda how=how, **kw: OrthogonalCompatibleHead(9, 5, 4, 3, orthogonal_map=how, **kw), normal(9))
         for how in ("cayley", "matrix-exp", "householder", "retraction")

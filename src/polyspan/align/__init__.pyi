@@ -7,6 +7,10 @@ from .backfilling import backfill_batches as backfill_batches
 from .backfilling import backfill_curve as backfill_curve
 from .backfilling import backfill_distances as backfill_distances
 from .backfilling import backfill_order as backfill_order
+from .basis_transformation import BasisTransformationClassifier as BasisTransformationClassifier
+from .basis_transformation import BasisTransformationHead as BasisTransformationHead
+from .basis_transformation import BasisTransformationLoss as BasisTransformationLoss
+from .basis_transformation import BasisTransformationOutput as BasisTransformationOutput
 from .canonical_correlation import CanonicalCorrelation as CanonicalCorrelation
 from .choosing import AlignerChoice as AlignerChoice
 from .choosing import AlignerScore as AlignerScore
@@ -27,6 +31,8 @@ from .compatible_training import CompatibleClassifier as CompatibleClassifier
 from .compatible_training import CompatibleOutput as CompatibleOutput
 from .compatible_training import OrthogonalCompatibleHead as OrthogonalCompatibleHead
 from .compatible_training import OrthogonalCompatibleLoss as OrthogonalCompatibleLoss
+from .forward_compatible import FastFillMap as FastFillMap
+from .forward_compatible import ForwardCompatibleMap as ForwardCompatibleMap
 from .inverse_graph import Hubness as Hubness
 from .inverse_graph import InverseGraphConvolution as InverseGraphConvolution
 from .inverse_graph import RateChoice as RateChoice
@@ -42,6 +48,10 @@ from .orthogonal_map import MeanShift as MeanShift
 from .orthogonal_map import OrthogonalMap as OrthogonalMap
 from .orthogonal_map import ResidualMLPMap as ResidualMLPMap
 from .orthogonal_map import RidgeMap as RidgeMap
+from .pair_scorers import ContrastiveProjections as ContrastiveProjections
+from .pair_scorers import KernelCanonicalCorrelation as KernelCanonicalCorrelation
+from .pair_scorers import PrincipalSubspaceAligner as PrincipalSubspaceAligner
+from .pair_scorers import RelativeRepresentation as RelativeRepresentation
 from .point_clouds import Mesh as Mesh
 from .point_clouds import chamfer_distance as chamfer_distance
 from .point_clouds import normalize_points as normalize_points
@@ -52,6 +62,7 @@ from .point_encoder import train_point_encoder as train_point_encoder
 from .relaxed_linear import RelaxedOrthogonalLinear as RelaxedOrthogonalLinear
 from .relaxed_linear import orthogonality_penalty as orthogonality_penalty
 from .relaxed_linear import relaxed_orthogonality as relaxed_orthogonality
+from .relaxed_linear import spectral_orthogonality as spectral_orthogonality
 from .relaxed_orthogonal import RelaxedOrthogonalAdapter as RelaxedOrthogonalAdapter
 from .subspace_alignment import Match as Match
 from .subspace_alignment import SubspaceAligner as SubspaceAligner

@@ -118,3 +118,8 @@ def scale_rows(X: np.ndarray, *, slack: float = 0.0) -> tuple[np.ndarray, np.nda
         with np.errstate(over="ignore"):
             lengths[odd] = most * inner
     return made, lengths
+
+
+def rms_length(A: np.ndarray) -> float:
+    """Return the root mean square length of rows, or 1 where all are zero: what to divide by to lose the unit."""
+    return float(np.sqrt(np.mean(np.sum(A**2, axis=1)))) or 1.0

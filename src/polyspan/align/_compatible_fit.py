@@ -15,9 +15,6 @@ from polyspan.errors import NotConverged
 from polyspan.io import load_fitted, remove_file, save_fitted
 from polyspan.run import Progress, layers_draw_from
 
-from ._compatible_head import OrthogonalCompatibleHead, OrthogonalCompatibleLoss
-
-TERMS = ("ce", "bct", "cos", "total")
 PREDICT_ROWS = 4096
 KIND = "CompatibleTraining"
 
@@ -38,7 +35,9 @@ class Recipe(NamedTuple):
 class Encoder(nn.Module):
     """Backbone and head, which are trained together."""
 
-    def __init__(self, backbone: nn.Module, head: OrthogonalCompatibleHead):
+    head: Any
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
@@ -91,16 +90,18 @@ def factor(step: int, per_epoch: int, recipe: Recipe) -> float:
 
 def train(
     encoder: Encoder,
-    loss: OrthogonalCompatibleLoss,
+    loss: nn.Module,
     rows: np.ndarray,
     labels: np.ndarray,
     recipe: Recipe,
     generator: torch.Generator,
     fingerprint: str,
+    beside: Sequence[np.ndarray] = (),
 ) -> list[dict[str, float]]:
     """Train in place and return the mean terms of every epoch; with a checkpoint, go on after the last one written.
 
-    A loss that is not finite ends training at the epoch before, with a warning.
+    ``loss`` is called with the encoder's output, the labels, and the batch's rows of what stands ``beside``. A loss
+    that is not finite ends training at the epoch before, with a warning.
 
     Raises
     ------
@@ -111,6 +112,7 @@ def train(
     optimiser = torch.optim.Adam(encoder.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     history = _resume(encoder, optimiser, recipe, generator, fingerprint)
     targets = torch.as_tensor(labels, device=device)
+    others = [torch.as_tensor(part, dtype=torch.float32, device=device) for part in beside]
     per_epoch = len(batches(len(rows), recipe.batch_size, torch.Generator().manual_seed(0)))
     half = recipe.precision == "bfloat16"
     encoder.train()
@@ -121,27 +123,27 @@ def train(
         shown.advance(len(history))
         for epoch in range(len(history), recipe.max_iter):
             kept = copy.deepcopy(encoder.state_dict())
-            sums = torch.zeros(len(TERMS), device=device)
+            sums: dict[str, Any] = {}
             # The global generator is ours here.
             for i, chosen in enumerate(batches(len(rows), recipe.batch_size, torch.default_generator)):
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.learning_rate * factor(epoch * per_epoch + i, per_epoch, recipe)
-                x = torch.as_tensor(rows[chosen.numpy()], dtype=torch.float32).to(device)
+                x, own = torch.as_tensor(rows[chosen.numpy()], dtype=torch.float32).to(device), chosen.to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                    terms = loss(encoder(x), targets[chosen.to(device)])
+                    terms = loss(encoder(x), targets[own], *(part[own] for part in others))
                 optimiser.zero_grad(set_to_none=True)
                 terms["total"].backward()
                 optimiser.step()
                 encoder.head.retract_()
-                sums += torch.stack([terms[name].detach().float() for name in TERMS])
-            means = dict(zip(TERMS, (sums / per_epoch).tolist(), strict=True))
+                sums = {name: sums.get(name, 0) + term.detach().float() for name, term in terms.items()}
+            means = {name: float(value) / per_epoch for name, value in sums.items()}
             if not all(map(math.isfinite, means.values())):
                 encoder.load_state_dict(kept)
                 _stopped(len(history), recipe.learning_rate)
                 break
             history.append(means)
             _keep(encoder, optimiser, recipe, history, fingerprint)
-            shown.advance(**means)
+            shown.advance(1, **means)
     if recipe.checkpoint is not None:
         remove_file(recipe.checkpoint)
     return history
@@ -151,7 +153,7 @@ def _stopped(n_epochs: int, learning_rate: float) -> None:
     text = f"the loss is no longer finite after {n_epochs} epochs; try a learning_rate below {learning_rate:g}"
     if n_epochs == 0:
         raise NotConverged(text)
-    warnings.warn(text + "; the weights of the epoch before are kept", stacklevel=4)
+    warnings.warn(text + "; the weights of the epoch before are kept", stacklevel=5)
 
 
 def _keep(encoder: Encoder, optimiser: Any, recipe: Recipe, history: list, fingerprint: str) -> None:

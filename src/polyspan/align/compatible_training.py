@@ -112,6 +112,8 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
     n_iter_ : int
     """
 
+    _facts: tuple[str, ...] = ("old_dim_", "old_unit_", "n_features_in_", "history_")
+
     classes_: np.ndarray
     encoder_: Encoder
     prototypes_: np.ndarray | None
@@ -192,7 +194,10 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
             Old vectors are not of length 1; an old model puts a class where it had another one; the loss stopped being
             finite.
         """
-        check_kind(X, "X")
+        return self._learn(X, y, old)
+
+    def _learn(self, X, y, old, new=None) -> Any:
+        check_kind(X, "X", 3)
         X, y = validate_data(self, X, y, dtype=FLOATS)
         check_classification_targets(y)
         self._check_parameters()
@@ -205,24 +210,14 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
         self.prototypes_ = self.separability_ = self.old_unit_ = None
         if old_rows is not None:
             unit = unit_rows(old_rows, "old")
-            self.old_unit_ = tell_of_lengths(old_rows, "old", 2)
+            self.old_unit_ = tell_of_lengths(old_rows, "old", 3)
             self.prototypes_ = class_prototypes(unit, labels, len(classes))
             self.separability_ = prototype_separability(unit, labels, self.prototypes_)
             if isinstance(old, CompatibleClassifier):
                 _tell_of_other_classes(old, classes, self.prototypes_)
         self.old_dim_ = int(self.embedding_dim if old_rows is None else old_rows.shape[1])
-        encoder = self._build(X, len(classes), generator)
-        weights = self.separability_ if self.prototype_weights == "separability" else None
-        loss = OrthogonalCompatibleLoss(
-            self.prototypes_,
-            w_ce=self.w_ce,
-            w_bct=self.w_bct,
-            w_cos=self.w_cos,
-            label_smoothing=self.label_smoothing,
-            tau=self.tau,
-            class_weights=weights,
-            dtype=torch.float32,
-        )
+        beside = () if old_rows is None else self._beside(X, y, old_rows, new)
+        encoder, loss = self._build(X, len(classes), generator), self._loss()
         device = pick_device(self.device)
         recipe = Recipe(
             self.learning_rate,
@@ -234,13 +229,29 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
             None if self.checkpoint is None else Path(self.checkpoint),
             self.verbose,
         )
-        marks = "" if self.checkpoint is None else self._fingerprint(X, labels, old_rows)
-        self.history_ = train(encoder.to(device), loss.to(device), X, labels, recipe, generator, marks)
+        marks = "" if self.checkpoint is None else self._fingerprint(X, labels, old_rows, *beside)
+        self.history_ = train(encoder.to(device), loss.to(device), X, labels, recipe, generator, marks, beside)
         self.encoder_ = encoder.eval().cpu()
         self.classes_, self.n_iter_ = classes, len(self.history_)
         self._n_features_out = encoder.head.width
         self.class_means_ = class_prototypes(self.transform(X), labels, len(classes))
         return self
+
+    def _beside(self, X: np.ndarray, y: np.ndarray, old_rows: np.ndarray, new: Any) -> tuple[np.ndarray, ...]:
+        """Return what the loss takes of each row besides its label."""
+        return ()
+
+    def _loss(self) -> nn.Module:
+        return OrthogonalCompatibleLoss(
+            self.prototypes_,
+            w_ce=self.w_ce,
+            w_bct=self.w_bct,
+            w_cos=self.w_cos,
+            label_smoothing=self.label_smoothing,
+            tau=self.tau,
+            class_weights=self.separability_ if self.prototype_weights == "separability" else None,
+            dtype=torch.float32,
+        )
 
     def transform(self, X, *, width: int | None = None) -> np.ndarray:
         """Return the vectors to store and search with, unit rows (n, d + e), in the float width of ``X``.
@@ -281,7 +292,7 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
         init = constructor_params(self)
         own = isinstance(init["backbone"], nn.Module)
         init |= {"backbone": "module" if own else init["backbone"], "hidden": list(self.hidden), "checkpoint": None}
-        facts = {name: getattr(self, name) for name in ("old_dim_", "old_unit_", "n_features_in_", "history_")}
+        facts = {name: getattr(self, name) for name in self._facts}
         facts["classes"] = header_classes(self.classes_)
         arrays = {f"encoder.{name}": value.cpu() for name, value in self.encoder_.state_dict().items()}
         for name in ("prototypes_", "separability_", "class_means_"):
@@ -292,7 +303,7 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
 
     @classmethod
     def load(cls, path: Path | str, *, backbone: nn.Module | None = None) -> "CompatibleClassifier":
-        """Read an encoder that :meth:`save` wrote.
+        """Read an encoder that :meth:`save` wrote; from this class also one of :class:`BasisTransformationClassifier`.
 
         Parameters
         ----------
@@ -306,12 +317,13 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
         ValueError
             The backbone is missing.
         """
-        found = load_fitted(Path(path), kind=cls.__name__)
+        kinds = cls._kinds()
+        found = load_fitted(Path(path), kind=tuple(kinds))
         init, facts = dict(found.params["init"]), dict(found.params["facts"])
         if init["backbone"] == "module" and backbone is None:
             raise ValueError(f"backbone must be the module that {path} was fitted with, got None")
         init["backbone"], init["hidden"] = backbone or init["backbone"], tuple(init["hidden"])
-        made = cls(**init)
+        made = kinds[found.kind](**init)
         made.classes_ = classes_of(facts.pop("classes"))
         for name, value in facts.items():
             setattr(made, name, value)
@@ -329,48 +341,57 @@ class CompatibleClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Tra
         made.n_iter_, made._n_features_out = len(made.history_), made.encoder_.head.width
         return made
 
+    @classmethod
+    def _kinds(cls) -> dict[str, type["CompatibleClassifier"]]:
+        """Return the classes, by name, whose files :meth:`load` reads."""
+        from .basis_transformation import BasisTransformationClassifier
+
+        return {kind.__name__: kind for kind in (CompatibleClassifier, BasisTransformationClassifier)}
+
     def _run(self, X, method: str) -> np.ndarray:
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=FLOATS)
         return run_rows(self.encoder_.to(pick_device(self.device)), X, method)
 
     def _build(self, X: np.ndarray, n_classes: int, generator: torch.Generator) -> Encoder:
-        extra = self.extra_dim if self.prototypes_ is not None else 0
         with layers_draw_from(generator):
             if isinstance(self.backbone, nn.Module):
                 backbone = copy.deepcopy(self.backbone).cpu()
             else:
                 backbone = multilayer_perceptron(X.shape[1], self.hidden)
             width = output_width(backbone, torch.tensor(X[:1], dtype=torch.float32))
-            head = OrthogonalCompatibleHead(
-                width,
-                self.old_dim_,
-                n_classes,
-                extra,
-                orthogonal_map=self.orthogonal_map,
-                use_transform=self.use_transform,
-                bias=self.bias,
-                dtype=torch.float32,
-            )
-        return Encoder(backbone, head)
+            return Encoder(backbone, self._head(width, n_classes))
 
-    def _old_rows(self, old: Any, X: np.ndarray) -> np.ndarray:
+    def _head(self, width: int, n_classes: int) -> nn.Module:
+        return OrthogonalCompatibleHead(
+            width,
+            self.old_dim_,
+            n_classes,
+            self.extra_dim if self.prototypes_ is not None else 0,
+            orthogonal_map=self.orthogonal_map,
+            use_transform=self.use_transform,
+            bias=self.bias,
+            dtype=torch.float32,
+        )
+
+    def _old_rows(self, old: Any, X: np.ndarray, name: str = "old") -> np.ndarray:
+        """Return the vectors of the rows of ``X`` by another encoder, given as such, as a model or as a function."""
         if hasattr(old, "transform"):
             rows = old.transform(X)
         elif callable(old) and not hasattr(old, "shape"):
             rows = old(X)
         else:
             rows = old
-        rows = as_rows(rows, "old")
+        rows = as_rows(rows, name)
         if len(rows) != len(X):
-            raise ValueError(f"old must have one vector a row of X ({len(X)}), got {len(rows)}")
+            raise ValueError(f"{name} must have one vector a row of X ({len(X)}), got {len(rows)}")
         return rows
 
-    def _fingerprint(self, X, labels, old_rows) -> str:
+    def _fingerprint(self, *arrays) -> str:
         params = {name: value for name, value in self.get_params(deep=False).items() if name not in _NOT_IN_MARKS}
         params["backbone"] = str(self.backbone)
         params["random_state"] = str(self.random_state)
-        marks = [digest_array(part) for part in (X, labels, old_rows) if part is not None]
+        marks = [digest_array(part) for part in arrays if part is not None]
         return hashlib.sha256((dump_json(params) + "".join(marks)).encode()).hexdigest()
 
     def _check_parameters(self) -> None:
@@ -409,5 +430,5 @@ def _tell_of_other_classes(old: CompatibleClassifier, classes: np.ndarray, proto
         warnings.warn(
             f"{len(moved)} of {len(shared)} classes of one name lie elsewhere for the old model: {told}; were classes "
             "renamed or reordered?",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -139,7 +139,7 @@ def _put_together(n: float, shared: float, scores: np.ndarray, sides: Any, inner
 
 def _bandwidths(bandwidth: Any, X: np.ndarray, Y: np.ndarray) -> list[float]:
     if bandwidth is None:
-        return [_median_bandwidth(A, name) for A, name in ((X, "X_anchor"), (Y, "Y_anchor"))]
+        return [median_bandwidth(A, name) for A, name in ((X, "X_anchor"), (Y, "Y_anchor"))]
     pair = np.asarray(bandwidth, dtype=np.float64)
     if pair.shape not in ((), (1,), (2,)):
         raise ValueError(f"bandwidth must be one number or two, one a view, got shape {pair.shape}")
@@ -148,16 +148,16 @@ def _bandwidths(bandwidth: Any, X: np.ndarray, Y: np.ndarray) -> list[float]:
     return [float(sigma) for sigma in np.broadcast_to(pair, (2,))]
 
 
-def _median_bandwidth(A: np.ndarray, name: str) -> float:
+def median_bandwidth(A: np.ndarray, name: str) -> float:
     rows = A[np.unique(np.linspace(0, len(A) - 1, min(len(A), MEDIAN_ROWS)).astype(int))]
-    squared = _squared_distances(rows, rows)[np.triu_indices(len(rows), 1)]
+    squared = squared_distances(rows, rows)[np.triu_indices(len(rows), 1)]
     squared = squared[squared > 0]
     if not len(squared):
         raise ValueError(f"{name} must vary, got rows that are all equal")
     return float(np.sqrt(np.median(squared)))
 
 
-def _squared_distances(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+def squared_distances(A: np.ndarray, B: np.ndarray) -> np.ndarray:
     """Return squared distances (a, b); what is below the rounding of the expanded square is 0."""
     squares = np.einsum("ij,ij->i", A, A)[:, None] + np.einsum("ij,ij->i", B, B)
     found = squares - 2 * (A @ B.T)
@@ -167,7 +167,7 @@ def _squared_distances(A: np.ndarray, B: np.ndarray) -> np.ndarray:
 
 def _rbf_local_cka(X_anchor, Y_anchor, X, Y, bandwidths) -> np.ndarray:
     def kernel(A, B, sigma):
-        return np.exp(_squared_distances(A, B) / (-2 * sigma**2))
+        return np.exp(squared_distances(A, B) / (-2 * sigma**2))
 
     n = len(X_anchor)
     rows = np.zeros((2, n))

@@ -14,11 +14,16 @@ from polyspan.linalg import fix_signs, label_hits, nearest_isometry, procrustes,
 from polyspan.run import pick_device
 
 from ._aligner import Aligner, residual_share
-from ._checks import check_count, check_labels, check_number, finite_rows
+from ._checks import check_count, check_labels, check_number, finite_rows, rms_length
 from ._paired_training import Maps, Recipe, gelu, held_out_loss, train
-from .relaxed_linear import check_threshold, deviation_from_isometry, relaxed_orthogonality
+from .relaxed_linear import (
+    check_threshold,
+    deviation_from_isometry,
+    relaxed_orthogonality,
+    spectral_orthogonality,
+)
 
-MODES = ("relaxed", "orthogonal", "affine")
+MODES = ("relaxed", "orthogonal", "affine", "srip")
 DIM_MATCHES = ("rect", "pad", "truncate", "pca")
 LAMBDAS = (0.1, 0.2, 0.35, 0.53, 0.8)
 MAX_SLOPE = 5.0
@@ -48,9 +53,10 @@ class RelaxedOrthogonalAdapter(Aligner):
 
     Parameters
     ----------
-    mode : {"relaxed", "orthogonal", "affine"}, default="relaxed"
+    mode : {"relaxed", "orthogonal", "affine", "srip"}, default="relaxed"
         ``"orthogonal"`` keeps W an isometry throughout (threshold 0, strictly), ``"affine"`` leaves out the penalty
-        (threshold infinity).
+        (threshold infinity), ``"srip"`` puts an older one in its place, :func:`spectral_orthogonality`, which looks at
+        the worst direction only and knows no threshold.
     lam : float or "auto", default=0.53
         Threshold. ``"auto"`` learns it: of five relative values, the one with the least loss on a tenth of the anchors,
         held out. That tells nothing about data unlike the anchors.
@@ -177,7 +183,7 @@ class RelaxedOrthogonalAdapter(Aligner):
         A, reducer = self._match_widths(X, Y)
         T = self._place(Y)
         self._n_features_out = T.shape[1]
-        size_in, size_out = _rms_length(A), _rms_length(T)
+        size_in, size_out = rms_length(A), rms_length(T)
         sides = A / size_in, T / size_out, Y / size_out
         k = min(A.shape[1], T.shape[1])
         seed = int(rng.randint(2**31 - 1))
@@ -302,14 +308,18 @@ class RelaxedOrthogonalAdapter(Aligner):
             self.held_losses_.append((relative, loss))
         return min(self.held_losses_, key=lambda pair: pair[1])[0] * math.sqrt(k)
 
-    def _recipe(self, lam: float) -> Recipe:
+    def _recipe(self, lam: float, seed: int = 0) -> Recipe:
+        chance = torch.Generator().manual_seed(seed)
+
         def penalty(W: Tensor) -> Tensor:
+            if self.mode == "srip":
+                return spectral_orthogonality(W, generator=chance)
             return relaxed_orthogonality(W, lam, steepness=self.steepness, max_slope=MAX_SLOPE)
 
         return Recipe(
             weights=tuple(map(float, self.loss_weights)),
             temperature=float(self.temperature),
-            penalty=penalty if math.isfinite(lam) else None,
+            penalty=penalty if math.isfinite(lam) or self.mode == "srip" else None,
             deviation=deviation_from_isometry,
             strict=self.mode == "orthogonal",
             shift=self.shift,
@@ -322,7 +332,7 @@ class RelaxedOrthogonalAdapter(Aligner):
 
     def _train(self, sides, codes, lam: float, seed: int):
         generator = torch.Generator().manual_seed(seed)
-        return train(self._start(*sides, generator), sides, codes, self._recipe(lam), generator)
+        return train(self._start(*sides, generator), sides, codes, self._recipe(lam, seed), generator)
 
     def _start(self, A: np.ndarray, T: np.ndarray, old: np.ndarray, generator: torch.Generator) -> Maps:
         """Return the maps that training starts from: closed forms, or chance."""
@@ -415,10 +425,6 @@ def _as_it_is(W: np.ndarray) -> np.ndarray:
 
 def _cut_or_pad(A: np.ndarray, width: int) -> np.ndarray:
     return A[:, :width] if A.shape[1] >= width else np.pad(A, ((0, 0), (0, width - A.shape[1])))
-
-
-def _rms_length(A: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.sum(A**2, axis=1)))) or 1.0
 
 
 def _own_label_found(rows: np.ndarray, codes: np.ndarray) -> float:

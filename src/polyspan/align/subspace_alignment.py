@@ -1,20 +1,15 @@
 """Match and retrieve across two embedding spaces trained apart, in the small subspaces in which they agree."""
 
-from collections.abc import Iterator
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 
-from polyspan.linalg import Neighbours, PairedMoments, top_k
-from polyspan.run import available_memory_bytes
+from polyspan.linalg import PairedMoments
 
 from ._aligner import Aligner
-from ._checks import check_count, check_number, checked_weights, scale_rows
+from ._checks import check_number, checked_weights
+from ._pair_matching import Match, PairMatching, row_marks
 from .canonical_correlation import (
     FLOATS,
     CanonicalSubspaces,
@@ -25,27 +20,15 @@ from .canonical_correlation import (
 )
 from .local_alignment import AnchorProducts, linear_local_cka
 
+__all__ = ["Match", "SubspaceAligner"]
+
 METHODS = ("affine", "local_cka", "cosine")
 SIZES = (2, 3, 5, 7, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500)
 HELD_SHARE, MOST_HELD = 0.2, 1000
-BLOCK_BYTES, BLOCK_ROWS = 2**26, 2**16
+BLOCK_ROWS = 2**16
 
 
-class Match(NamedTuple):
-    """A one-to-one matching: row ``rows[i]`` of the first view goes with row ``columns[i]`` of the second.
-
-    ``scores`` are theirs, and ``confidence`` is a pair's score less the best other score of its row and column, in
-    standard deviations of all scores seen: below 0 where one of the two would rather have another partner, and
-    infinite where there is no other.
-    """
-
-    rows: np.ndarray
-    columns: np.ndarray
-    scores: np.ndarray
-    confidence: np.ndarray
-
-
-class SubspaceAligner(Aligner):
+class SubspaceAligner(PairMatching, Aligner):
     r"""Join two spaces through the pair of subspaces in which paired anchors agree, and match or retrieve across.
 
     Canonical correlation (see :class:`CanonicalCorrelation`) gives coordinates a and b of both views, k of them, with
@@ -275,8 +258,10 @@ class SubspaceAligner(Aligner):
             made[part] = (rows[part] - mean) @ weights
         return made
 
-    def _directed(self, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _directed(self, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Return coordinates whose cosine is the score, for the two routes that have such."""
+        if self.method == "local_cka":
+            return None
         if self.method == "affine":
             return A @ self.affine_.astype(A.dtype), B
         scale = self.correlations_ ** (self.rho_power / 2)
@@ -287,134 +272,11 @@ class SubspaceAligner(Aligner):
             cross = self.anchor_weight_ * np.diag(self.correlations_)
             anchors = AnchorProducts(self.anchor_weight_, cross, self.gram_x_, self.gram_y_)
             return linear_local_cka(anchors, A, B)
-        left, right = (unit_rows(Z) for Z in self._directed(A, B))
-        return left @ right.T
-
-    def similarity(self, X, Y) -> np.ndarray:
-        """Score every pair of a row of ``X`` (a, d_A) and a row of ``Y`` (b, d_B) by the route: (a, b).
-
-        Cosines lie in [-1, 1]; local CKA in [0, 1], with differences of about one over the number of anchors, hence
-        float64.
-
-        Raises
-        ------
-        ValueError
-            The scores do not fit into memory, or a parameter or the rows are not as said.
-        """
-        A, B = self._both(X, Y)
-        _fits(len(A), len(B))
-        return self._scores(A, B)
-
-    def match(self, X, Y, *, candidates: int | None = None) -> Match:
-        """Find the one-to-one matching of rows of ``X`` (a, d_A) and ``Y`` (b, d_B) with the largest sum of scores.
-
-        Parameters
-        ----------
-        candidates : int, optional
-            Consider only so many best partners of each row and of each column, in memory that grows with a + b. Rows
-            that find no partner among them are left out, so fewer than min(a, b) pairs may come back. Left out, all
-            scores are held at once and the matching is exact; it takes time that grows with the cube of a.
-
-        Raises
-        ------
-        ValueError
-            The scores do not fit into memory (give ``candidates``), or ``candidates`` is below 1.
-        """
-        A, B = self._both(X, Y)
-        if candidates is None:
-            _fits(len(A), len(B), "; give candidates= for a matching among the best partners only")
-            scores = self._scores(A, B).astype(np.float64)
-            rows, columns = linear_sum_assignment(scores, maximize=True)
-            return _judged(rows, columns, scores)
-        check_count("candidates", candidates)
-        return self._sparse_match(A, B, int(candidates))
-
-    def _sparse_match(self, A, B, candidates: int) -> Match:
-        near = self._nearest(A, B, min(candidates, len(B)))
-        rows = np.repeat(np.arange(len(A)), near.indices.shape[1])
-        found = [(rows, near.indices.ravel(), near.scores.ravel().astype(np.float64))]
-        back = self._nearest(A, B, min(candidates, len(A)), of_columns=True)
-        columns = np.repeat(np.arange(len(B)), back.indices.shape[1])
-        found.append((back.indices.ravel(), columns, back.scores.ravel().astype(np.float64)))
-        rows, columns, scores = (np.concatenate(part) for part in zip(*found, strict=True))
-        keep = np.unique(rows.astype(np.int64) * len(B) + columns, return_index=True)[1]
-        rows, columns, scores = rows[keep], columns[keep], scores[keep]
-        # Costs are positive, and a column of its own for every row, dearer than all others, makes a full matching
-        # exist; the rows that end there have no partner.
-        spread = float(np.std(scores)) or 1.0
-        costs = 1.0 + (scores.max() - scores) / spread
-        own = np.arange(len(A))
-        graph = coo_array(
-            (
-                np.concatenate([costs, np.full(len(A), 2.0 * costs.max() * (min(len(A), len(B)) + 1))]),
-                (np.concatenate([rows, own]), np.concatenate([columns, len(B) + own])),
-            ),
-            shape=(len(A), len(B) + len(A)),
-        ).tocsr()
-        taken_rows, taken = min_weight_full_bipartite_matching(graph)
-        partnered = taken < len(B)
-        taken_rows, taken = taken_rows[partnered], taken[partnered]
-        order = np.lexsort((columns, rows))
-        keys = (rows.astype(np.int64) * len(B) + columns)[order]
-        chosen = scores[order][np.searchsorted(keys, taken_rows.astype(np.int64) * len(B) + taken)]
-        rivals = np.full(len(taken_rows), -np.inf)
-        for ends, mine in ((rows, taken_rows), (columns, taken)):
-            best = np.full((2, int(ends.max()) + 1), -np.inf)
-            np.maximum.at(best[0], ends, scores)
-            first = scores == best[0][ends]
-            repeated = np.bincount(ends[first], minlength=best.shape[1]) > 1
-            np.maximum.at(best[1], ends[~first], scores[~first])
-            best[1][repeated] = best[0][repeated]
-            rivals = np.maximum(rivals, np.where(chosen == best[0][mine], best[1][mine], best[0][mine]))
-        return Match(taken_rows, taken, chosen, (chosen - rivals) / spread)
-
-    def retrieve(self, X, Y, k: int = 5) -> Neighbours:
-        """Find the k best rows of the gallery ``Y`` (b, d_B) for each query ``X`` (a, d_A), in flat memory.
-
-        Returns
-        -------
-        Neighbours
-            ``indices`` (a, k) into the gallery, best first, and ``scores``.
-
-        Raises
-        ------
-        ValueError
-            ``k`` is not between 1 and b.
-        """
-        A, B = self._both(X, Y)
-        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= len(B):
-            raise ValueError(f"k must be between 1 and the {len(B)} rows of the gallery, got {k!r}")
-        return self._nearest(A, B, k)
-
-    def _nearest(self, A, B, k: int, *, of_columns: bool = False) -> Neighbours:
-        if self.method != "local_cka":
-            sides = self._directed(A, B)
-            return top_k(*(sides[::-1] if of_columns else sides), k)
-        parts = [_best(block, k) for block in self._blocks(A, B, of_columns=of_columns)]
-        return Neighbours(*(np.concatenate(side) for side in zip(*parts, strict=True)))
-
-    def _blocks(self, A, B, *, of_columns: bool) -> Iterator[np.ndarray]:
-        asked, other = (B, A) if of_columns else (A, B)
-        step = max(1, BLOCK_BYTES // (8 * len(other)))
-        for start in range(0, len(asked), step):
-            part = asked[start : start + step]
-            yield self._scores(A, part).T if of_columns else self._scores(part, B)
-
-    def seen(self, X) -> np.ndarray:
-        """Return which rows of ``X`` (m, d_A) equal an anchor's row bit for bit, (m,) bool: scores flatter there."""
-        check_is_fitted(self)
-        X = self._directions(validate_data(self, X, reset=False, dtype=np.float64))
-        return np.isin(row_marks(X), self.anchor_marks_)
+        return super()._scores(A, B)
 
     def __sklearn_is_fitted__(self) -> bool:
         # Anchors that are only gathered make no subspaces yet.
         return hasattr(self, "x_weights_")
-
-    def _both(self, X, Y) -> tuple[np.ndarray, np.ndarray]:
-        self._check_parameters()
-        A, B = self.transform_x(X), self.transform_y(Y)
-        width = np.result_type(A, B)
-        return A.astype(width, copy=False), B.astype(width, copy=False)
 
     def _check_parameters(self) -> None:
         if self.method not in METHODS:
@@ -426,41 +288,3 @@ class SubspaceAligner(Aligner):
 
 def _some(weights: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
     return None if weights is None else weights[rows]
-
-
-def unit_rows(Z: np.ndarray) -> np.ndarray:
-    """Scale rows to length 1; a row of zeros stays."""
-    return scale_rows(Z)[0]
-
-
-def row_marks(X: np.ndarray) -> np.ndarray:
-    """Digest float64 rows to 64 bits each, the same on every machine."""
-    bits = (np.ascontiguousarray(X, dtype=np.float64) + 0.0).view(np.uint64)
-    odd = np.arange(1, 2 * X.shape[1], 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (bits ^ (bits >> np.uint64(29))) * odd
-    return (mixed ^ (mixed >> np.uint64(32))).sum(axis=1, dtype=np.uint64).view(np.int64)
-
-
-def _fits(a: int, b: int, hint: str = "; use retrieve, or fewer rows") -> None:
-    needed, free = 3 * 8 * a * b, available_memory_bytes()
-    if needed > free:
-        raise ValueError(f"X and Y must have scores that fit into memory, got {a} by {b}: {needed:,} bytes{hint}")
-
-
-def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k largest of each row, descending, ties by position."""
-    if k < scores.shape[1]:
-        chosen = np.sort(np.argpartition(scores, -k, axis=1)[:, -k:], axis=1)
-    else:
-        chosen = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
-    values = np.take_along_axis(scores, chosen, axis=1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    return np.take_along_axis(chosen, order, axis=1), np.take_along_axis(values, order, axis=1)
-
-
-def _judged(rows: np.ndarray, columns: np.ndarray, scores: np.ndarray) -> Match:
-    chosen = scores[rows, columns]
-    others = scores.copy()
-    others[rows, columns] = -np.inf
-    rivals = np.maximum(others.max(axis=1)[rows], others.max(axis=0)[columns])
-    return Match(rows, columns, chosen, (chosen - rivals) / (float(np.std(scores)) or 1.0))

@@ -11,6 +11,7 @@ from polyspan.linalg import PairedMoments, linear_cka, linear_cka_from_moments, 
 from polyspan.run import Progress, numpy_generator
 
 from ._checks import check_count
+from ._pair_matching import Match, PairMatching, row_marks, unit_rows
 from .canonical_correlation import (
     CanonicalSubspaces,
     all_subspaces,
@@ -18,7 +19,7 @@ from .canonical_correlation import (
     coordinate_correlations,
 )
 from .local_alignment import AnchorProducts, linear_local_cka
-from .subspace_alignment import Match, SubspaceAligner, row_marks, unit_rows
+from .subspace_alignment import SubspaceAligner
 
 HELD_SHUFFLES = 199
 
@@ -143,8 +144,11 @@ def duplicate_ceiling(rows: Any, k: int = 1) -> float:
     return float(np.mean(np.minimum(1.0, k / counts[which])))
 
 
-def crossmodal_scores(aligner: SubspaceAligner, X: Any, Y: Any, *, k: int = 5) -> dict[str, Any]:
+def crossmodal_scores(aligner: PairMatching, X: Any, Y: Any, *, k: int = 5) -> dict[str, Any]:
     """Measure matching and retrieval of a fitted aligner on paired rows that it has not seen.
+
+    It takes a :class:`SubspaceAligner` and whatever else scores pairs: :class:`KernelCanonicalCorrelation`,
+    :class:`ContrastiveProjections`, :class:`PrincipalSubspaceAligner` or :class:`RelativeRepresentation`.
 
     Returns
     -------

@@ -7,16 +7,24 @@ from typing import NamedTuple
 import numpy as np
 
 from polyspan.align import SubspaceAligner, local_cka, topk_accuracy
+from polyspan.align.pair_scorers import (
+    ContrastiveProjections,
+    KernelCanonicalCorrelation,
+    PairScorer,
+    PrincipalSubspaceAligner,
+    RelativeRepresentation,
+)
 from polyspan.claims import Claim
 from polyspan.data import dataset, digits
 from polyspan.linalg import PairedMoments, procrustes_from_moments, ridge_from_moments
 
-SIZES = (2, 5, 10, 20, None)  # None: 50, or as many as there are
+SIZES = (2, 5, 10, 15, 20, None)  # None: 50, or as many as there are
 RIDGES = (1e-3, 1e-2, 1e-1)
 ROUTES = ("affine", "local_cka")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 PCA_SIZES = (10, 20, 50)
 RELATIVE = (30, 100, 300)
+KERNEL_SIZES, LANDMARKS = (20, 50), 300
 TOP, HELD_SHARE, MOST_HELD = 5, 0.2, 500
 
 
@@ -109,18 +117,9 @@ def ridge(data: Paired, *, alpha: float, centred: bool) -> np.ndarray:
     return unit((data.queries_x - fit.mean_in) @ fit.weights + fit.mean_out - origin) @ unit(data.queries_y - origin).T
 
 
-def pca_ridge(data: Paired, *, k: int, alpha: float) -> np.ndarray:
-    """Keep k principal directions of each space, white, and carry by a ridge map: a small subspace chosen alone."""
-    moments, sides = _moments(data), []
-    for rows, queries, mean, cov in (
-        (data.anchors_x, data.queries_x, moments.mean_in, moments.cov_in),
-        (data.anchors_y, data.queries_y, moments.mean_out, moments.cov_out),
-    ):
-        values, V = np.linalg.eigh(cov / moments.weight)
-        most = min(k, int(np.sum(values > 1e-9 * values[-1])))
-        basis = V[:, -most:] / np.sqrt(values[-most:])
-        sides.append(((rows - mean) @ basis, (queries - mean) @ basis))
-    return ridge(Paired(sides[0][0], sides[1][0], sides[0][1], sides[1][1]), alpha=alpha, centred=True)
+def scored(data: Paired, make: Callable[[], PairScorer]) -> np.ndarray:
+    """Score queries by another aligner, fitted on the anchors."""
+    return make().fit(*data[:2]).similarity(*data[2:])
 
 
 def procrustes(data: Paired, *, scaling: str) -> np.ndarray:
@@ -140,51 +139,6 @@ def local(data: Paired, *, kernel: str) -> np.ndarray:
     return local_cka(*data, kernel=kernel)
 
 
-def relative(data: Paired, *, n: int) -> np.ndarray:
-    """Describe every row by its cosines to n anchors, evenly spaced, about the anchors' mean."""
-    rows = np.unique(np.linspace(0, len(data.anchors_x) - 1, n).astype(int))
-    sides = []
-    for anchors, queries in ((data.anchors_x, data.queries_x), (data.anchors_y, data.queries_y)):
-        mean = anchors.mean(axis=0)
-        known = unit(anchors - mean) @ unit(anchors[rows] - mean).T
-        asked = unit(queries - mean) @ unit(anchors[rows] - mean).T
-        sides.append(unit((asked - known.mean(axis=0)) / known.std(axis=0)))
-    return sides[0] @ sides[1].T
-
-
-def trained(data: Paired, *, epochs: int, width=64, batch=256) -> np.ndarray:
-    """Score by linear projections of both spaces that are trained on the anchors by symmetric InfoNCE."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    sides = []
-    for rows, queries in ((data.anchors_x, data.queries_x), (data.anchors_y, data.queries_y)):
-        mean, spread = rows.mean(axis=0), rows.std(axis=0) + 1e-9
-        sides.append([torch.as_tensor((Z - mean) / spread, dtype=torch.float32) for Z in (rows, queries)])
-    maps = [
-        (torch.randn(side[0].shape[1], width, generator=generator) / side[0].shape[1] ** 0.5).requires_grad_()
-        for side in sides
-    ]
-    scale = torch.tensor(2.66, requires_grad=True)
-    optimiser = torch.optim.AdamW([*maps, scale], lr=2e-3, weight_decay=1e-2)
-
-    def scores(i, rows):
-        left, right = (
-            torch.nn.functional.normalize(side[i][rows] @ weights) for side, weights in zip(sides, maps, strict=True)
-        )
-        return left @ right.T
-
-    for _ in range(epochs):
-        for rows in torch.randperm(len(data.anchors_x), generator=generator).split(batch):
-            logits, twins = scores(0, rows) * scale.exp().clamp(max=100), torch.arange(len(rows))
-            cross = torch.nn.functional.cross_entropy
-            optimiser.zero_grad(set_to_none=True)
-            (cross(logits, twins) + cross(logits.T, twins)).backward()
-            optimiser.step()
-    with torch.no_grad():
-        return scores(1, slice(None)).numpy()
-
-
 Family = list[Callable[[Paired], np.ndarray]]
 METHOD: dict[str, Family] = {
     f"subspace, {name}": [partial(subspace, k=k, route=route, reg=reg) for k in SIZES for reg in RIDGES]
@@ -192,13 +146,24 @@ METHOD: dict[str, Family] = {
 }
 FAMILIES: dict[str, Family] = {
     "ridge map": [partial(ridge, alpha=alpha, centred=centred) for alpha in ALPHAS for centred in (False, True)],
-    "PCA then ridge": [partial(pca_ridge, k=k, alpha=alpha) for k in PCA_SIZES for alpha in (1e-3, 1e-2, 1e-1)],
+    "PCA then ridge": [
+        partial(scored, make=partial(PrincipalSubspaceAligner, k, reg=alpha))
+        for k in PCA_SIZES
+        for alpha in (1e-3, 1e-2, 1e-1)
+    ],
     "Procrustes": [partial(procrustes, scaling=scaling) for scaling in ("none", "centre", "standard")],
     "local CKA": [partial(local, kernel=kernel) for kernel in ("linear", "rbf")],
-    "relative": [partial(relative, n=n) for n in RELATIVE],
+    "relative": [partial(scored, make=partial(RelativeRepresentation, n)) for n in RELATIVE],
+    "kernel CCA": [
+        partial(scored, make=partial(KernelCanonicalCorrelation, k, reg=reg, n_landmarks=LANDMARKS))
+        for k in KERNEL_SIZES
+        for reg in RIDGES
+    ],
     "white, all directions": [partial(subspace, k="all", route="affine", reg=reg) for reg in RIDGES],
 }
-REFERENCE: dict[str, Family] = {"trained projections": [partial(trained, epochs=epochs) for epochs in (30,)]}
+REFERENCE: dict[str, Family] = {
+    "trained projections": [partial(scored, make=partial(ContrastiveProjections, device="cpu"))]
+}
 
 
 def trial(data: Paired, seed: int) -> dict[str, float]:
@@ -229,8 +194,8 @@ def share_all(data: Paired, seed: int) -> Paired:
 CLAIM = Claim(
     slug="plato-3d",
     statement="Of closed forms, matching in the small subspaces where two spaces agree finds most partners.",
-    method="canonical subspaces and the affine or local-CKA route, tuned on anchors (30 settings)",
-    baseline="best by the same anchors of ridge, PCA, Procrustes, local CKA, relative, whitened maps (30 settings)",
+    method="canonical subspaces and the affine or local-CKA route, tuned on anchors (36 settings)",
+    baseline="best by the same anchors of ridge, PCA, Procrustes, local CKA, kernel CCA, relative, white (36 settings)",
     metric="partners among the first 5 of the other space, share of queries",
     margin=0.02,
     worlds={
@@ -254,10 +219,13 @@ CLAIM = Claim(
     spoil=share_all,
     why=(
         "It pays where anchors are few and much of a space is its own. With 1,000 anchors captions find about half of "
-        "the shapes among five, where the best other closed form finds 0.4 and local CKA without subspaces 0.1; the "
+        "the shapes among five, where the best other linear form finds 0.4 and local CKA without subspaces 0.1; the "
         "affine and the local route are about equal. With 5,000 anchors a whitened map of all directions does as well, "
         "0.6, so that most of the gain over a plain map is whitening, and choosing directions matters no more. On "
         "articles, whose views share little, it gains nothing over a ridge map. Projections trained by InfoNCE "
-        "on the same anchors are no closed form and not judged here; on shapes they find more, 0.7 and 0.8."
+        "on the same anchors are no closed form and not judged here; on shapes they find more, 0.7 and 0.8. Kernel CCA, "
+        "the one baseline that is not linear, finds 0.56 and 0.59 on shapes with 1,000 anchors and 0.10 on articles, "
+        "about as much as the method, and 0.66 on halves of digits, nearly twice as much; where the planted world is "
+        "linear it finds 0.54 and the subspace all."
     ),
 )  # fmt: skip

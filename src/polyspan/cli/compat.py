@@ -1,7 +1,7 @@
 """``polyspan compat train``, ``embed`` and ``evaluate``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -15,6 +15,8 @@ def train(
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
     old: Path | None = None,
     old_vectors: Path | None = None,
+    method: Literal["orthogonal", "basis"] = "orthogonal",
+    new_vectors: Path | None = None,
     dim: int = 32,
     extra_dim: int = 32,
     hidden: tuple[int, ...] = (256, 256),
@@ -44,6 +46,10 @@ def train(
         The older encoder, a file of this command.
     old_vectors : Path
         In its place, the older encoder's vectors of the same rows.
+    method : {"orthogonal", "basis"}
+        basis is the older method BT2: it trains an independent encoder first, and then one that follows both.
+    new_vectors : Path
+        With basis, an independent new encoder's vectors of the same rows, in place of the one that would be trained.
     dim : int
         Width of the vectors where there is no older encoder.
     extra_dim : int
@@ -69,11 +75,15 @@ def train(
     json : bool
         Print JSON.
     """
-    from polyspan.align import CompatibleClassifier
+    from polyspan.align import BasisTransformationClassifier, CompatibleClassifier
     from polyspan.io import digest_file, read_array, read_labels
 
     if old is not None and old_vectors is not None:
         raise ValueError(f"--old and --old-vectors exclude one another, got {old} and {old_vectors}")
+    if method != "basis" and new_vectors is not None:
+        raise ValueError(f"--new-vectors is for --method basis, got --method {method}")
+    if method == "basis" and separability:
+        raise ValueError("--separability is for --method orthogonal, got --method basis")
     X = read_array(features, member=member, column=column)
     y = read_labels(labels)
     if len(X) != len(y):
@@ -81,19 +91,24 @@ def train(
     older = None if old is None else CompatibleClassifier.load(old)
     if old_vectors is not None:
         older = read_array(old_vectors)
-    made = CompatibleClassifier(
-        hidden=hidden,
-        embedding_dim=dim,
-        extra_dim=extra_dim,
-        max_iter=epochs,
-        warmup=min(1.0, epochs),
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        prototype_weights="separability" if separability else "equal",
-        checkpoint=checkpoint,
-        random_state=seed,
-        verbose=True,
-    ).fit(X, y, old=older)
+    shared: dict[str, Any] = {
+        "hidden": hidden,
+        "embedding_dim": dim,
+        "extra_dim": extra_dim,
+        "max_iter": epochs,
+        "warmup": min(1.0, epochs),
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "checkpoint": checkpoint,
+        "random_state": seed,
+        "verbose": True,
+    }
+    if method == "basis":
+        new = None if new_vectors is None else read_array(new_vectors)
+        made = BasisTransformationClassifier(**shared).fit(X, y, old=older, new=new)
+    else:
+        weights = "separability" if separability else "equal"
+        made = CompatibleClassifier(**shared, prototype_weights=weights).fit(X, y, old=older)
     source = None if old is None else digest_file(old)
     made.save(out, features=digest_file(features), old=source)
     width = made.class_means_.shape[1]
