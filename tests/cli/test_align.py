@@ -1,12 +1,13 @@
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from polyspan.align import load_aligner
+from polyspan.align import ForwardCompatibleMap, load_aligner
 from polyspan.cli import run
-from polyspan.cli.align import fit, score
-from polyspan.io import write_array
+from polyspan.cli.align import Method, _families, fit, score
+from polyspan.io import read_array, write_array
 
 
 @pytest.fixture(params=[(12, 12), (12, 17), (17, 12)])
@@ -111,3 +112,20 @@ def test_anchors_too_few_for_a_rotation_are_said_once_and_raise_nothing(tmp_path
         write_array(tmp_path / f"{name}.npy", rng.normal(size=(8, 12)).astype(np.float32))
     fit(tmp_path / "a.npy", tmp_path / "b.npy", out=tmp_path / "map.safetensors", method="orthogonal")
     assert capsys.readouterr().err.count("anchors leave part of 12 dimensions open") == 1
+
+
+def test_srip_is_fitted_saved_and_read(files):
+    folder, _ = files
+    fit(folder / "x.npy", folder / "y.npy", out=folder / "map.safetensors", method="srip")
+    aligner, about = load_aligner(folder / "map.safetensors")
+    assert about["method"] == "srip"
+    carried, wanted = aligner.transform(read_array(folder / "x.npy")), read_array(folder / "y.npy")
+    assert np.sum((carried - wanted) ** 2) < np.sum((wanted - wanted.mean(axis=0)) ** 2)
+
+
+def test_the_method_of_each_name_is_of_its_own_kind():
+    made = _families(shift=True, rank=None, normalize=False, seed=3)
+    assert isinstance(made["forward-compatible"], ForwardCompatibleMap)
+    assert (made["srip"].mode, made["relaxed-orthogonal"].mode) == ("srip", "relaxed")
+    assert made["forward-compatible"].random_state == made["srip"].random_state == 3
+    assert set(made) | {"auto"} == set(get_args(Method))

@@ -114,3 +114,22 @@ def test_rows_and_widths_that_do_not_fit_are_named(files):
         train(files / "X.npy", files / "few.npy", out=files / "x.safetensors")
     with pytest.raises(ValueError, match="--width must be between 1 and 6, got 9"):
         embed(files / "new.safetensors", files / "X.npy", out=files / "x.npy", width=9)
+
+
+def test_basis_transformation_follows_the_old_encoder_and_an_independent_one(files, capsys):
+    X = np.load(files / "X.npy")
+    options = {"hidden": (16,), "epochs": 1, "extra_dim": 2, "old": files / "old.safetensors", "method": "basis"}
+    train(files / "X.npy", files / "y.npy", out=files / "basis.safetensors", json=True, **options)
+    assert json.loads(capsys.readouterr().out)["comparable"] == 4
+    embed(files / "basis.safetensors", files / "X.npy", out=files / "basis.npy")
+    made = CompatibleClassifier.load(files / "basis.safetensors")
+    assert type(made).__name__ == "BasisTransformationClassifier"
+    np.testing.assert_allclose(np.load(files / "basis.npy"), made.transform(X), atol=1e-6)
+    write_array(files / "independent.npy", X[:, :5])
+    given = {"out": files / "given.safetensors", "new_vectors": files / "independent.npy"}
+    train(files / "X.npy", files / "y.npy", **options, **given)
+    assert not np.array_equal(CompatibleClassifier.load(given["out"]).transform(X), made.transform(X))
+    with pytest.raises(ValueError, match="--new-vectors is for --method basis, got --method orthogonal"):
+        train(files / "X.npy", files / "y.npy", **given)
+    with pytest.raises(ValueError, match="--separability is for --method orthogonal"):
+        train(files / "X.npy", files / "y.npy", out=files / "x.safetensors", separability=True, **options)
