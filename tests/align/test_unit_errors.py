@@ -76,6 +76,23 @@ def test_the_error_of_a_match_is_that_of_so_many_images_and_not_of_so_many_posit
     assert np.sqrt(np.mean(apart.bipartite_errors**2)) == pytest.approx(gauss / 3, rel=0.2)
 
 
+def test_tokens_of_one_sequence_stay_together_where_padding_is_left_out():
+    """Sequences of l tokens that are alike weigh as much as (sum l)² / sum l² of equal length."""
+    rng, n, r, d = np.random.default_rng(2), 400, 0.6, 16
+    A, noise = rng.normal(size=(2, n, d))
+    B = r * A + np.sqrt(1 - r**2) * noise
+    lengths = rng.integers(4, 13, n)
+    batches = [
+        {"at": np.arange(n)[part], "keep": np.arange(12) < lengths[part, None]} for part in (slice(150), slice(150, n))
+    ]
+    networks = [_Repeats(rows, 12) for rows in (A, B)]
+    options = {"layers": ["inner"], "nulls": (), "alphas": (0.1,), "mask": "keep", "random_state": 0}
+    found = compare_networks(*networks, batches, **options)[0]
+    assert (found.n_items, found.n_rows) == (n, lengths.sum())
+    gauss = (1 - r**2) / np.sqrt(lengths.sum() ** 2 / np.sum(lengths**2))
+    assert np.sqrt(np.mean(found.bipartite_errors**2)) == pytest.approx(gauss, rel=0.2)
+
+
 def _Repeats(rows, times):
     """A model whose layer gives an image's row at so many positions."""
     import torch
@@ -86,7 +103,7 @@ def _Repeats(rows, times):
             super().__init__()
             self.inner = nn.Identity()
 
-        def forward(self, at):
+        def forward(self, at, keep=None):
             return self.inner(torch.as_tensor(rows[np.asarray(at)])[:, None].expand(-1, times, -1))
 
     return Repeats().eval()

@@ -18,9 +18,11 @@ def _pairs(layers: Sequence[Any]) -> list[tuple[str, str]]:
     return [(layer, layer) if isinstance(layer, str) else (str(layer[0]), str(layer[1])) for layer in layers]
 
 
-def array_batches(
-    a: Any, b: Any, layers: Sequence[Any] | None, batch_rows: int
-) -> Iterator[tuple[tuple[str, str], np.ndarray, np.ndarray]]:
+Batch = tuple[tuple[str, str], np.ndarray, np.ndarray, np.ndarray | None]
+"""Names of a pair of layers, activations (items, positions, units) of both, and what item a token is of, or None."""
+
+
+def array_batches(a: Any, b: Any, layers: Sequence[Any] | None, batch_rows: int) -> Iterator[Batch]:
     """Yield batches (rows, 1, units) that each span the whole table, so that sorted rows are shuffled well."""
     sides = [{name: _table(x, name, side) for name, x in _named(given).items()} for side, given in (("a", a), ("b", b))]
     if layers is not None:
@@ -44,7 +46,7 @@ def array_batches(
         for i in range(min(n_batches, len(starts))):
             mine = [slice(start, start + size) for start in starts[i::n_batches]]
             rows, partners = (np.concatenate([np.asarray(Z[part]) for part in mine])[:, None] for Z in (X, Y))
-            yield (first, second), rows, partners
+            yield (first, second), rows, partners, None
 
 
 def _named(given: Any) -> dict[str, Any]:
@@ -63,10 +65,8 @@ def _table(x: Any, name: str, side: str) -> np.ndarray:
     return x
 
 
-def model_batches(
-    a: Any, b: Any, inputs: Any, layers: Sequence[Any], options: dict
-) -> Iterator[tuple[tuple[str, str], np.ndarray, np.ndarray]]:
-    """Yield batches (items, positions, units) of every pair of layers, as both models run on the same inputs."""
+def model_batches(a: Any, b: Any, inputs: Any, layers: Sequence[Any], options: dict) -> Iterator[Batch]:
+    """Yield batches of every pair of layers, as both models run on the same inputs."""
     names = _pairs(layers)
     if not names:
         raise ValueError("layers must name at least one layer, got none")
@@ -87,19 +87,19 @@ def model_batches(
 
 
 def _kept(X: np.ndarray, Y: np.ndarray, batch: Any, rng: np.random.Generator, options: dict):
-    """Leave out padding, which makes every token an item of its own, and positions beyond the most wanted."""
+    """Leave out padding, so that tokens stand in one column with the numbers of their items, or positions beyond."""
     if options["mask"] is not None:
         if not isinstance(batch, Mapping) or options["mask"] not in batch:
             raise ValueError(f"mask must be a key of every batch, got {options['mask']!r}")
         keep = np.asarray(batch[options["mask"]]) != 0
         if keep.shape != X.shape[:2]:
             raise ValueError(f"mask must have shape (items, tokens) {X.shape[:2]}, got {keep.shape}")
-        return X[keep][:, None], Y[keep][:, None]
+        return X[keep][:, None], Y[keep][:, None], np.nonzero(keep)[0]
     most = options["max_positions"]
     if most is not None and most < X.shape[1]:
         at = np.sort(rng.choice(X.shape[1], size=most, replace=False))
-        return X[:, at], Y[:, at]
-    return X, Y
+        return X[:, at], Y[:, at], None
+    return X, Y, None
 
 
 def _batches(inputs: Any) -> Iterable[Any]:

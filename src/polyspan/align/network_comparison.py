@@ -91,8 +91,7 @@ def compare_networks(
         mappings, seen on 32 targets; 0 leaves both out.
     n_blocks : int
         Even, at least 4. With 20 a standard error is known to about 17 %, with 50 to 10 %; memory grows with it. Rows
-        of a table and tokens left by ``mask`` count as inputs of their own: where they hang together, errors are too
-        small.
+        of a table count as inputs of their own: where they hang together, errors are too small.
     alphas : sequence of float
         Penalties of the few-to-one mapping.
     n_clusters : int or "eigengap"
@@ -100,7 +99,7 @@ def compare_networks(
         See :class:`ActivationCollector`.
     mask : str, optional
         Key of mapping batches whose value (items, tokens) is 0 at padding, for instance ``"attention_mask"``: these
-        positions are left out.
+        positions are left out, and the others of one item stay together in halves, blocks and shuffles.
     max_positions : int, optional
         Take so many random positions of each batch, the same in both networks.
     batch_rows : int
@@ -171,10 +170,11 @@ class _Gathered:
     def n_items(self) -> int:
         return self.blocks.n_items
 
-    def add(self, X: np.ndarray, Y: np.ndarray, rng: np.random.Generator) -> None:
-        """Add paired activations (items, positions, units); items alternate between the halves."""
-        self.blocks.add(X, Y)
-        self.smallest = min(self.smallest, len(X))
+    def add(self, X: np.ndarray, Y: np.ndarray, items: np.ndarray | None, rng: np.random.Generator) -> None:
+        """Add paired activations, as :class:`BlockMoments` takes them; items alternate between the halves."""
+        self.blocks.add(X, Y, items)
+        n = len(X) if items is None else items[-1] + 1 if len(items) else 0
+        self.smallest = min(self.smallest, n)
         if not len(self.shuffled):
             return
         X, Y = X.astype(np.float64), Y.astype(np.float64)
@@ -183,7 +183,11 @@ class _Gathered:
         # About a point near the mean nothing is lost where the products' mean is taken off at the end.
         A, B = (X - self.origin[0]).reshape(-1, X.shape[2]).T, Y - self.origin[1]
         for i in range(len(self.shuffled)):
-            self.shuffled[i] += A @ B[rng.permutation(len(B))].reshape(-1, Y.shape[2])
+            order = rng.permutation(n)
+            if items is not None:
+                # Sequences change places, and their tokens stay in order, of whatever lengths they are.
+                order = np.argsort(order[items], kind="stable")
+            self.shuffled[i] += A @ B[order].reshape(-1, Y.shape[2])
 
     def shuffles(self, total: PairedMoments) -> Iterator[np.ndarray]:
         """Yield the correlations between shuffled rows."""
@@ -415,7 +419,7 @@ def _gather(
     else:
         batches = array_batches(a, b, layers, options["batch_rows"])
     with Progress(label) as shown:
-        for names, X, Y in batches:
+        for names, X, Y, items in batches:
             for side, x, name in (("a", X, names[0]), ("b", Y, names[1])):
                 if not np.isfinite(x).all():
                     unit = int(np.argwhere(~np.isfinite(x))[0, 2])
@@ -423,7 +427,7 @@ def _gather(
             if names not in seen:
                 dealing = np.random.default_rng([options["seed"], 5, len(seen)])
                 seen[names] = _Gathered(X.shape[2], Y.shape[2], n_shuffles, options["n_blocks"], dealing)
-            seen[names].add(X, Y, rng)
+            seen[names].add(X, Y, items, rng)
             shown.advance()
     if not seen:
         raise ValueError("inputs must hold at least one batch, got none")

@@ -32,16 +32,18 @@ class BlockMoments:
         self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._n_waiting = 0
 
-    def add(self, X: np.ndarray, Y: np.ndarray) -> None:
-        """Add paired activations (items, positions, units)."""
-        half, block = (self.n_items + np.arange(len(X))) % 2, np.empty(len(X), dtype=np.int64)
+    def add(self, X: np.ndarray, Y: np.ndarray, items: np.ndarray | None = None) -> None:
+        """Add paired activations (items, positions, units), or (tokens, 1, units) with the item of each, ascending."""
+        present, own = (np.arange(len(X)),) * 2 if items is None else np.unique(items, return_inverse=True)
+        n = len(present)
+        half, block = (self.n_items + np.arange(n)) % 2, np.empty(n, dtype=np.int64)
         for parity in range(2):
             mine = np.flatnonzero(half == parity)
             dealt = self._dealt[parity] + self._rng.permutation(len(mine))
             block[mine] = 2 * (dealt % (len(self.blocks) // 2)) + parity
             self._dealt[parity] += len(mine)
-        self.n_items += len(X)
-        self._waiting.append((X, Y, block))
+        self.n_items += n
+        self._waiting.append((X, Y, block[own]))
         self._n_waiting += X.shape[0] * X.shape[1]
         if self._n_waiting >= ROWS_A_BLOCK * len(self.blocks):
             self._flush()
