@@ -223,9 +223,9 @@ CLAIM = Claim(
         "affine and the local route are about equal. With 5,000 anchors a whitened map of all directions does as well, "
         "0.6, so that most of the gain over a plain map is whitening, and choosing directions matters no more. On "
         "articles, whose views share little, it gains nothing over a ridge map. Projections trained by InfoNCE "
-        "on the same anchors are no closed form and not judged here; on shapes they find more, 0.7 and 0.8. Kernel CCA, "
-        "the one baseline that is not linear, finds 0.56 and 0.59 on shapes with 1,000 anchors and 0.10 on articles, "
-        "about as much as the method, and 0.66 on halves of digits, nearly twice as much; where the planted world is "
-        "linear it finds 0.54 and the subspace all."
+        "on the same anchors are no closed form and not judged here; on shapes they find more, 0.7 and 0.8. Kernel "
+        "CCA, the one baseline that is not linear, finds 0.56 and 0.59 on shapes with 1,000 anchors and 0.10 on "
+        "articles, about as much as the method, and 0.66 on halves of digits, nearly twice as much; where the "
+        "planted world is linear it finds 0.54 and the subspace all."
     ),
 )  # fmt: skip
