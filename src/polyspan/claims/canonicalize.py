@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from polyspan.align import OrthogonalMap, ResidualMLPMap, RidgeMap, choose_aligner
+from polyspan.align.orthogonal_map import few_anchors_unsaid
 from polyspan.claims import Claim
 from polyspan.data import dataset, digits
 from polyspan.linalg import recall_at_k, top_k
@@ -175,6 +176,7 @@ def shuffle_texts(pair: Pair, seed: int) -> Pair:
     return pair._replace(texts_b=np.random.default_rng(seed).permutation(pair.texts_b))
 
 
+@few_anchors_unsaid()
 def trial(pair: Pair | Captioned | Upgraded, seed: int) -> dict[str, float]:
     """Fit every map on the same few image anchors; score how often a text finds its own twin.
 
