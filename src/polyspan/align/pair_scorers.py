@@ -1,6 +1,7 @@
 """Other ways to compare rows of two spaces by paired anchors: what canonical subspaces are measured against."""
 
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 
 from polyspan.errors import NotConverged
+from polyspan.io import load_fitted, save_fitted
 from polyspan.linalg import PairedMoments, cca_from_moments, ridge_from_moments
 from polyspan.run import pick_device
 
@@ -18,10 +20,14 @@ from .local_alignment import median_bandwidth, squared_distances
 
 KERNELS = ("rbf", "linear")
 ROUTES = ("affine", "cca")
+FACTS = ("n_anchors_", "n_features_in_", "_n_features_out", "_width_y")
 
 
 class PairScorer(PairMatching, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """What these scorers share; a subclass defines ``_fit_pairs`` and ``_coordinates``, of means taken away or not.
+
+    Its fit leaves in ``_sides``, for either view, the arrays and numbers that coordinates are made of. It names in
+    ``_arrays`` and ``_facts`` the fitted arrays and numbers that people read: all of them make it up on disk.
 
     ``fit(X, y)`` takes anchors: row i of ``X`` (n, d_A) and row i of ``y`` (n, d_B) are two views of one item. As with
     :class:`SubspaceAligner`, ``transform_x`` and ``transform_y`` give coordinates (m, k) of either view, and
@@ -29,6 +35,9 @@ class PairScorer(PairMatching, ClassNamePrefixFeaturesOutMixin, TransformerMixin
     """
 
     _fit_is_abstract = True
+    _arrays: tuple[str, ...] = ()
+    _facts: tuple[str, ...] = ()
+    _sides: list[tuple[Any, ...]]
     n_anchors_: int
     n_features_in_: int
     _n_features_out: int
@@ -81,6 +90,39 @@ class PairScorer(PairMatching, ClassNamePrefixFeaturesOutMixin, TransformerMixin
         check_is_fitted(self)
         return self._coordinates(checked_rows(Y, "y", self._width_y), 1)
 
+    def save(self, path: Path | str, **about: Any) -> Path:
+        """Write the fitted scorer to one .safetensors file, atomically; ``about`` holds facts such as model names."""
+        check_is_fitted(self)
+        arrays = {name: getattr(self, name) for name in ("anchor_marks_", *self._arrays) if hasattr(self, name)}
+        for view, side in enumerate(self._sides):
+            arrays |= {f"side_{view}_{place}": np.asarray(part) for place, part in enumerate(side)}
+        facts = {name: getattr(self, name) for name in (*FACTS, *self._facts)}
+        params = {"init": self.get_params(), "facts": facts}
+        return save_fitted(Path(path), kind=type(self).__name__, arrays=arrays, params=params, about=about)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "PairScorer":
+        """Read a scorer that :meth:`save` wrote.
+
+        Raises
+        ------
+        FileError
+            One of its five kinds; ``WrongContent`` where the file holds another class.
+        """
+        found = load_fitted(Path(path), kind=cls.__name__)
+        made = cls(**found.params["init"])
+        for name, value in found.params["facts"].items():
+            setattr(made, name, value)
+        sides: tuple[list[Any], list[Any]] = [], []
+        places = sorted(name for name in found.arrays if name.startswith("side_"))
+        for name in places:
+            part = np.asarray(found.arrays[name])
+            sides[int(name.split("_")[1])].append(part if part.ndim else part.item())
+        made._sides = [tuple(side) for side in sides]
+        for name in set(found.arrays) - set(places):
+            setattr(made, name, np.asarray(found.arrays[name]))
+        return made
+
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.target_tags.required = tags.target_tags.multi_output = True
@@ -112,6 +154,8 @@ class RelativeRepresentation(PairScorer):
         Rows of the anchors.
     n_anchors_ : int
     """
+
+    _arrays = ("references_",)
 
     def __init__(self, n_references=300):
         self.n_references = n_references
@@ -153,13 +197,15 @@ class PrincipalSubspaceAligner(PairScorer):
 
     Attributes
     ----------
-    n_components_ : tuple of two ints
+    n_components_ : list of two ints
         Components that were kept of each view.
     correlations_ : ndarray of shape (k,)
         Of route ``"cca"``.
     n_anchors_ : int
     """
 
+    _arrays = ("correlations_",)
+    _facts = ("n_components_",)
     correlations_: np.ndarray
 
     def __init__(self, n_components: Any = 50, *, route="affine", reg: Any = 1e-2):
@@ -176,17 +222,18 @@ class PrincipalSubspaceAligner(PairScorer):
             check_count("n_components", k)
         elif not (isinstance(k, Real) and not isinstance(k, bool) and 0 < k <= 1):
             raise ValueError(f"n_components must be a whole number or a share in (0, 1], got {k!r}")
-        self._sides = [self._principal(rows) for rows in (X, Y)]
-        self.n_components_ = tuple(basis.shape[1] for _, basis in self._sides)
-        parts = [_white(rows, *side) for rows, side in zip((X, Y), self._sides, strict=True)]
+        sides = [self._principal(rows) for rows in (X, Y)]
+        self.n_components_ = [basis.shape[1] for _, basis in sides]
+        parts = [_white(rows, *side) for rows, side in zip((X, Y), sides, strict=True)]
         moments = PairedMoments(*self.n_components_).update(*parts)
         if self.route == "affine":
-            self._links = [ridge_from_moments(moments, alpha=self.reg * len(X)).weights, np.eye(self.n_components_[1])]
+            links = ridge_from_moments(moments, alpha=self.reg * len(X)).weights, np.eye(self.n_components_[1])
         else:
             found = cca_from_moments(moments, reg=self.reg)
             self.correlations_ = found.correlations
-            self._links = [found.weights_in * found.correlations, found.weights_out]
-        self._n_features_out = self._links[0].shape[1]
+            links = found.weights_in * found.correlations, found.weights_out
+        self._sides = [(*side, link) for side, link in zip(sides, links, strict=True)]
+        self._n_features_out = links[0].shape[1]
 
     def _principal(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean and the whitening basis (d, k) of the leading components."""
@@ -203,7 +250,8 @@ class PrincipalSubspaceAligner(PairScorer):
         return mean, V[:, :k] / np.sqrt(values[:k])
 
     def _coordinates(self, rows, view):
-        return _white(rows, *self._sides[view]) @ self._links[view].astype(rows.dtype)
+        mean, basis, link = self._sides[view]
+        return _white(rows, mean, basis) @ link.astype(rows.dtype)
 
 
 class KernelCanonicalCorrelation(PairScorer):
@@ -237,10 +285,13 @@ class KernelCanonicalCorrelation(PairScorer):
         In [0, 1], descending, shrunk by the ridge.
     landmarks_ : ndarray of ints
         Rows of the anchors.
-    bandwidths_ : tuple of two floats
+    bandwidths_ : list of two floats
         σ of either view; 0 for the linear kernel.
     n_anchors_ : int
     """
+
+    _arrays = ("correlations_", "landmarks_")
+    _facts = ("bandwidths_",)
 
     def __init__(self, n_components=20, *, kernel="rbf", reg: Any = 1e-3, n_landmarks=2000, random_state=0):
         self.n_components = n_components
@@ -260,9 +311,9 @@ class KernelCanonicalCorrelation(PairScorer):
             rows = np.sort(check_random_state(self.random_state).permutation(len(X))[: self.n_landmarks])
         self.landmarks_ = rows
         rbf = self.kernel == "rbf"
-        self.bandwidths_ = tuple(median_bandwidth(A, name) if rbf else 0.0 for A, name in ((X, "X"), (Y, "y")))
-        self._sides = [self._features(A[rows], sigma) for A, sigma in zip((X, Y), self.bandwidths_, strict=True)]
-        parts = [self._raw(A, view) for view, A in enumerate((X, Y))]
+        self.bandwidths_ = [float(median_bandwidth(A, name)) if rbf else 0.0 for A, name in ((X, "X"), (Y, "y"))]
+        sides = [self._features(A[rows], sigma) for A, sigma in zip((X, Y), self.bandwidths_, strict=True)]
+        parts = [_raw(A, *side) for A, side in zip((X, Y), sides, strict=True)]
         moments = PairedMoments(parts[0].shape[1], parts[1].shape[1]).update(*parts)
         roots = []
         for cov in (moments.cov_in, moments.cov_out):
@@ -275,8 +326,9 @@ class KernelCanonicalCorrelation(PairScorer):
         U, values, Vt = np.linalg.svd(roots[0] @ (moments.cross / moments.weight) @ roots[1], full_matrices=False)
         k = min(self.n_components, len(values))
         self.correlations_ = values[:k]
-        self._means = moments.mean_in, moments.mean_out
-        self._links = roots[0] @ U[:, :k] * values[:k], roots[1] @ Vt[:k].T
+        links = roots[0] @ U[:, :k] * values[:k], roots[1] @ Vt[:k].T
+        means = moments.mean_in, moments.mean_out
+        self._sides = [(*side, mean, link) for side, mean, link in zip(sides, means, links, strict=True)]
         self._n_features_out = k
 
     def _features(self, landmarks: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray, float]:
@@ -285,12 +337,13 @@ class KernelCanonicalCorrelation(PairScorer):
         kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
         return landmarks, V[:, kept] / np.sqrt(values[kept]), sigma
 
-    def _raw(self, rows: np.ndarray, view: int) -> np.ndarray:
-        landmarks, basis, sigma = self._sides[view]
-        return _kernel(rows.astype(np.float64), landmarks, sigma) @ basis
-
     def _coordinates(self, rows, view):
-        return ((self._raw(rows, view) - self._means[view]) @ self._links[view]).astype(rows.dtype)
+        landmarks, basis, sigma, mean, link = self._sides[view]
+        return ((_raw(rows, landmarks, basis, sigma) - mean) @ link).astype(rows.dtype)
+
+
+def _raw(rows: np.ndarray, landmarks: np.ndarray, basis: np.ndarray, sigma: float) -> np.ndarray:
+    return _kernel(rows.astype(np.float64), landmarks, sigma) @ basis
 
 
 def _kernel(A: np.ndarray, B: np.ndarray, sigma: float) -> np.ndarray:
@@ -327,6 +380,8 @@ class ContrastiveProjections(PairScorer):
     n_iter_ : int
     n_anchors_ : int
     """
+
+    _facts = ("history_", "scale_", "n_iter_")
 
     def __init__(
         self,
