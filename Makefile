@@ -3,9 +3,10 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 export POLYSPAN_HOME ?= $(CURDIR)/.polyspan
 
-.PHONY: try test lint types layers tests evidence bench clean
+.PHONY: try test lint types layers tests slow evidence bench clean
 
 try: $(VENV)/.installed
 	$(BIN)/polyspan claim --all --level quick --workers $(WORKERS)
@@ -36,7 +37,11 @@ layers: $(VENV)/.developed
 	$(BIN)/lint-imports
 
 tests: $(VENV)/.developed
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+	$(PYTEST) -m "not slow"
+
+# Trainings, verdicts over seeds, processes that are killed at every step: a quarter of an hour more.
+slow: $(VENV)/.developed
+	$(PYTEST) -m slow
 
 # The project's own evidence, kept in the repository so that the gallery stands in a fresh clone.
 evidence: $(VENV)/.installed

@@ -11,10 +11,19 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 from polyspan import catalog
 from polyspan.align import Aligner
 from polyspan.claims import find_claim
-from polyspan.testing import check_claim, public_estimators, public_members
+from polyspan.testing import check_control, check_trial, public_estimators, public_members
 
 ESTIMATORS = {name: kind for name, kind in public_estimators().items() if kind is not Aligner}
+# Seconds of one trial of the claims that train most; their tests are slow ones.
+DEAR = {
+    "polysae": 20, "lhdsc": 13, "grassmann-mixing": 10, "orthogonal-compatible-alignment": 8, "ulsam": 8,
+    "concrete-merging": 6, "flora-nd": 6, "sub-moe": 5, "mlc": 5, "lambda-orthogonality": 4, "rotation-continuity": 4,
+}  # fmt: skip
 WORKING = [entry.slug for entry in catalog.entries() if entry.status == "working"]
+
+
+def unless_dear(seconds):
+    return [pytest.param(slug, marks=[pytest.mark.slow] * (DEAR.get(slug, 0) >= seconds)) for slug in WORKING]
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
@@ -56,11 +65,16 @@ def test_a_map_that_keeps_the_width_passes_the_checks_whose_target_has_it(name):
     assert all("one width" in text for text in refused)
 
 
-@pytest.mark.parametrize("slug", WORKING)
-def test_a_claim_can_fail_repeats_and_shares_its_data(slug):
-    # Three seeds of the control are enough here: each claim's own tests look at its worlds more closely. Those of
-    # concrete-merging take a second each, and gains of its masks differ much from seed to seed.
-    check_claim(find_claim(slug), seeds=None if slug == "concrete-merging" else 3)
+@pytest.mark.parametrize("slug", unless_dear(4))
+def test_a_claim_fails_in_its_control_world(slug):
+    # Three seeds are enough here: each claim's own tests look at its worlds more closely. Gains of the masks of
+    # concrete-merging differ much from seed to seed.
+    check_control(find_claim(slug), seeds=None if slug == "concrete-merging" else 3)
+
+
+@pytest.mark.parametrize("slug", unless_dear(6))
+def test_a_claim_repeats_and_shares_its_data(slug):
+    check_trial(find_claim(slug))
 
 
 def test_every_claim_belongs_to_a_working_system_and_says_what_it_measures():

@@ -20,9 +20,11 @@ __all__ = [
     "LinalgCase",
     "ModuleCase",
     "check_claim",
+    "check_control",
     "check_linalg",
     "check_module",
     "check_reader",
+    "check_trial",
     "public_estimators",
     "public_members",
     "public_modules",
@@ -287,6 +289,18 @@ def check_claim(claim: Claim, *, seeds: int | None = None) -> None:
     AssertionError
         Saying which promise is broken.
     """
+    check_control(claim, seeds=seeds)
+    check_trial(claim)
+
+
+def check_control(claim: Claim, *, seeds: int | None = None) -> None:
+    """Check that a claim fails in its control world, over ``seeds`` seeds: those of level quick where not given.
+
+    Raises
+    ------
+    AssertionError
+        The verdict is another, or an arm is missing.
+    """
     count = claim.seeds["quick"] if seeds is None else seeds
     sign = 1.0 if claim.better == "higher" else -1.0
     gains = []
@@ -297,6 +311,16 @@ def check_claim(claim: Claim, *, seeds: int | None = None) -> None:
         gains.append(sign * (arms["method"] - arms["baseline"]))
     verdict, interval = judge(gains, claim.margin)
     assert verdict == "fails", f"{claim.slug}: the control world {claim.control!r} is {verdict}, gain {interval}"
+
+
+def check_trial(claim: Claim) -> None:
+    """Check that a world gives the same data for a seed, and that a trial leaves them alone and repeats.
+
+    Raises
+    ------
+    AssertionError
+        Saying which promise is broken.
+    """
     world = claim.levels["quick"][0]
     first, second = claim.worlds[world](0), claim.worlds[world](0)
     for mine, other in zip(_parts(first), _parts(second), strict=True):

@@ -31,6 +31,7 @@ def test_the_claim_holds_on_digits():
     assert measure(CLAIM, world="digits", seeds=5).verdict == "holds"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("only_linear")
 def test_the_claim_fails_in_its_control_world_and_not_where_planted():
     assert measure(CLAIM, world=CLAIM.control, seeds=3).verdict == "fails"

@@ -40,6 +40,7 @@ def test_no_baseline_has_fewer_settings_or_smaller_rates_than_masks():
     assert found == {"task arithmetic": 4, "TIES": 4, "AdaMerging": 6, "Concrete": 4}
 
 
+@pytest.mark.slow
 def test_masks_gain_where_inputs_are_those_of_the_tasks():
     found = on("digits")
     assert found.gain > 0
@@ -48,6 +49,7 @@ def test_masks_gain_where_inputs_are_those_of_the_tasks():
     assert found.means["method"] > found.means["before fine-tuning"] + 0.02
 
 
+@pytest.mark.slow
 def test_the_control_refutes_it_where_inputs_say_nothing_of_the_tasks():
     found = on(CLAIM.control)
     assert found.gain < CLAIM.margin

@@ -14,12 +14,14 @@ def digits():
     return [on_digits(seed) for seed in range(3)]
 
 
+@pytest.mark.slow
 def test_without_its_units_the_method_loses_to_principal_components():
     control = measure(CLAIM, CLAIM.control, seeds=5)
     assert control.verdict == "fails"
     assert control.means["method"] == pytest.approx(control.means["4 random directions"], abs=0.04)
 
 
+@pytest.mark.slow
 def test_a_group_of_units_explains_what_no_single_unit_does(digits):
     for seed, data in enumerate(digits):
         arms = trial(data, seed)
@@ -51,6 +53,7 @@ def test_inputs_are_in_random_order_and_positions_of_one_stand_together(digits):
     np.testing.assert_allclose(*halves, rtol=0.25, atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_user_measures_the_claim_on_two_tables(tmp_path):
     rng = np.random.default_rng(1)
     X = np.maximum(rng.normal(size=(400, 10)), 0)

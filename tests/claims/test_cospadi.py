@@ -53,6 +53,7 @@ def test_every_arm_counts_the_same_bytes():
     assert not np.array_equal(one_layer(0).inputs, one_layer(0).held_out)
 
 
+@pytest.mark.slow
 def test_a_user_measures_the_claim_on_a_layer_of_their_own(tmp_path):
     write_members(tmp_path / "mine.npz", one_layer(5, d_in=32, d_out=48)._asdict())
     found = measure_claim(CLAIM, data=tmp_path / "mine.npz", seeds=3)

@@ -22,12 +22,14 @@ def on(world):
     return measure(CLAIM, world, seeds=3)
 
 
+@pytest.mark.slow
 def test_gaunt_invariants_tell_turned_digits_apart_nearly_as_well():
     found = on("digits")
     assert found.gain > -0.06
     assert found.means["method"] > found.means["lengths of each degree only"] + 0.2
 
 
+@pytest.mark.slow
 def test_the_control_refutes_it_where_only_mirror_images_differ():
     found = on(CLAIM.control)
     assert found.verdict == "fails"

@@ -28,17 +28,20 @@ def test_the_control_refutes_it_where_pca_is_the_answer_already():
     assert measure(CLAIM, world=CLAIM.control, seeds=3).verdict == "fails"
 
 
+@pytest.mark.slow
 def test_no_linear_classifier_reads_the_world_of_separate_subspaces_but_subspaces_do():
     arms = trial(separate(0), 0)
     assert max(arms["logistic regression"], arms["cosine softmax"]) < 0.35
     assert min(arms["method"], arms["baseline"]) > 0.9
 
 
+@pytest.mark.slow
 def test_classes_that_differ_by_their_mean_only_are_no_place_for_subspaces():
     arms = trial(shifted(0), 0)
     assert arms["logistic regression"] > arms["one trained direction a class"] > arms["method"] + 0.1
 
 
+@pytest.mark.slow
 def test_every_arm_beats_chance_on_digits_and_subspaces_beat_vectors():
     arms = trial(on_digits(0), 0)
     assert min(arms.values()) > 0.9

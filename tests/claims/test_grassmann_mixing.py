@@ -38,6 +38,7 @@ def test_planes_learn_a_language_of_words_as_fast_as_attention_and_faster():
     assert 1 < found["method"] < 2.55
 
 
+@pytest.mark.slow
 def test_the_control_refutes_it_as_what_is_asked_lies_out_of_reach():
     found = on_small("recall")
     assert found["baseline"] < 1

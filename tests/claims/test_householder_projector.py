@@ -32,6 +32,7 @@ def test_on_digits_the_exact_start_keeps_the_pictures_and_other_starts_lose_them
     assert arms["directions of 16 that change pictures, SeFa"] == 16
 
 
+@pytest.mark.slow
 def test_where_nothing_was_learnt_before_no_start_is_better():
     control = measure(CLAIM, CLAIM.control, seeds=3)
     assert control.verdict == "fails"

@@ -46,6 +46,7 @@ def test_both_arms_try_as_many_settings():
     assert "68" in CLAIM.baseline
 
 
+@pytest.mark.slow
 def test_where_hubs_are_planted_it_gains_much_over_no_correction_and_nothing_over_the_best_other():
     found = on("planted")
     assert found.means["method"] > found.means["no correction"] + 0.25
@@ -53,6 +54,7 @@ def test_where_hubs_are_planted_it_gains_much_over_no_correction_and_nothing_ove
     assert found.verdict == "fails"
 
 
+@pytest.mark.slow
 def test_in_the_control_world_there_are_no_hubs_and_no_correction_gains():
     found = on(CLAIM.control)
     assert found.verdict == "fails"
@@ -62,6 +64,7 @@ def test_in_the_control_world_there_are_no_hubs_and_no_correction_gains():
     assert none < 0.6
 
 
+@pytest.mark.slow
 def test_on_real_images_a_softmax_normaliser_is_stronger():
     found = on("digits")
     assert found.verdict == "fails"
@@ -100,6 +103,7 @@ def test_banks_at_random_leave_the_gallery_almost_as_it_is():
     assert np.sum(moved * data.gallery, axis=1).min() > 0.999
 
 
+@pytest.mark.slow
 def test_a_user_measures_the_claim_on_a_file_of_banks(tmp_path):
     data = planted(3)
     write_members(tmp_path / "mine.npz", data._asdict())

@@ -33,6 +33,7 @@ def on(world):
     return measure(CLAIM, world, seeds=3)
 
 
+@pytest.mark.slow
 def test_where_it_is_planted_a_threshold_beats_both_ends_and_soft_orthogonality_but_not_the_average_of_the_ends():
     found = on("planted")
     assert found.verdict == "fails"
@@ -55,6 +56,7 @@ def test_leaving_the_rotations_further_serves_the_data_at_hand_better_and_other_
     assert elsewhere[0] - elsewhere[2] > 0.05
 
 
+@pytest.mark.slow
 def test_on_real_images_it_beats_the_rotation_and_no_more():
     found = on("digits")
     assert found.verdict == "fails"
@@ -62,6 +64,7 @@ def test_on_real_images_it_beats_the_rotation_and_no_more():
     assert found.means["baseline"] >= found.means["halfway"] > found.means["rotation"]
 
 
+@pytest.mark.slow
 def test_in_the_control_world_labels_tell_nothing_and_nothing_is_gained():
     found = on(CLAIM.control)
     assert found.verdict == "fails"

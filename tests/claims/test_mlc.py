@@ -24,6 +24,7 @@ def few(seed):
     return Pictures(data.images[:120], data.labels[:120], np.array([20, 0.2, 0.15, 0, 0, 0, 0, 4, 4]))
 
 
+@pytest.mark.slow
 def test_without_groups_the_method_gains_nothing():
     control = measure(CLAIM, CLAIM.control)
     assert control.verdict == "fails"

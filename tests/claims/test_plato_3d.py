@@ -43,6 +43,7 @@ def test_both_arms_try_as_many_settings():
     assert "36" in CLAIM.baseline
 
 
+@pytest.mark.slow
 def test_where_louder_factors_are_private_only_the_subspace_finds_the_shared_ones():
     found = on("planted")
     assert found.verdict == "holds"
@@ -51,6 +52,7 @@ def test_where_louder_factors_are_private_only_the_subspace_finds_the_shared_one
     assert found.means["subspace, local CKA"] > 0.9
 
 
+@pytest.mark.slow
 def test_where_all_is_shared_there_is_nothing_to_leave_out():
     found = on(CLAIM.control)
     assert found.verdict == "fails"
@@ -58,6 +60,7 @@ def test_where_all_is_shared_there_is_nothing_to_leave_out():
     assert subspace_report(*all_shared(0)[:2]).n_shared == 24
 
 
+@pytest.mark.slow
 def test_on_halves_of_digits_it_beats_every_map_of_the_full_spaces_and_the_whitened_map_about_equals_it():
     found = on("digits")
     assert found.means["method"] > found.means["ridge map"] + 0.05
@@ -119,6 +122,7 @@ def test_trained_projections_learn_what_is_planted_and_repeat():
     assert topk_accuracy(once, 5) > 0.5
 
 
+@pytest.mark.slow
 def test_a_user_measures_the_claim_on_a_file_of_pairs(tmp_path):
     data = planted(4)
     write_members(tmp_path / "mine.npz", data._asdict())

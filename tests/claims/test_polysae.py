@@ -129,6 +129,7 @@ def test_properties_are_of_the_token_and_of_the_next():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_arms")
 def test_a_user_measures_the_claim_on_activations_and_labels(tmp_path):
     data = planted(1)

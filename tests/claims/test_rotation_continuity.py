@@ -1,6 +1,7 @@
 from functools import cache
 
 import numpy as np
+import pytest
 
 from polyspan.claims import measure, measure_claim
 from polyspan.claims.rotation_continuity import CAP, CLAIM, Posed, clouds, entries, narrow
@@ -13,6 +14,7 @@ def on(world):
     return measure(CLAIM, world, seeds=3)
 
 
+@pytest.mark.slow
 def test_six_numbers_win_where_targets_are_all_rotations():
     found = on("entries")
     assert found.verdict == "holds"
@@ -22,6 +24,7 @@ def test_six_numbers_win_where_targets_are_all_rotations():
     assert found.means["9D, nearest rotation"] < 1.2 * found.means["method"]
 
 
+@pytest.mark.slow
 def test_the_control_refutes_it_where_no_representation_has_to_tear():
     found = on(CLAIM.control)
     assert found.verdict == "fails"
@@ -53,6 +56,7 @@ def test_spoilt_data_is_the_part_of_it_around_one_rotation():
     np.testing.assert_allclose(left, np.broadcast_to(left[0], left.shape), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_user_measures_the_claim_on_features_and_rotations(tmp_path):
     data = entries(1, n=1200)
     path = tmp_path / "mine.npz"

@@ -15,6 +15,7 @@ def on(world):
     return measure(CLAIM, world)
 
 
+@pytest.mark.slow
 def test_in_the_control_world_the_method_loses_what_it_lives_on():
     control, main = on("shuffled"), on("planted")
     assert control.verdict == "fails"

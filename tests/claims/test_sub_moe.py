@@ -60,6 +60,7 @@ def test_matching_neurons_and_fitting_the_down_map_loses_a_fraction_of_that():
     assert found.means["baseline"] == on("scratch").means["baseline"]
 
 
+@pytest.mark.slow
 def test_the_control_refutes_it_where_all_experts_do_the_same(briefly):
     found = measure(CLAIM, CLAIM.control, seeds=1)
     assert abs(found.gain) < 1e-5

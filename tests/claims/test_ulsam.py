@@ -35,6 +35,7 @@ def test_where_no_place_is_worth_more_than_another_every_arm_is_right_and_nothin
     assert arms["method"] - arms["baseline"] < CLAIM.margin
 
 
+@pytest.mark.slow
 def test_on_digits_a_sixth_goes_the_network_stays_good_and_the_attention_learns():
     arms = trial(on_digits(0), 0)
     assert arms["parameters left, share"] < 0.85

@@ -13,6 +13,7 @@ def on(world):
     return measure(CLAIM, world, seeds=3)
 
 
+@pytest.mark.slow
 def test_a_shared_table_wins_where_readers_can_turn_away_from_one_another():
     found = on("planted")
     assert found.verdict == "holds"
@@ -22,12 +23,14 @@ def test_a_shared_table_wins_where_readers_can_turn_away_from_one_another():
     assert found.means["a row a value"] > found.means["method"]
 
 
+@pytest.mark.slow
 def test_a_shared_table_wins_on_digits():
     found = on("digits")
     assert found.verdict == "holds"
     assert found.gain > 0.05
 
 
+@pytest.mark.slow
 def test_the_control_refutes_it_where_all_features_have_one_reader():
     found = on(CLAIM.control)
     assert found.verdict == "fails"
@@ -47,6 +50,7 @@ def test_worlds_hold_what_they_say():
     assert pixels.labels.mean() == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_user_measures_the_claim_on_values_and_labels(tmp_path):
     data = planted(1)
     path = tmp_path / "mine.npz"
