@@ -109,6 +109,32 @@ def _Repeats(rows, times):
     return Repeats().eval()
 
 
+def test_a_table_whose_rows_are_positions_has_the_errors_of_its_inputs():
+    rng = np.random.default_rng(4)
+    X = rng.normal(size=(240, 3))
+    Y = X @ rng.normal(size=(3, 3)) + rng.normal(size=(240, 3))
+    plain = compare_networks(X, Y, random_state=0)[0]
+    copies = [np.repeat(Z, 4, axis=0) for Z in (X, Y)]
+    apart = compare_networks(*copies, random_state=0)[0]
+    joined = compare_networks(*copies, rows_per_item=4, random_state=0)[0]
+    assert (plain.n_items, apart.n_items, joined.n_items, joined.n_rows) == (240, 960, 240, 960)
+    # Four copies of each row say what one says: the same blocks are drawn, and the same shuffles. Only the ridge of all
+    # units together weighs less against more rows.
+    known = [name for name in plain.errors if name != "unexplained_all"]
+    assert len(known) >= 7
+    assert {name: joined.errors[name] for name in known} == pytest.approx(
+        {name: plain.errors[name] for name in known}, rel=1e-6
+    )
+    assert joined.nulls == pytest.approx(plain.nulls, rel=1e-6)
+    np.testing.assert_allclose(joined.bipartite_errors, plain.bipartite_errors, rtol=1e-6)
+    # Taken as inputs of their own they would look like four times as many: errors of half the size.
+    assert apart.errors["mean_semi"] < 0.75 * joined.errors["mean_semi"]
+    # Chunks hold whole inputs, however many fit into a batch.
+    small = compare_networks(*copies, rows_per_item=4, batch_rows=10, random_state=0)[0]
+    assert small.n_items == 240
+    assert small.mean_bipartite == pytest.approx(plain.mean_bipartite)
+
+
 def test_errors_of_all_numbers_are_the_spread_over_literally_redrawn_inputs():
     """Against a bootstrap of single rows, which needs all of them at hand; both have a relative deviation of 0.2."""
     rng = np.random.default_rng(2)
@@ -250,6 +276,8 @@ def test_parts_that_nothing_joins_are_cut_for_nothing_and_before_all_others():
         (lambda X: compare_networks(X, X, n_blocks=2), "n_blocks must be at least 4, got 2"),
         (lambda X: compare_networks(X, X, n_bootstraps=1), "n_bootstraps not 1, got 20 and 1"),
         (lambda X: compare_networks(X, X, n_bootstraps=-1), "n_bootstraps must be at least 0, got -1"),
+        (lambda X: compare_networks(X, X, rows_per_item=0), "rows_per_item must be at least 1, got 0"),
+        (lambda X: compare_networks(X, X, rows_per_item=7), "rows_per_item must divide the 40 rows of 'units', got 7"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(call, message):

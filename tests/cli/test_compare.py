@@ -46,6 +46,17 @@ def test_the_report_is_that_of_the_function_and_the_matching_is_written(files, c
     assert told["errors"] == expected.errors
 
 
+def test_rows_of_one_input_stay_together(files, capsys):
+    a, b = files / "a.npy", files / "b.npz"
+    compare(a, b, member_b="fc", rows_per_item=5, json=True)
+    told = json.loads(capsys.readouterr().out)
+    with np.load(b) as members:
+        options = {"nulls": ("shuffle", "rotation"), "rows_per_item": 5, "random_state": 0}
+        expected = compare_networks(np.load(a), members["fc"], **options)[0]
+    assert told["n_items"] == 100
+    assert told["errors"] == expected.errors
+
+
 def test_the_table_tells_nulls_prices_and_groups(files, capsys):
     write_array(files / "b.npy", np.load(files / "b.npz")["fc"])
     paths = files / "a.npy", files / "b.npy"
@@ -121,6 +132,8 @@ def test_pictures_show_pairs_on_the_diagonal_and_have_equal_bytes_for_equal_inpu
         ({"untrained_a": "a.npy"}, "must be given together"),
         ({"shuffles": -1}, "--shuffles must be at least 0"),
         ({"bootstraps": 1}, "--bootstraps must be 0 or at least 2, got 1"),
+        ({"rows_per_item": 0}, "--rows-per-item must be at least 1, got 0"),
+        ({"rows_per_item": 3}, "rows_per_item must divide the 500 rows"),
         ({"member_b": "other"}, "one row an input, got 500 and 3"),
     ],
 )

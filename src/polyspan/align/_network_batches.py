@@ -22,8 +22,9 @@ Batch = tuple[tuple[str, str], np.ndarray, np.ndarray, np.ndarray | None]
 """Names of a pair of layers, activations (items, positions, units) of both, and what item a token is of, or None."""
 
 
-def array_batches(a: Any, b: Any, layers: Sequence[Any] | None, batch_rows: int) -> Iterator[Batch]:
-    """Yield batches (rows, 1, units) that each span the whole table, so that sorted rows are shuffled well."""
+def array_batches(a: Any, b: Any, layers: Sequence[Any] | None, options: dict) -> Iterator[Batch]:
+    """Yield batches (items, positions, units) that each span the whole table, so that sorted rows are shuffled well."""
+    batch_rows, together = options["batch_rows"], options["rows_per_item"]
     sides = [{name: _table(x, name, side) for name, x in _named(given).items()} for side, given in (("a", a), ("b", b))]
     if layers is not None:
         names = _pairs(layers)
@@ -40,13 +41,15 @@ def array_batches(a: Any, b: Any, layers: Sequence[Any] | None, batch_rows: int)
         X, Y = sides[0][first], sides[1][second]
         if len(X) != len(Y):
             raise ValueError(f"a and b must have one row an input, got {len(X)} and {len(Y)} rows in {first!r}")
+        if len(X) % together:
+            raise ValueError(f"rows_per_item must divide the {len(X)} rows of {first!r}, got {together}")
         n_batches = -(-len(X) // batch_rows)
-        size = min(CHUNK, batch_rows)
+        size = max(min(CHUNK, batch_rows) // together, 1) * together
         starts = range(0, len(X), size)
         for i in range(min(n_batches, len(starts))):
             mine = [slice(start, start + size) for start in starts[i::n_batches]]
-            rows, partners = (np.concatenate([np.asarray(Z[part]) for part in mine])[:, None] for Z in (X, Y))
-            yield (first, second), rows, partners, None
+            rows, partners = (np.concatenate([np.asarray(Z[part]) for part in mine]) for Z in (X, Y))
+            yield (first, second), *(Z.reshape(-1, together, Z.shape[1]) for Z in (rows, partners)), None
 
 
 def _named(given: Any) -> dict[str, Any]:

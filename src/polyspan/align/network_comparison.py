@@ -49,6 +49,7 @@ def compare_networks(
     channels: str = "auto",
     mask: str | None = None,
     max_positions: int | None = None,
+    rows_per_item: int = 1,
     batch_rows: int = 65536,
     random_state: Any = None,
     label: str = "",
@@ -90,8 +91,7 @@ def compare_networks(
         Times that blocks are drawn again for standard errors, and at most 10 times for the stability of the few-to-one
         mappings, seen on 32 targets; 0 leaves both out.
     n_blocks : int
-        Even, at least 4. With 20 a standard error is known to about 17 %, with 50 to 10 %; memory grows with it. Rows
-        of a table count as inputs of their own: where they hang together, errors are too small.
+        Even, at least 4. With 20 a standard error is known to about 17 %, with 50 to 10 %; memory grows with it.
     alphas : sequence of float
         Penalties of the few-to-one mapping.
     n_clusters : int or "eigengap"
@@ -101,7 +101,10 @@ def compare_networks(
         Key of mapping batches whose value (items, tokens) is 0 at padding, for instance ``"attention_mask"``: these
         positions are left out, and the others of one item stay together in halves, blocks and shuffles.
     max_positions : int, optional
-        Take so many random positions of each batch, the same in both networks.
+        For models: take so many random positions of each batch, the same in both networks.
+    rows_per_item : int
+        For arrays: so many rows in a row are the positions of one input, in one order, and stay together as those of
+        models do. Where rows that hang together are taken as inputs of their own, errors are too small.
     batch_rows : int
         Rows a batch of arrays; items a batch of an ``inputs`` tensor are at most 256.
     random_state : int, RandomState instance or None
@@ -120,6 +123,7 @@ def compare_networks(
     check_count("n_shuffles", n_shuffles)
     check_count("n_bootstraps", n_bootstraps, 0)
     check_count("n_blocks", n_blocks, 4)
+    check_count("rows_per_item", rows_per_item)
     if n_blocks % 2 or n_bootstraps == 1:
         raise ValueError(f"n_blocks must be even and n_bootstraps not 1, got {n_blocks} and {n_bootstraps}")
     check_count("batch_rows", batch_rows, LEAST_ROWS)
@@ -134,12 +138,15 @@ def compare_networks(
         raise ValueError(f"untrained must be a pair like a and b, got {len(untrained)}")
     seed = int(check_random_state(random_state).randint(2**31 - 1))
     options = {"reduce": reduce, "channels": channels, "mask": mask, "max_positions": max_positions}
-    options |= {"batch_rows": batch_rows, "seed": seed, "n_blocks": n_blocks if n_bootstraps else 2}
+    options |= {"batch_rows": batch_rows, "rows_per_item": rows_per_item, "seed": seed}
+    options |= {"n_blocks": n_blocks if n_bootstraps else 2}
     models = _is_model(a)
     if models != _is_model(b):
         raise ValueError(f"a and b must both be models or both arrays, got {type(a).__name__} and {type(b).__name__}")
     if models and (inputs is None or layers is None):
         raise ValueError("inputs and layers must be given for models, got None")
+    if models and rows_per_item != 1:
+        raise ValueError(f"rows_per_item is for arrays; models give their positions, got {rows_per_item}")
     if models and iter(inputs) is inputs and ("scramble" in nulls or untrained is not None):
         raise ValueError("inputs must be something that starts again, as a list or DataLoader, got an iterator")
     gathered = _gather(a, b, inputs, layers, n_shuffles if "shuffle" in nulls else 0, label, options)
@@ -417,7 +424,7 @@ def _gather(
     if _is_model(a):
         batches = model_batches(a, b, inputs, layers or (), options)
     else:
-        batches = array_batches(a, b, layers, options["batch_rows"])
+        batches = array_batches(a, b, layers, options)
     with Progress(label) as shown:
         for names, X, Y, items in batches:
             for side, x, name in (("a", X, names[0]), ("b", Y, names[1])):

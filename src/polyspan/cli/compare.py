@@ -23,6 +23,7 @@ def compare(
     untrained_b: Path | None = None,
     shuffles: int = 20,
     bootstraps: int = 50,
+    rows_per_item: int = 1,
     clusters: int | None = None,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     report: Path | None = None,
@@ -34,8 +35,8 @@ def compare(
 
     Rows of both files are the same inputs in the same order, columns are units. Files are mapped, not read whole, so
     memory grows with units, not with rows. Beside each number stands what shuffled rows, a rotated layer and, where
-    you give them, untrained networks reach. What follows ± is a standard error, for rows that are independent: of
-    positions of images it is too small.
+    you give them, untrained networks reach. What follows ± is a standard error; where rows are positions of images or
+    tokens of texts it is right only with --rows-per-item.
 
     Parameters
     ----------
@@ -60,6 +61,9 @@ def compare(
     bootstraps : int
         Times that rows are drawn again for standard errors and the stability of the few-to-one choice; 0 leaves both
         out.
+    rows_per_item : int
+        So many rows in a row are positions of one input, in one order, and stay together wherever inputs are drawn or
+        shuffled.
     clusters : int
         Groups of the many-to-many table; by the eigengap where not given.
     out : Path
@@ -84,6 +88,8 @@ def compare(
         raise ValueError(f"--shuffles must be at least 0, got {shuffles}")
     if bootstraps < 0 or bootstraps == 1:
         raise ValueError(f"--bootstraps must be 0 or at least 2, got {bootstraps}")
+    if rows_per_item < 1:
+        raise ValueError(f"--rows-per-item must be at least 1, got {rows_per_item}")
     found = compare_networks(
         read_array(a, member=member_a, column=column_a),
         read_array(b, member=member_b, column=column_b),
@@ -91,6 +97,7 @@ def compare(
         nulls=("shuffle", "rotation") if shuffles else ("rotation",),
         n_shuffles=max(shuffles, 1),
         n_bootstraps=bootstraps,
+        rows_per_item=rows_per_item,
         n_clusters="eigengap" if clusters is None else clusters,
         random_state=seed,
         label=f"comparing {a.name} and {b.name}",
