@@ -7,6 +7,7 @@ import pytest
 
 from polyspan.cli.classify import fit, report
 from polyspan.data import planted_gaussian_classes
+from polyspan.io import write_members
 from polyspan.nn import GrassmannClassifier
 
 
@@ -52,3 +53,17 @@ def test_what_does_not_fit_is_said(data, tmp_path):
         fit(tmp_path / "x.npy", labels=tmp_path / "y.npy", out=tmp_path / "h.safetensors")
     with pytest.raises(ValueError, match="--held-out must be at least 0 and below 1, got 1"):
         fit(tmp_path / "x.npy", labels=tmp_path / "y.npy", out=tmp_path / "h.safetensors", held_out=1.0)
+
+
+def test_a_classifier_does_not_take_the_place_of_what_it_is_fitted_on(data, tmp_path):
+    source = tmp_path / "train.safetensors"
+    write_members(source, {"embeddings": data.train, "labels": data.train_labels})
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match="--out must be another file than a file that is read"):
+        fit(source, out=source, dimension=2, steps=1, held_out=0.0)
+    assert source.read_bytes() == before
+    out = tmp_path / "heads.safetensors"
+    fit(source, out=out, dimension=2, steps=1, held_out=0.0)
+    with pytest.raises(ValueError, match=r"--plot must be|must end in"):
+        report(out, source, plot=source)
+    assert source.read_bytes() == before

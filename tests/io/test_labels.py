@@ -3,7 +3,7 @@ import pytest
 import scipy.io
 
 from polyspan.errors import CorruptFile, WrongContent
-from polyspan.io import read_labelled, read_labels, write_array, write_members
+from polyspan.io import read_labelled, read_labels, write_array, write_columns, write_members
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 1), (1, 5)])
@@ -29,6 +29,32 @@ def test_a_table_is_joined_by_id_or_taken_in_order(tmp_path, suffix, mark):
     assert read_labels(path).tolist() == ["1", "0", "2"]
     with pytest.raises(WrongContent, match="found no label of 'd'"):
         read_labels(path, ["d"])
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
+@pytest.mark.parametrize("values", [[1, 0, 2], [1.0, 0.0, 2.0], ["x", "y", "z"]])
+def test_a_table_of_another_kind_is_read_as_a_text_table_is(tmp_path, suffix, values):
+    path = write_columns(tmp_path / f"y{suffix}", {"id": ["b", "a", "c"], "label": values})
+    found = read_labels(path)
+    assert found.tolist() == values
+    assert found.dtype.kind in "iU"
+    assert read_labels(path, np.array(["a", "b"])).tolist() == [values[1], values[0]]
+    with pytest.raises(WrongContent, match="found no label of 'd'"):
+        read_labels(path, ["d"])
+    numbered = write_columns(tmp_path / f"n{suffix}", {"id": [7, 5], "label": values[:2]})
+    assert read_labels(numbered, np.array([5, 7])).tolist() == [values[1], values[0]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": [0.5, 1.0]}, "at column label: found fractions"),
+        ({"id": ["a", "a"], "label": [0, 1]}, "at column id: found a more than once"),
+    ],
+)
+def test_a_table_of_no_labels_is_refused_by_its_column(tmp_path, columns, message):
+    with pytest.raises(WrongContent, match=message):
+        read_labels(write_columns(tmp_path / "y.parquet", columns))
 
 
 @pytest.mark.parametrize(

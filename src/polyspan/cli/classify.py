@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from ._output import show_json, show_table
+from ._output import check_target, show_json, show_table
+from ._pictures import check_drawing
+from .cluster import check_places
 
 TABLES = (".parquet", ".arrow", ".feather")
 
@@ -67,6 +69,9 @@ def fit(
 
     from polyspan.nn import GrassmannClassifier
 
+    check_target(out, "--out", ".safetensors")
+    check_drawing(plot, "--plot")
+    check_places(plot, read=(source, labels), out=out)
     if not 0 <= held_out < 1:
         raise ValueError(f"--held-out must be at least 0 and below 1, got {held_out}")
     X, y = _load(source, labels, member, label_member, column, label_column)
@@ -135,6 +140,8 @@ def report(
 
     from polyspan.nn import GrassmannClassifier
 
+    check_drawing(plot, "--plot")
+    check_places(plot, read=(model, source, labels))
     fitted = GrassmannClassifier.load(model)
     X, y = _load(source, labels, member, label_member, column, label_column)
     answers = fitted.predict(X)
@@ -175,11 +182,11 @@ def _load(
     if labels is not None:
         X = read_array(source, member=member, column=column)
         y = read_labels(labels)
-    elif source.suffix in TABLES:
+    elif source.suffix.lower() in TABLES:
         batches = list(EmbeddingReader(source, column=column, id_column=label_column).batches())
         X = np.concatenate([batch.rows for batch in batches])
         y = np.concatenate([np.asarray(batch.ids) for batch in batches])
-    elif source.suffix in (".npz", ".safetensors"):
+    elif source.suffix.lower() in (".npz", ".safetensors"):
         found = read_members(source, [member or "embeddings", label_member])
         X, y = found[member or "embeddings"], found[label_member]
     else:

@@ -10,6 +10,7 @@ import numpy as np
 
 from polyspan.errors import WrongContent
 
+from . import _tables
 from ._door import PathLike, suffix_of
 from ._edge_lists import LABELS
 from ._mat import mat_names
@@ -22,14 +23,15 @@ ARRAYS = ("fea", "features", "X", "images", "data")
 
 
 def read_labels(path: PathLike, ids: Any = None, *, member: str | None = None) -> np.ndarray:
-    """Return one class a row, (n,): int64 from an array, text from a ``.csv`` or ``.tsv`` table.
+    """Return one class a row, (n,): int64 from an array, text from a ``.csv`` or ``.tsv`` table, either from others.
 
     An array of shape (n, 1) or (1, n), as MATLAB and pandas make them, is a vector too.
 
     Parameters
     ----------
     path : path-like
-        What :func:`read_array` reads, or a text table with a column ``label`` and, where rows are joined, ``id``.
+        What :func:`read_array` reads, or a table (``.csv``, ``.tsv``, ``.parquet``, ``.arrow``, ``.feather``) with a
+        column ``label`` and, where rows are joined, ``id``.
     ids : array of shape (n,), optional
         The names of the rows. A table with ids is brought to their order, and its further rows are left out; without
         ids, here or there, its rows are taken in the order of the file.
@@ -44,22 +46,47 @@ def read_labels(path: PathLike, ids: Any = None, *, member: str | None = None) -
     UnreadableFile, CorruptFile, UntrustedFile, TooLarge
         As of :func:`read_array` and :func:`read_csv`.
     """
-    if Path(path).suffix.lower() not in LABEL_TABLES:
+    suffix = Path(path).suffix.lower()
+    if suffix in _tables.TABLES and (columns := _table_columns(path)):
+        labels, own = columns
+    elif suffix not in LABEL_TABLES:
         found = read_array(path, member=member, ndim=None, dtype=np.int64)
         return as_vector(path, found, member or "")
-    table = read_csv(path)
-    if "label" not in table:
-        raise WrongContent(path, found=f"columns {', '.join(table)}", expected="a column label")
-    check_cells(path, table["label"], "label")
-    if "id" in table:
-        check_cells(path, table["id"], "id", distinct=True)
-    if ids is None or "id" not in table:
-        return np.array(table["label"])
-    by_id = dict(zip(table["id"], table["label"], strict=True))
+    else:
+        table = read_csv(path)
+        if "label" not in table:
+            raise WrongContent(path, found=f"columns {', '.join(table)}", expected="a column label")
+        check_cells(path, table["label"], "label")
+        labels, own = np.array(table["label"]), table.get("id")
+        if own is not None:
+            check_cells(path, own, "id", distinct=True)
+    if ids is None or own is None:
+        return labels
+    by_id = dict(zip(map(str, own), labels, strict=True))
     missing = [i for i in ids if str(i) not in by_id]
     if missing:
         raise WrongContent(path, found=f"no label of {str(missing[0])!r}", expected="one for each id of the rows")
     return np.array([by_id[str(i)] for i in ids])
+
+
+def _table_columns(path: PathLike) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """Return the columns ``label`` and ``id`` of a Parquet or Arrow table, if it has a column ``label``."""
+    with _tables.open_table(path) as table:
+        if "label" not in table.schema.names:
+            return None
+        labels = _tables.read_column(table, "label")
+        own = _tables.read_column(table, "id") if "id" in table.schema.names else None
+    if labels.dtype.kind == "f":
+        whole = labels.astype(np.int64)
+        if not np.array_equal(whole, labels):
+            raise WrongContent(path, found="fractions", expected="whole numbers or text", where="column label")
+        labels = whole
+    if own is not None and len(np.unique(own)) < len(own):
+        names, counts = np.unique(own, return_counts=True)
+        raise WrongContent(
+            path, found=f"{names[counts > 1][0]} more than once", expected="each once", where="column id"
+        )
+    return as_vector(path, labels, "column label"), own
 
 
 def as_vector(path: PathLike, labels: np.ndarray, where: str = "") -> np.ndarray:
