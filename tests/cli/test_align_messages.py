@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from polyspan.align import plan_upgrade
+from polyspan.align import load_aligner, plan_upgrade
 from polyspan.cli import run
 from polyspan.cli.align import fit
 from polyspan.cli.compare import compare
@@ -103,3 +103,13 @@ def test_lengths_are_no_matter_where_an_upgrade_mends_them():
     assert not any(told in said for said in plan_upgrade(old, new, n_rows=120, renormalize=True).warnings)
     assert any(told in said for said in plan_upgrade(old, 7 * new, n_rows=120, renormalize=True).warnings)
     assert any(told in said for said in plan_upgrade(old, new, n_rows=120).warnings)
+
+
+def test_options_that_a_method_does_not_take_are_refused(pair):
+    options = {"out": pair / "m.safetensors"}
+    with pytest.raises(ValueError, match="--rank must go with --method orthogonal, got 3 and --method ridge"):
+        fit(pair / "a.npy", pair / "b.npy", **options, method="ridge", rank=3)
+    with pytest.raises(ValueError, match=r"--no-shift must go with .*, got --method mean-shift"):
+        fit(pair / "a.npy", pair / "b.npy", **options, method="mean-shift", shift=False)
+    fit(pair / "a.npy", pair / "b.npy", **options, method="ridge", shift=False)
+    assert not load_aligner(options["out"])[0].shift

@@ -109,6 +109,10 @@ def test_warnings_go_to_stderr_and_into_the_report(files, capsys):
         ({"tune_gallery": "gallery", "tune_queries": "queries"}, "rates are tuned on the gallery itself"),
         ({"tune_gallery": "bank_gallery", "tune_queries": "bank_queries"}, "rates are tuned on the bank"),
         (
+            {"tune_gallery": "tune_gallery", "tune_queries": "tune_gallery"},
+            "rates are tuned on a gallery that asks for itself",
+        ),
+        (
             {"tune_gallery": "tune_gallery", "tune_queries": "tune_queries", "queries": "tune_queries"},
             "rates are tuned on the queries that measure them",
         ),

@@ -20,6 +20,8 @@ Method = Literal[
 ]
 TRAINED = {"relaxed-orthogonal", "srip", "forward-compatible"}
 """What auto leaves out: methods trained by many steps."""
+UNSHIFTED = {"mean-shift", "residual-mlp", "forward-compatible", "no-map"}
+"""What --no-shift means nothing for."""
 
 
 def fit(
@@ -60,7 +62,7 @@ def fit(
     metric : {"cosine", "dot"}
         How your store compares vectors; cosine scales rows to length 1 first.
     shift : bool
-        Fit the means as well (orthogonal, relaxed-orthogonal and ridge).
+        Fit the means as well (orthogonal, relaxed-orthogonal, srip and ridge).
     rank : int
         Keep only so many leading directions (orthogonal).
     held_out : float
@@ -101,6 +103,10 @@ def fit(
         raise ValueError(
             f"source and target must have one row an item, got {len(X)} rows in {source} and {len(Y)} in {target}"
         )
+    if rank is not None and method not in ("auto", "orthogonal"):
+        raise ValueError(f"--rank must go with --method orthogonal, got {rank} and --method {method}")
+    if not shift and method in UNSHIFTED:
+        raise ValueError(f"--no-shift must go with a method that fits means and can be without, got --method {method}")
     if not 0 <= held_out < 1:
         raise ValueError(f"--held-out must be at least 0 and below 1, got {held_out}")
     normalize = metric == "cosine"

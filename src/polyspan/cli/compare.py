@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
+from .cluster import check_places
 
 SHOWN = 12
 """Groups of the table; the report has all."""
@@ -90,6 +91,7 @@ def compare(
         raise ValueError(f"--bootstraps must be 0 or at least 2, got {bootstraps}")
     if rows_per_item < 1:
         raise ValueError(f"--rows-per-item must be at least 1, got {rows_per_item}")
+    check_places(plot, read=(a, b, untrained_a, untrained_b), out=out, report=report)
     found = compare_networks(
         read_array(a, member=member_a, column=column_a),
         read_array(b, member=member_b, column=column_b),

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from ._output import say, show_json, show_table
+from ._output import check_target, say, show_json, show_table
+from .cluster import check_places
 
 
 def train(
@@ -84,6 +85,8 @@ def train(
         raise ValueError(f"--new-vectors is for --method basis, got --method {method}")
     if method == "basis" and separability:
         raise ValueError("--separability is for --method orthogonal, got --method basis")
+    check_target(out, "--out", ".safetensors")
+    check_places(read=(features, labels, old, old_vectors, new_vectors), out=out, checkpoint=checkpoint)
     X = read_array(features, member=member, column=column)
     y = read_labels(labels)
     if len(X) != len(y):
@@ -169,6 +172,7 @@ def embed(
     from polyspan.io import EmbeddingReader, digest_file, transform_file
     from polyspan.run import Progress
 
+    check_places(read=(encoder, features), out=out)
     model = CompatibleClassifier.load(encoder)
     full = model.class_means_.shape[1]
     if width is not None and not 1 <= width <= full:
@@ -221,6 +225,7 @@ def evaluate(
     from polyspan.align import compatibility_matrix
     from polyspan.io import read_array, read_labels
 
+    check_places(plot, read=(*models, labels))
     y = read_labels(labels)
     made = compatibility_matrix([read_array(path) for path in models], y, metric=metric)
     if plot is not None:

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from ._output import say, show_json, show_table
+from ._output import check_target, say, show_json, show_table
+from .cluster import check_places
 
 Method = Literal["affine", "local_cka", "cosine"]
 
@@ -72,14 +73,14 @@ def fit(
     import warnings
 
     from polyspan.align import SubspaceAligner
-    from polyspan.io import EmbeddingReader, digest_file, picture_path
+    from polyspan.io import EmbeddingReader, digest_file
 
     if not 0 <= held_out < 1:
         raise ValueError(f"--held-out must be at least 0 and below 1, got {held_out}")
     if plot is not None and not held_out:
         raise ValueError("--plot must go with --held-out above 0: it shows what anchors held out say")
-    if plot is not None:
-        picture_path(plot)
+    check_target(out, "--out", ".safetensors")
+    check_places(plot, read=(source, target), out=out)
     names = (source_member, source_column), (target_member, target_column)
     readers = [
         EmbeddingReader(path, member=member, column=column, batch_rows=batch_rows)
@@ -157,6 +158,9 @@ def _judge(aligner: Any, X: Any, Y: Any, *, held_out: float, seed: int, plot: Pa
         raise ValueError(f"--held-out must hold back at least 2 of {len(X)} anchors, got {held_out}")
     fitted = clone(aligner).fit(X[kept], Y[kept])
     found = crossmodal_scores(fitted, X[held], Y[held])
+    if aligner.normalize:
+        # What is reported is of the spaces that the subspaces are of.
+        X, Y = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (X, Y))
     subspaces = subspace_report(
         X, Y, n_components=fitted.n_components_, reg=aligner.reg, held_share=held_out, random_state=seed
     )
@@ -277,6 +281,7 @@ def match(
     from polyspan.align import matching_accuracy
     from polyspan.io import write_columns
 
+    check_places(read=(map, source, target), out=out)
     aligner = _load(map, method)
     X, Y = _read(aligner, (source, target), (source_member, target_member), (source_column, target_column))
     if paired and len(X) != len(Y):
@@ -363,6 +368,7 @@ def retrieve(
     from polyspan.io import write_columns
     from polyspan.linalg import recall_at_k
 
+    check_places(read=(map, queries, gallery), out=out)
     aligner = _load(map, method)
     X, Y = _read(aligner, (queries, gallery), (query_member, gallery_member), (query_column, gallery_column))
     if paired and len(X) != len(Y):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
+from .cluster import check_places
 
 MARK = ".debias.json"
 
@@ -94,7 +95,7 @@ def debias(
     import warnings
 
     from polyspan.align import InverseGraphConvolution
-    from polyspan.io import EmbeddingReader, digest_file, picture_path, read_array, transform_file, write_json
+    from polyspan.io import EmbeddingReader, digest_file, read_array, transform_file, write_json
 
     started = time.perf_counter()
     if adjacency == "local" and bank_gallery is None:
@@ -103,8 +104,8 @@ def debias(
         raise ValueError("--tune-gallery and --tune-queries must be given together")
     if sample < 1:
         raise ValueError(f"--sample must be at least 1, got {sample}")
-    if plot is not None:
-        picture_path(plot)
+    read = (gallery, bank_gallery, bank_queries, tune_gallery, tune_queries, queries)
+    check_places(plot, read=read, out=out, save=save)
     digests = {
         name: digest_file(path)
         for name, path in (("gallery", gallery), ("bank_gallery", bank_gallery), ("bank_queries", bank_queries))
@@ -223,6 +224,7 @@ def _shared_files(digests: dict[str, str]) -> list[str]:
         ("bank_queries", "bank_gallery"): "the bank of queries is the same file as the gallery's bank",
         ("tune_gallery", "gallery"): "rates are tuned on the gallery itself: scores on it are too good",
         ("tune_gallery", "bank_gallery"): "rates are tuned on the bank, whose items are pushed off themselves",
+        ("tune_queries", "tune_gallery"): "rates are tuned on a gallery that asks for itself: it finds all at rate 0",
         ("tune_queries", "queries"): "rates are tuned on the queries that measure them: what is measured is too good",
     }
     return [text for (one, other), text in pairs.items() if one in digests and digests[one] == digests.get(other)]
