@@ -466,9 +466,10 @@ def test_a_backfill_of_other_labels_is_other_work(tmp_path):
     upgrade.begin("backfill", share=0.2)
     kept = (tmp_path / "state" / "backfill_keys.npy").read_bytes()
     upgrade.begin("backfill", share=0.2)
-    upgrade.plan(n_anchors=200, k=5, labels=np.arange(N) % 3)
+    other = Upgrade(tmp_path / "other", upgrade.table, encoder=new_encoder())
+    other.plan(n_anchors=200, k=5, labels=np.arange(N) % 3)
     with pytest.raises(ValueError, match="upgraded in another way"):
-        upgrade.begin("backfill", share=0.2)
+        other.begin("backfill", share=0.2)
     assert (tmp_path / "state" / "backfill_keys.npy").read_bytes() == kept
     upgrade.forget()
     assert not (tmp_path / "state" / "backfill_keys.npy").exists()

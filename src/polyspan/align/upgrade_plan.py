@@ -14,9 +14,11 @@ from polyspan.io import read_array, write_array
 from polyspan.linalg import label_hits, top_k
 
 from ._aligner import Aligner
-from .choosing import default_candidates, pairing_p_value
+from ._checks import scale_rows
+from .choosing import check_target_width, default_candidates, pairing_p_value
 from .orthogonal_map import few_anchors, few_anchors_unsaid
 
+METRICS = ("cosine", "dot", "euclidean")
 STRATEGIES = ("stay", "query", "gallery", "backfill", "re-embed")
 RESAMPLES = 1000
 UNPAIRED = 0.05
@@ -82,6 +84,7 @@ def plan_upgrade(
     seconds_per_item: float | None = None,
     price_per_item: float | None = None,
     renormalize: bool = False,
+    metric: str = "cosine",
     n_splits: int = 3,
     random_state: int | None = 0,
 ) -> UpgradePlan:
@@ -129,6 +132,8 @@ def plan_upgrade(
         Of the new encoder.
     renormalize : bool
         Carried vectors will be brought to length 1 where new ones have it: that theirs differ is no reason to warn.
+    metric : {"cosine", "dot", "euclidean"}
+        By what the store finds neighbours, the inner product or the distance; true neighbours are found by it, too.
 
     Raises
     ------
@@ -152,11 +157,14 @@ def plan_upgrade(
         raise ValueError(f"backfill_shares must lie in (0, 1), got {list(backfill_shares)}")
     if not 0 <= loss < 1:
         raise ValueError(f"loss must lie in [0, 1), got {loss}")
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     labels = None if labels is None else np.asarray(labels)
     if labels is not None and labels.shape != (len(A),):
         raise ValueError(f"labels must have shape ({len(A)},), got {labels.shape}")
     tried = dict(candidates or default_candidates(A.shape[1], B.shape[1], len(A), random_state))
-    hits, larger = _held_out_hits(A, B, labels, tried, backfill_shares, k, n_splits, random_state, n_rows)
+    unit = renormalize and _of_length_1(B)
+    hits, larger = _held_out_hits(A, B, labels, tried, backfill_shares, k, n_splits, random_state, n_rows, metric, unit)
     rng, larger_rng = (np.random.default_rng(seed) for seed in (random_state, [random_state or 0, 1]))
     rows = []
     for (strategy, name, share), found in hits.items():
@@ -200,7 +208,9 @@ def plan_upgrade(
 def _fitted(candidate: Aligner, source: np.ndarray, target: np.ndarray) -> Aligner:
     """Fit a copy; that anchors are few the plan says itself."""
     with few_anchors_unsaid():
-        return clone(candidate).fit(source, target)
+        made = clone(candidate).fit(source, target)
+    check_target_width(made.transform(source[:1]), target, type(made).__name__)
+    return made
 
 
 def _encoder_seconds(n_embedded: int, seconds_per_item: float | None) -> float | None:
@@ -221,7 +231,7 @@ def _carrying_seconds(aligner: Aligner, A: np.ndarray) -> float:
 
 
 def _held_out_hits(
-    A, B, labels, tried, shares, k, n_splits, random_state, n_rows
+    A, B, labels, tried, shares, k, n_splits, random_state, n_rows, metric, unit
 ) -> tuple[dict[tuple[str, str, float], np.ndarray], dict[tuple[str, str, float], np.ndarray | None]]:
     """Return, by strategy, map and share, what every sampled query found, in [0, 1], (n,), and would in the store."""
     rng = np.random.default_rng(random_state)
@@ -229,7 +239,7 @@ def _held_out_hits(
         (fitting, held, rng.permutation(len(held)))
         for fitting, held in KFold(n_splits, shuffle=True, random_state=random_state).split(A)
     ]
-    grown = _Growth(B, k, n_rows, np.random.default_rng(random_state))
+    grown = _Growth(B, k, n_rows, np.random.default_rng(random_state), metric)
     hits: dict[tuple[str, str, float], np.ndarray] = {}
     larger: dict[tuple[str, str, float], np.ndarray | None] = {}
 
@@ -238,9 +248,10 @@ def _held_out_hits(
         hits[key] = np.zeros(len(A))
         for (_, held, _), asked, gallery in zip(folds, queries, galleries, strict=True):
             own, least = np.arange(len(held)), min(k, len(held) - 1)
-            found = top_k(asked, gallery[held], least, exclude=own).indices
+            found = top_k(asked, gallery[held], least, metric=metric, exclude=own).indices
             if labels is None:
-                hits[key][held] = _overlap(found, top_k(B[held], B[held], least, exclude=own).indices)
+                true = top_k(B[held], B[held], least, metric=metric, exclude=own).indices
+                hits[key][held] = _overlap(found, true)
             else:
                 hits[key][held] = label_hits(labels[held], labels[held], found).any(axis=1)
         larger[key] = None if labels is not None else grown([held for _, held, _ in folds], queries, galleries)
@@ -251,6 +262,8 @@ def _held_out_hits(
     for name, candidate in tried.items():
         back = [_fitted(candidate, B[fitting], A[fitting]).transform(B[held]) for fitting, held, _ in folds]
         mapped = [_fitted(candidate, A[fitting], B[fitting]).transform(A) for fitting, _, _ in folds]
+        if unit:
+            mapped = [scale_rows(made)[0] for made in mapped]
         note(("query", name, 0.0), back, [A] * n_splits)
         note(("gallery", name, 0.0), new, mapped)
         for share in shares:
@@ -279,13 +292,15 @@ def _overlap(found: np.ndarray, true: np.ndarray) -> np.ndarray:
 class _Growth:
     """Recall@k among as many rows as the store has: that of the same share of neighbours within the sample."""
 
-    def __init__(self, B: np.ndarray, k: int, n_rows: int, rng: np.random.Generator):
+    def __init__(self, B: np.ndarray, k: int, n_rows: int, rng: np.random.Generator, metric: str):
+        self._metric = metric
         self._pool = rng.permutation(len(B))[:LARGEST_POOL]
         wanted = k * (len(self._pool) - 1) / max(n_rows - 1, 1)
         low, self._known = max(int(wanted), 1), k < len(self._pool)
         self._ks, self._weight = (low, low + 1), float(np.log(wanted / low) / np.log((low + 1) / low))
         if self._known:
-            self._true = top_k(B[self._pool], B[self._pool], self._most, exclude=np.arange(len(self._pool))).indices
+            own = np.arange(len(self._pool))
+            self._true = top_k(B[self._pool], B[self._pool], self._most, metric=metric, exclude=own).indices
 
     @property
     def _most(self) -> int:
@@ -306,7 +321,7 @@ class _Growth:
             # A gallery of several maps would part neighbours: a store is carried by one.
             here = np.flatnonzero(np.isin(self._pool, held))
             at = np.searchsorted(held, self._pool[here])
-            found[here] = top_k(asked[at], gallery[self._pool], self._most, exclude=here).indices
+            found[here] = top_k(asked[at], gallery[self._pool], self._most, metric=self._metric, exclude=here).indices
         low, high = (_overlap(found[:, :k], self._true[:, :k]) for k in self._ks)
         values = low + self._weight * (high - low)
         return np.stack([values, low if self._weight < 0 else values], axis=1)
@@ -320,6 +335,10 @@ def _in_store(values: np.ndarray | None, rng: np.random.Generator) -> dict[str, 
     low, high = np.quantile(drawn[:, 0], 0.025), np.quantile(drawn[:, 1], 0.975)
     ends = np.clip([values[:, 0].mean(), low, high], 0.0, 1.0).tolist()
     return {"store_recall": ends[0], "store_interval": (ends[1], ends[2])}
+
+
+def _of_length_1(rows: np.ndarray) -> bool:
+    return bool(np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3))
 
 
 def _farthest_first(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -365,7 +384,7 @@ def _suspicions(
     spread = [float(np.std(np.linalg.norm(X, axis=1)) / (np.mean(np.linalg.norm(X, axis=1)) or 1)) for X in (A, B)]
     if "gallery" in aligners:
         norms = np.linalg.norm(aligners["gallery"].transform(A), axis=1)
-        mended = renormalize and abs(float(np.mean(np.linalg.norm(B, axis=1))) - 1) < 1e-3
+        mended = renormalize and _of_length_1(B)
         if spread[1] < 1e-3 and not mended and np.std(norms) > 0.01 * np.mean(norms):
             said.append("new vectors are of one length, carried ones are not: search by cosine, or normalise them")
     if spread[0] < 1e-3 < spread[1]:

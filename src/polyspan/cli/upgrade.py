@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ._output import check_target, say, show_json, show_table
+from .cluster import check_places
 
 PLAN_COLUMNS = (
     "strategy",
@@ -105,11 +106,11 @@ def plan(
     if price is not None and not price >= 0:
         raise ValueError(f"--price must be at least 0, got {price}")
     check_target(plot, "--plot", ".svg", ".png", ".pdf")
+    check_places(plot)
     model = load_encoder(encoder, device=device)
     places = {"table": table, "column": column, "id_column": id_column, "text_column": text_column, "member": member}
     with _opened(store, places) as opened:
         upgrade = Upgrade(_state(store, state, table), opened, encoder=model, texts=_read_texts(texts))
-        _keep_source(upgrade.folder, store, places, encoder, texts)
         made = upgrade.plan(
             n_anchors=sample,
             k=k,
@@ -120,6 +121,8 @@ def plan(
             price_per_item=price,
             renormalize=True,
         )
+        # Not before: a plan that is refused must not put its encoder in the place of the one that was planned for.
+        _keep_source(upgrade.folder, store, places, encoder, texts)
     for warning in made.warnings:
         say(f"warning: {warning}")
     if plot is not None:

@@ -20,6 +20,8 @@ from .vector_tables import TableBatch, TableFacts, VectorTable
 
 ASKED_AGAIN = 4
 """So many of a sample that was embedded before are embedded again, to see whether the encoder is still the same."""
+METRICS = {"dot": "dot", "l2": "euclidean"}
+"""By what neighbours are looked for, for what a store says of itself; else by cosine."""
 
 
 class PlannedUpgrade:
@@ -79,6 +81,7 @@ class PlannedUpgrade:
         n_anchors : int
             Rows that are drawn and embedded; a sample of the same seed that was embedded before is used again.
         k : int
+            Recall is measured at so many, by the store's own metric where it says one, else by cosine.
         old_model : str, optional
             What the vectors in use were made by, where the store has no stamp that says it.
         labels : array of shape (n_rows,), optional
@@ -91,10 +94,17 @@ class PlannedUpgrade:
         Raises
         ------
         ValueError
-            The store is stamped as another model's, there are too few rows, or a text is missing.
+            The store is stamped as another model's, there are too few rows, a text is missing, or an upgrade of the
+            store that was begun in this folder has not ended: its maps and its sample would be lost.
         """
         encoder = self._needed_encoder("plan")
         facts = self.table.facts()
+        begun = self._read("upgrade.json").get("strategy", "query")
+        if facts.next_dim is not None and begun != "query":
+            raise ValueError(
+                f"{self.folder} must hold no upgrade that is under way, got one by strategy {begun}; end it, forget "
+                "it, or plan in another folder"
+            )
         space = self._old_space(facts, old_model)
         if facts.n_rows < 12:
             raise ValueError(f"the store must hold at least 12 rows to plan from, got {facts.n_rows}")
@@ -109,6 +119,7 @@ class PlannedUpgrade:
             options["labels"] = codes[sampled]
         options.setdefault("seconds_per_item", encoder.seconds_per_item)
         options.setdefault("renormalize", True)
+        options.setdefault("metric", METRICS.get(facts.metric, "cosine"))
         tried = options.pop("candidates", None) or default_candidates(old.shape[1], new.shape[1], len(old), seed)
         made = plan_upgrade(old, new, n_rows=facts.n_rows, k=k, candidates=tried, random_state=seed, **options)
         made = self._offered(made, old, new, tried, options.get("loss", 0.05))
@@ -128,6 +139,7 @@ class PlannedUpgrade:
             "new_space": encoder.space,
             "state": dict(facts.state),
             "k": k,
+            "metric": options["metric"],
             "seed": seed,
             "n_splits": options.get("n_splits", 3),
             "labels": None if codes is None else codes[sampled].tolist(),
@@ -238,6 +250,13 @@ class PlannedUpgrade:
             return None
         encoder.normalized, encoder.seconds, encoder.n_encoded = kept["normalized"], kept["seconds"], wanted["n"]
         return new
+
+    def _planned_encoder(self, what: str) -> Encoder:
+        """Return the encoder, which must be the one that was planned for: two models must not mix."""
+        encoder, planned = self._needed_encoder(what), self._read("plan.json")["new_space"]["model"]
+        if encoder.name != planned:
+            raise ValueError(f"encoder must be {planned}, which was planned for, to {what}, got {encoder.name}")
+        return encoder
 
     def _check_texts(self, n_rows: int) -> None:
         """Refuse a list of texts where rows have no numbers, or where there is not one a row."""

@@ -134,6 +134,12 @@ class FaissTable(SwappedFile):
                 f"the index must hold whole vectors (flat, IVF flat, HNSW flat), got {_kind(self._inner)}; "
                 "carry the queries to it instead, by strategy query or polyspan.integrations.wrap_queries"
             )
+        lists = getattr(self._inner, "nlist", 0)
+        if lists > self._inner.ntotal:
+            raise ValueError(
+                f"{self.path} must hold a vector for each of its {lists} lists, made anew of the next vectors, "
+                f"got {self._inner.ntotal}; carry the queries to it instead, by strategy query"
+            )
         super().prepare(dim, space, work)
 
     def _content(self, path: Path) -> str:

@@ -137,7 +137,7 @@ class Upgrade(PlannedUpgrade):
         if strategy != "query":
             work = {"strategy": strategy, "renormalize": unit, "share": share, "seed": seed}
             if strategy != "re-embed":
-                work["map_sha256"] = digest_file(self._map_path("gallery"))
+                work["map_sha256"] = facts_of_it["map_sha256"] = digest_file(self._map_path("gallery"))
             if facts_of_it["farthest_first"]:
                 work["labels_sha256"] = plan.get("labels_sha256")
             if facts.next_dim is None:
@@ -190,7 +190,7 @@ class Upgrade(PlannedUpgrade):
         Raises
         ------
         ValueError
-            Nothing to fill, or the map or the store has changed.
+            Nothing to fill, the map or the store has changed, or the encoder is not the one that was planned for.
         """
         strategy = self._strategy()
         if strategy == "query":
@@ -228,12 +228,19 @@ class Upgrade(PlannedUpgrade):
 
     def _maker(self, strategy: str) -> "Maker":
         """Return what makes next vectors of a batch: the map, or the encoder."""
-        told = self._read("upgrade.json")
+        encoder = self._planned_encoder("fill") if strategy == "re-embed" else None
+        return Maker(self._kept_map(strategy), encoder, self._texts, self._read("upgrade.json")["renormalize"])
+
+    def _kept_map(self, strategy: str) -> Aligner | None:
+        """Return the map that carries the gallery, which must be the one that the upgrade was begun with."""
         if strategy == "re-embed":
-            encoder = self._needed_encoder("fill")
-            return Maker(None, encoder, self._texts, told["renormalize"])
-        aligner, _ = load_aligner(self._map_path("gallery"))
-        return Maker(aligner, self.encoder, self._texts, told["renormalize"])
+            return None
+        place, begun = self._map_path("gallery"), self._read("upgrade.json").get("map_sha256")
+        if begun is not None and digest_file(place) != begun:
+            raise ValueError(
+                f"{place} must hold the map that the upgrade was begun with, got another; forget and begin"
+            )
+        return load_aligner(place)[0]
 
     def _chosen(self) -> "Chosen":
         told = self._read("upgrade.json")
@@ -246,7 +253,7 @@ class Upgrade(PlannedUpgrade):
 
     def _backfilled(self) -> Journal:
         """Return the journal of what was embedded again: entries of keys."""
-        chosen, encoder = self._chosen(), self._needed_encoder("backfill")
+        chosen, encoder = self._chosen(), self._planned_encoder("backfill")
         return Journal(
             self.folder / "backfill.jsonl", {"share": chosen.share, "seed": chosen.seed, "model": encoder.name}
         )
@@ -293,9 +300,10 @@ class Upgrade(PlannedUpgrade):
         Raises
         ------
         ValueError
-            There are no next vectors, or a number is out of range.
+            There are no next vectors, a number is out of range, the map has changed, or the encoder is not the one that
+            was planned for.
         """
-        self._strategy()
+        strategy = self._strategy()
         if n_embedded < 0:
             raise ValueError(f"n_embedded must be at least 0, got {n_embedded}")
         if tol is not None and not tol >= 0:
@@ -307,7 +315,10 @@ class Upgrade(PlannedUpgrade):
         if facts.next_dim is None:
             raise ValueError("the store must have next vectors to check, got none")
         tol, problems = AGREES if tol is None else tol, []
-        chosen, maker = self._chosen(), self._maker(told["strategy"])
+        asked = self.encoder is not None and n_embedded > 0 and strategy in ("backfill", "re-embed")
+        encoder = self._planned_encoder("check") if asked else None
+        chosen = self._chosen()
+        maker = Maker(self._kept_map(strategy), encoder, self._texts, told["renormalize"])
         # Taken before the vectors are compared, so that what changes meanwhile is seen at the cut-over.
         contents = self._contents()
         anchors = self._read("anchors.json")
@@ -375,13 +386,14 @@ class Upgrade(PlannedUpgrade):
         if not np.isfinite(found).all():
             return float("nan")
         labels = np.asarray(plan["labels"]) if plan["labels"] else None
-        scores = []
+        # Plans made before metrics were kept are by cosine.
+        scores, metric = [], plan.get("metric", "cosine")
         for _, held in KFold(plan["n_splits"], shuffle=True, random_state=plan["seed"]).split(new):
             own, k = np.arange(len(held)), min(plan["k"], len(held) - 1)
             queries = new[held]
-            hits = top_k(queries, found[held].astype(new.dtype), k, exclude=own).indices
+            hits = top_k(queries, found[held].astype(new.dtype), k, metric=metric, exclude=own).indices
             if labels is None:
-                scores.append(recall_at_k(hits, top_k(queries, queries, k, exclude=own).indices))
+                scores.append(recall_at_k(hits, top_k(queries, queries, k, metric=metric, exclude=own).indices))
             else:
                 scores.append(float(label_hits(labels[held], labels[held], hits).any(axis=1).mean()))
         return float(np.mean(scores))
