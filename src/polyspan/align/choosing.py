@@ -10,8 +10,8 @@ from sklearn.utils.validation import check_is_fitted
 
 from polyspan.linalg import PairedMoments, label_hits, mean_average_precision, recall_at_k, top_k
 
-from ._aligner import Aligner
-from ._checks import check_count, check_labels, check_squares, finite_rows
+from ._aligner import Aligner, residual_share
+from ._checks import check_count, check_labels, check_squares, finite_rows, scale_rows
 from .orthogonal_map import (
     IdentityMap,
     MeanShift,
@@ -50,7 +50,12 @@ class AlignerChoice(NamedTuple):
 
 
 def default_candidates(d_in: int, d_out: int, n_anchors: int, random_state: Any = None) -> dict[str, Aligner]:
-    """Return the aligners that are worth trying between two widths: all families that can be fitted there."""
+    """Return the aligners that are tried between two widths where none are named.
+
+    These are the families of closed form that can be fitted there and, of 1,000 anchors or more, the residual MLP;
+    those that are trained by many steps (:class:`RelaxedOrthogonalAdapter`, :class:`ForwardCompatibleMap`) are left to
+    be named.
+    """
     found: dict[str, Aligner] = {"orthogonal": OrthogonalMap(), "ridge": RidgeMap()}
     if n_anchors >= 1000:
         found["residual-mlp"] = ResidualMLPMap(random_state=random_state)
@@ -92,7 +97,7 @@ def choose_aligner(
     ------
     ValueError
         The metric is unknown or needs labels; labels are not one an anchor; a direction is unknown, or there is none,
-        or no candidate; fewer anchors than folds allow.
+        or no candidate, or one that maps to another width than the target's; fewer anchors than folds allow.
     """
     X, Y = np.asarray(X), np.asarray(Y)
     if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
@@ -119,6 +124,7 @@ def choose_aligner(
                 with few_anchors_unsaid():
                     # A fold has fewer than there are: what counts is the fit on all.
                     mapped = clone(candidate).fit(A[fitting], B[fitting]).transform(A[held])
+                check_target_width(mapped, B, name)
                 queries, gallery = (Y[held], mapped) if direction == "gallery" else (mapped, X[held])
                 scores.append(_retrieval(queries, gallery, Y[held], None if labels is None else labels[held], k))
             table.append(AlignerScore(name, direction, float(np.mean(scores)), tuple(scores)))
@@ -126,6 +132,14 @@ def choose_aligner(
     best = table[0]
     A, B = (X, Y) if best.direction == "gallery" else (Y, X)
     return AlignerChoice(clone(tried[best.aligner]).fit(A, B), best.direction, best.score, metric, table)
+
+
+def check_target_width(mapped: np.ndarray, target: np.ndarray, name: str) -> None:
+    """Refuse a map into a space of its own, where the target's rows would have to be carried, too."""
+    if mapped.shape[1] != target.shape[1]:
+        raise ValueError(
+            f"{name} must map to the {target.shape[1]} features of the target, got a map to {mapped.shape[1]}"
+        )
 
 
 def _parse_metric(metric: str, labels: np.ndarray | None) -> int | None:
@@ -254,7 +268,8 @@ def alignment_report(aligner: Aligner, X: Any, Y: Any, *, k: int = 10, random_st
     -------
     dict
         ``n``; ``cosine`` before (None where widths differ) and after; ``recall`` at 1 and at k of each row's own twin
-        and of the new model's neighbours; ``unexplained``: residual share; ``pairing_p``: see :func:`pairing_p_value`;
+        and of the new model's neighbours, by cosine; ``unexplained``: residual share, of rows scaled to length 1 where
+        the map was fitted on such; ``pairing_p``: see :func:`pairing_p_value`;
         ``warnings``: list of sentences: rows that seem unpaired, a direction that seems swapped, too few anchors.
 
     Raises
@@ -274,6 +289,7 @@ def alignment_report(aligner: Aligner, X: Any, Y: Any, *, k: int = 10, random_st
         )
     check_count("k", k)
     mapped = aligner.transform(X)
+    check_target_width(mapped, Y, "aligner")
     n, twins = len(X), np.arange(len(X))
     k = min(k, n - 1)
     p = pairing_p_value(X, Y, random_state=random_state)
@@ -289,6 +305,7 @@ def alignment_report(aligner: Aligner, X: Any, Y: Any, *, k: int = 10, random_st
     if few is not None:
         said.append(few)
     same = IdentityMap().fit(X, Y).score(X, Y) if X.shape[1] == Y.shape[1] else None
+    wanted = scale_rows(Y.astype(np.float64))[0] if aligner.normalize else Y
     found = top_k(Y, mapped, k, exclude=None).indices
     neighbours = top_k(Y, mapped, k, exclude=twins).indices
     return {
@@ -299,7 +316,7 @@ def alignment_report(aligner: Aligner, X: Any, Y: Any, *, k: int = 10, random_st
             f"twin@{k}": recall_at_k(found, twins),
             f"neighbours@{k}": recall_at_k(neighbours, top_k(Y, Y, k, exclude=twins).indices),
         },
-        "unexplained": float(np.linalg.norm(mapped - Y) / (np.linalg.norm(Y - Y.mean(axis=0)) or 1.0)),
+        "unexplained": residual_share(mapped, wanted, wanted.mean(axis=0)),
         "pairing_p": p,
         "warnings": said,
     }

@@ -120,6 +120,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
     n_features_in_: int
     n_bank_gallery_: int
     n_bank_query_: int
+    _fitted_adjacency: str
     mean_gallery_: np.ndarray
     rate_limit_gallery_: float | None
     rate_limit_query_: float | None
@@ -185,7 +186,10 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         if not self.normalize:
             for side, bank in banks.items():
                 check_squares(bank, BANKS[side])
+        self._fitted_adjacency = self.adjacency
         if self.adjacency == "local":
+            # A full fit before this one is over: partial_fit must not go on from it.
+            self.__dict__.pop("_moments", None)
             for side in ("gallery", "query"):
                 bank = self._unit(banks[side], BANKS[side]) if side in banks else np.zeros((0, d), X.dtype)
                 setattr(self, f"bank_{side}_", bank)
@@ -242,14 +246,14 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         Raises
         ------
         ValueError
-            A row is all zero, or the step takes all of it away.
+            A row is all zero, or the step takes all of it away; ``adjacency`` was set after the fit.
 
         Warns
         -----
         UserWarning
             A rate that was set after the fit is more than twice its limit.
         """
-        check_is_fitted(self)
+        self._check_fit()
         self._check_parameters()
         self._tell_of_rates(3)
         check_kind(X, "X")
@@ -295,7 +299,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             0 is not among the rates, a rate or share is out of its range, rows do not match, or ``relevant`` holds
             other numbers than rows of the gallery.
         """
-        check_is_fitted(self)
+        self._check_fit()
         check_count("k", k)
         for rate in rates:
             self._check_rate("rates", rate)
@@ -348,7 +352,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         ValueError
             The step is local, or there is no such bank.
         """
-        check_is_fitted(self)
+        self._check_fit()
         if self.adjacency != "full" or side not in self._rates():
             raise ValueError(f"side must be a bank of adjacency='full', got {side!r} of {self.adjacency!r}")
         rate = self._rates()[side]
@@ -358,7 +362,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
 
     def save(self, path: Path | str, **about: Any) -> Path:
         """Write the correction to one .safetensors file, atomically; ``about`` holds facts such as model names."""
-        check_is_fitted(self)
+        self._check_fit()
         return save_fitted(
             Path(path),
             kind=type(self).__name__,
@@ -380,6 +384,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         made = cls(**found.params["init"])
         for name, value in {**found.params["facts"], **found.arrays}.items():
             setattr(made, name, value)
+        made._fitted_adjacency = made.adjacency
         made._know_rates()
         return made
 
@@ -392,6 +397,13 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         """Return the rate of each bank that is there."""
         found = {"gallery": float(self.rate_gallery)}
         return found | ({"query": float(self.rate_query)} if self.n_bank_query_ else {})
+
+    def _check_fit(self) -> None:
+        check_is_fitted(self)
+        if self.adjacency != self._fitted_adjacency:
+            raise ValueError(
+                f"adjacency must be {self._fitted_adjacency!r}, as fitted, got {self.adjacency!r}: fit anew"
+            )
 
     def _check_parameters(self) -> None:
         if self.adjacency not in ADJACENCIES:

@@ -104,7 +104,8 @@ class OrthogonalMap(Aligner):
         Raises
         ------
         ValueError
-            As :meth:`fit`; or the map was read from a file, where the anchors' moments are not kept.
+            As :meth:`fit`; ``rank`` was set after the first anchors; or the map was read from a file, which does not
+            keep the anchors' moments.
         """
         if not hasattr(self, "_moments"):
             if hasattr(self, "rotation_"):
@@ -115,6 +116,8 @@ class OrthogonalMap(Aligner):
             super().fit(X, y, sample_weight)
             return self
         X, Y, weights = self._anchors(X, y, sample_weight, reset=False)
+        if self.rank is not None and not self._moments.keep_cov_in:
+            raise ValueError(f"rank must be set before the first anchors, got rank={self.rank} after them: fit anew")
         self._moments.update(X, Y, weights)
         self.n_anchors_ += len(X)
         self._solve()

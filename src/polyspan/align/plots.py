@@ -8,6 +8,7 @@ import numpy as np
 from polyspan.io import picture_path, write_picture
 
 from ._aligner import Aligner
+from ._checks import scale_rows
 
 
 def plot_alignment(aligner: Aligner, X: Any, Y: Any, path: Path | str) -> Path:
@@ -18,7 +19,7 @@ def plot_alignment(aligner: Aligner, X: Any, Y: Any, path: Path | str) -> Path:
     aligner : Aligner
         Fitted.
     X, Y : arrays of shape (n, d_A) and (n, d_B)
-        Paired rows.
+        Paired rows; the spectrum is of rows scaled to length 1 where the map was fitted on such.
     path : path
         .svg, .png or .pdf; written atomically, with equal bytes for equal input.
     """
@@ -30,7 +31,8 @@ def plot_alignment(aligner: Aligner, X: Any, Y: Any, path: Path | str) -> Path:
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
-        A, B = X - X.mean(axis=0), Y - Y.mean(axis=0)
+        A, B = (scale_rows(np.asarray(rows, np.float64))[0] if aligner.normalize else rows for rows in (X, Y))
+        A, B = A - A.mean(axis=0), B - B.mean(axis=0)
         left.semilogy(np.maximum(np.linalg.svd(A.T @ B, compute_uv=False), 1e-300), color="#2b6cb0")
         left.set(title="Cross-covariance", xlabel="direction", ylabel="singular value")
         bins = np.linspace(-1, 1, 61)

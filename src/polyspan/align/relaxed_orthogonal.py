@@ -368,7 +368,7 @@ class RelaxedOrthogonalAdapter(Aligner):
         """
         Y = self._old_rows(Y)
         lifted = Y @ self.forward_weights_.astype(Y.dtype) + self.forward_bias_.astype(Y.dtype)
-        if self.forward == "linear":
+        if self.hidden_weights_ is None:
             return lifted
         parts = (self.hidden_weights_, self.hidden_bias_, self.correction_weights_)
         inner, shift, outer = (np.asarray(part, dtype=Y.dtype) for part in parts)
@@ -409,7 +409,8 @@ class RelaxedOrthogonalAdapter(Aligner):
         return super()._to_arrays() | {name: value for name, value in there.items() if value is not None}
 
     def _from_arrays(self, arrays) -> None:
-        self.old_basis_ = None
+        for name in self._optional:
+            setattr(self, name, None)
         super()._from_arrays(arrays)
         self._width = len(self.bias_)
 
