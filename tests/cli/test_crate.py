@@ -62,6 +62,16 @@ def test_what_does_not_fit_is_said(files):
             train(files / "x.npy", labels=files / "y.npy", **({"out": files / "m.safetensors"} | FEW | target))
 
 
+def test_no_result_takes_the_place_of_another(files):
+    out, picture = files / "m.safetensors", files / "a.svg"
+    with pytest.raises(ValueError, match="--checkpoint must be another file than that of --out"):
+        train(files / "x.npy", labels=files / "y.npy", out=out, checkpoint=out, **FEW)
+    train(files / "x.npy", labels=files / "y.npy", out=out, **(FEW | {"steps": 1}))
+    with pytest.raises(ValueError, match="--maps must be another file than that of --plot"):
+        report(out, data=files / "x.npy", plot=picture, maps=picture)
+    assert not picture.exists()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_pictures_are_counted_and_the_least_is_named(files, count):
     np.save(files / "fx.npy", np.load(files / "x.npy")[:count])

@@ -184,6 +184,23 @@ def test_options_that_do_not_fit_are_named(tmp_path, rotations, how, message):
     assert not (tmp_path / "b.npy").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("rotation6d", {"to_convention": "columns"}),
+        ("euler", {"sequence": "XYZ", "to_degrees": False}),
+        ("euler", {"sequence": "XYZ", "to_sequence": "XYZ", "to_degrees": False}),
+    ],
+)
+def test_a_convention_that_is_the_one_left_out_is_no_other(tmp_path, rotations, kind, how):
+    np.save(tmp_path / "a.npy", numbers(rotations, kind))
+    with pytest.raises(
+        ValueError, match=f"--to must be another form .*, or another convention of it, got {kind} twice"
+    ):
+        convert(tmp_path / "a.npy", from_=kind, to=kind, out=tmp_path / "b.npy", **how)
+    assert not (tmp_path / "b.npy").exists()
+
+
 def test_places_that_do_not_fit_are_named_before_any_work(tmp_path, rotations):
     source, how = tmp_path / "a.npy", {"from_": "quaternion", "to": "rotation6d", "order": "wxyz"}
     with pytest.raises(UnreadableFile, match=r"missing\.npy"):

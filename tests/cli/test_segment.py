@@ -58,6 +58,20 @@ def test_what_does_not_fit_is_said(files):
             train(files / "x.npy", masks=files / "y.npy", **(how | target))
 
 
+def test_no_result_takes_the_place_of_what_is_read_or_of_another_result(files):
+    before = (files / "x.npy").read_bytes()
+    out = files / "m.safetensors"
+    with pytest.raises(ValueError, match="--checkpoint must be another file than that of --out"):
+        train(files / "x.npy", masks=files / "y.npy", out=out, checkpoint=out, **FEW)
+    with pytest.raises(ValueError, match="--plot must be a file in a folder that is there"):
+        train(files / "x.npy", masks=files / "y.npy", out=out, plot=files / "none" / "a.svg", **FEW)
+    train(files / "x.npy", masks=files / "y.npy", out=out, **(FEW | {"steps": 1}))
+    for read in ("x.npy", "y.npy"):
+        with pytest.raises(ValueError, match="--out must be another file than a file that is read"):
+            predict(out, data=files / "x.npy", masks=files / "y.npy", out=files / read)
+    assert (files / "x.npy").read_bytes() == before
+
+
 def test_masks_that_do_not_fit_are_told_with_their_file_before_training(files):
     y, how = np.load(files / "y.npy"), {"out": files / "m.safetensors", **FEW}
     np.save(files / "grey.npy", y // 2 + 1)

@@ -38,6 +38,13 @@ def test_train_measures_its_rivals_and_draws_and_score_says_the_same(text, tmp_p
     assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
 
 
+def test_no_picture_takes_the_place_of_another(text, tmp_path):
+    picture = tmp_path / "a.svg"
+    with pytest.raises(ValueError, match="--reach must be another file than that of --plot"):
+        train(text, out=tmp_path / "m.safetensors", plot=picture, reach=picture, **FEW)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
+
+
 def test_what_does_not_fit_is_said(text, tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"plain \xff text")
@@ -55,3 +62,10 @@ def test_what_does_not_fit_is_said(text, tmp_path):
             train(text, **{"out": out} | FEW | change)
     assert not out.exists()
     assert np.all([not path.name.startswith("m.") for path in tmp_path.iterdir()])
+
+
+def test_pieces_longer_than_trained_are_refused_by_the_name_of_their_option(text, tmp_path):
+    model = GrassmannLM(256, 4, 1, 2, (1,), max_length=24).save(tmp_path / "m.safetensors")
+    for length in (0, 25):
+        with pytest.raises(ValueError, match=f"--length must be between 1 and 24, as trained, got {length}"):
+            score(model, data=text, length=length)

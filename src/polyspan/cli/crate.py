@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from ._output import check_target, show_json, show_table
 from ._pictures import Out, check_drawing, count_to_measure, read_pictures
+from .cluster import check_places
 
 COLUMNS = ("layer", "rate within", "within turned", "rate", "non-zero", "all zero")
 
@@ -80,6 +81,7 @@ def train(
     check_target(out, "--out", ".safetensors")
     check_target(checkpoint, "--checkpoint", ".safetensors")
     check_drawing(plot, "--plot")
+    check_places(plot, read=(source, labels), out=out, checkpoint=checkpoint)
     X, y = read_pictures(source), read_labels(labels)
     if len(X) != len(y):
         raise ValueError(f"there must be one label a picture, got {len(X)} pictures and {len(y)} labels")
@@ -138,6 +140,7 @@ def report(
 
     check_drawing(plot, "--plot")
     check_drawing(maps, "--maps")
+    check_places(plot, read=(model, data), maps=maps)
     fitted, X = CrateClassifier.load(model), read_pictures(data)
     told = fitted.layer_report(X, eps2=eps2, where=where)
     facts: dict[str, Any] = {"pictures": len(X)}

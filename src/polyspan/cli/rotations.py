@@ -21,6 +21,7 @@ WIDTHS = {
     "quaternion": 4, "axis-angle": 3, "euler": 3, "rotation5d": 5, "rotation6d": 6, "rotation9d": 9, "matrix": 9,
 }  # fmt: skip
 OPTIONS = {"order": "quaternion", "sequence": "euler", "degrees": "euler", "convention": "rotation6d"}
+LEFT_OUT = {"degrees": False, "convention": "columns"}
 NEEDED = {"order": "wxyz or xyzw, as libraries disagree", "sequence": "such as XYZ (moved axes) or xyz (fixed ones)"}
 LOST = {
     "quaternion": "a quaternion of length 0",
@@ -273,8 +274,8 @@ def _sides(from_: str, to: str, given: dict[str, Any], wanted: dict[str, Any]) -
             raise ValueError(f"--to-{name} is for {kind} on both sides, got it from {from_} to {to}")
         if name in NEEDED and given[name] is None and kind in (from_, to):
             raise ValueError(f"--{name} must be given for {kind}: {NEEDED[name]}")
-    other = {name: value for name, value in wanted.items() if value is not None}
-    if from_ == to and all(given[name] == value for name, value in other.items()):
+    other = _told(wanted)
+    if from_ == to and all((LEFT_OUT | _told(given))[name] == value for name, value in other.items()):
         raise ValueError(f"--to must be another form than --from, or another convention of it, got {from_} twice")
     _check_sequence(given["sequence"], "--")
     _check_sequence(wanted["sequence"], "--to-")
@@ -295,7 +296,11 @@ def _trajectory_side(from_: str, judged: list[str], given: dict[str, Any]) -> Si
 
 def _own_side(kind: str, given: dict[str, Any]) -> Side:
     """Keep of the conventions those that a form has."""
-    return Side(kind, {k: v for k, v in given.items() if OPTIONS[k] == kind and v is not None})
+    return Side(kind, {k: v for k, v in _told(given).items() if OPTIONS[k] == kind})
+
+
+def _told(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _check_sequence(sequence: str | None, mark: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from ._output import check_target, show_json, show_table
 from ._pictures import Out, check_drawing, count_to_measure, read_pictures
+from .cluster import check_places
 
 
 def train(
@@ -79,6 +80,7 @@ def train(
     check_target(out, "--out", ".safetensors")
     check_target(checkpoint, "--checkpoint", ".safetensors")
     check_drawing(plot, "--plot")
+    check_places(plot, read=(source, masks), out=out, checkpoint=checkpoint)
     try:
         dims = [int(width) for width in widths.split(",")]
     except ValueError:
@@ -141,6 +143,7 @@ def predict(
         raise ValueError("--plot needs --masks, to draw both outlines")
     check_target(out, "--out", ".npy")
     check_drawing(plot, "--plot")
+    check_places(plot, read=(model, data, masks), out=out)
     fitted = Segmenter.load(model)
     X, files = _pictures(data, size, data.is_dir() and fitted.model.in_channels == 3)
     y = None if masks is None else _masks(masks, X, files)

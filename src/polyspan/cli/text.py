@@ -5,6 +5,7 @@ from typing import Any
 
 from ._output import check_target, show_json, show_table
 from ._pictures import Out, check_drawing
+from .cluster import check_places
 
 RIVALS = ("attention", "concatenation", "none")
 """What stands in the place of the planes with ``--compare``."""
@@ -78,6 +79,7 @@ def train(
     check_target(out, "--out", ".safetensors")
     check_drawing(plot, "--plot")
     check_drawing(reach, "--reach")
+    check_places(plot, read=(source,), out=out, reach=reach)
     try:
         steps_back = [int(offset) for offset in offsets.split(",")]
     except ValueError:
@@ -151,8 +153,12 @@ def score(model: Path, *, data: Path, length: int | None = None, json: bool = Fa
     """
     from polyspan.nn import GrassmannLM, score_next_token
 
-    fitted, ids = GrassmannLM.load(model), _bytes(data)
-    loss = score_next_token(fitted, ids, length=fitted.max_length if length is None else length)
+    fitted = GrassmannLM.load(model)
+    length = fitted.max_length if length is None else length
+    if fitted.positions is not None and not 1 <= length <= fitted.max_length:
+        raise ValueError(f"--length must be between 1 and {fitted.max_length}, as trained, got {length}")
+    ids = _bytes(data)
+    loss = score_next_token(fitted, ids, length=length)
     facts = {"bytes": len(ids)} | _measures(loss)
     if json:
         show_json(facts)
