@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 
@@ -10,7 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from polyspan.cli.projector import convert, directions
+from polyspan.cli.projector_generator import traverse
 from polyspan.errors import UnreadableFile, WrongContent
+from polyspan.io import load_fitted
 from polyspan.nn import (
     HouseholderProjector,
     LowRankOrthogonal,
@@ -67,6 +70,23 @@ def test_the_code_that_made_a_checkpoint_loads_it_and_makes_the_pictures_of_the_
     project_model(generator, "*.affine", rank=3)
     latents = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(plain(latents), generator(latents), rtol=1e-4, atol=1e-5)
+
+
+def test_a_generator_of_ours_is_loaded_as_before_and_walked(tmp_path, generator, capsys):
+    source, out, found = (
+        generator.save(tmp_path / "g.safetensors", seed=7),
+        tmp_path / "p.safetensors",
+        tmp_path / "d.npz",
+    )
+    convert(source, weights=WEIGHTS, rank=3, out=out, directions=found)
+    expected = copy.deepcopy(generator)
+    expected.load_state_dict(project_weights(generator.state_dict(), WEIGHTS, 3)[0])
+    latents = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(StyleGenerator.load(out)(latents), expected.eval()(latents))
+    assert load_fitted(out).about == {"seed": 7}
+    capsys.readouterr()
+    traverse(out, directions=found, json=True)
+    assert json.loads(capsys.readouterr().out)["change a unit step outside"] < 1e-5
 
 
 def test_converting_again_changes_nothing_and_loses_nothing(tmp_path, checkpoint, capsys):

@@ -164,6 +164,11 @@ def test_what_a_configuration_cannot_say_is_told():
         to_hugging_face(network(block={"eps2": 0.1}))
     with pytest.raises(ValueError, match="got causal=True"):
         to_hugging_face(network(causal=True))
+    for block in ({"scale": 1.0}, {"residual": True}, {"nonneg": False}, {"eps2": 0.1}, {"step_size": 0.3}):
+        with pytest.raises(ValueError, match=rf"beyond those of CrateConfig, got another \['{next(iter(block))}'\]"):
+            to_hugging_face(CRATEMAE(8, 4, 8, 1, 2, block=block))
+    with pytest.raises(ValueError, match=r"got another \['output.bias'\]"):
+        to_hugging_face(CRATEMAE(8, 4, 8, 1, 2, block={"bias": False}))
     headless = CRATE(8, 4, 0, 8, 1, 2)
     assert type(to_hugging_face(headless)) is CrateModel
 

@@ -363,3 +363,21 @@ def test_every_module_has_a_case():
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases])
 def test_a_module_keeps_the_promises_of_a_layer(name, case):
     check_module(case)
+
+
+LAYERS = [(name, case) for name, cases in CASES.items() for case in cases if name.startswith("nn.")]
+
+
+@pytest.mark.parametrize(("name", "case"), LAYERS)
+def test_a_layer_on_meta_makes_what_it_makes_of_numbers(name, case):
+    """Shapes and dtype of it are all there is on "meta", where networks are laid out and counted before they exist."""
+
+    def made(device):
+        out = case.make(device=device, dtype=torch.float32).eval()(
+            *(x.to(device, torch.float32) for x in case.inputs(2, torch.Generator().manual_seed(2)))
+        )
+        first = out[0] if isinstance(out, tuple) else out
+        return first.device.type, first.shape, first.dtype
+
+    with torch.random.fork_rng(devices=[]):
+        assert made("meta") == ("meta", *made("cpu")[1:])

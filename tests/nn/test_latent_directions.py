@@ -113,8 +113,20 @@ def test_undo_puts_the_old_layers_back_and_merging_makes_plain_ones_of_the_same_
     report.undo()
     assert torch.equal(model(latents()).detach(), expected)
     assert sorted(model.state_dict()) == names
-    with pytest.raises(ValueError, match="undo was called"):
+    with pytest.raises(ValueError, match=r"but not layers\.0\.affine, layers\.1\.affine, layers\.2\.affine any more"):
         report.drift()
+
+
+def test_a_report_outlives_the_merging_of_its_model():
+    model = generator()
+    model.layers[2].affine = Equalised(6, 12)
+    expected = model(latents()).detach()
+    report = project_model(model, rank=3)
+    merge_projections(model)
+    with pytest.raises(ValueError, match=r"still is projected, but not layers\.0\.affine, "):
+        report.drift()
+    report.undo()
+    assert torch.equal(model(latents()).detach(), expected)
 
 
 def test_a_layer_of_another_class_is_parametrised_and_keeps_its_own_factor():

@@ -186,3 +186,11 @@ def test_a_text_of_bytes_is_learnt_as_it_is():
 def test_a_loss_that_is_no_longer_finite_ends_the_training():
     with pytest.raises(NotConverged, match=r"the loss is no longer finite after [0-9]+ updates; lower learning_rate"):
         train_next_token(lm(), tokens(50), steps=6, length=5, learning_rate=1e30, warmup=0)
+
+
+def test_a_mask_that_is_added_to_logits_is_told_from_one_of_real_tokens():
+    x, real = normal(1, 5, 8), torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]])
+    layer = CausalGrassmannMixing(8, 4, (1, 2), generator=torch_generator(0)).eval()
+    with pytest.raises(ValueError, match="attention_mask must be 1 where a token is real and 0 elsewhere, got -inf"):
+        layer(x, torch.where(real > 0, 0.0, -torch.inf))
+    torch.testing.assert_close(layer(x, real), layer(x, real.bool()), rtol=0, atol=0)

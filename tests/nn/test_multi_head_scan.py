@@ -275,6 +275,17 @@ def test_drop_path_skips_items_while_training_and_keeps_the_mean():
     torch.testing.assert_close(moved[~skipped], 2 * whole[~skipped])
 
 
+def test_drop_path_draws_on_the_device_of_its_generator():
+    # No accelerator is asked for: on one torch refuses a generator of the CPU, on "meta" it would leave it unused.
+    generator = seeded()
+    block = MHSBlock(4, 0.5, num_heads=2, d_state=2, generator=generator)
+    block.mix = torch.nn.Identity()
+    before = generator.get_state()
+    assert block.to("meta").train()(torch.empty(3, 2, 2, 4, device="meta")).is_meta
+    torch.rand(3, generator=(other := seeded()).set_state(before))
+    assert torch.equal(generator.get_state(), other.get_state())
+
+
 def test_any_size_of_image_is_padded_by_its_edges_and_cropped():
     net = MHSUNet(1, 2, (1, 1), (8, 8), num_heads=2, d_state=2, generator=seeded()).eval()
     x = image(1, 1, 13, 21)

@@ -440,6 +440,8 @@ def test_a_network_is_kept_in_a_file(tmp_path):
     read = load_crate(save_crate(model, tmp_path / "m.safetensors"))
     assert torch.equal(read(images), model(images))
     assert read.config == model.config
+    narrow = load_crate(save_crate(small().bfloat16(), tmp_path / "narrow.safetensors"))
+    torch.testing.assert_close(narrow.head.weight, small().head.weight.bfloat16().float(), rtol=0, atol=0)
     write_array(tmp_path / "x.npy", images.numpy())
     with pytest.raises(WrongContent):
         load_crate(tmp_path / "x.npy")

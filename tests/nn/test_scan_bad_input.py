@@ -135,6 +135,28 @@ def test_a_segmenter_with_routes_of_its_own_is_kept_and_read(tmp_path):
     np.testing.assert_array_equal(again.predict(images), found.predict(images))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_segmenter_in_half_precision_answers_and_is_kept(tmp_path, dtype):
+    images, masks = pictures()
+    found = train_segmentation(net(), images, masks, max_iter=1)
+    expected = found.predict(images)
+    half = found._replace(model=found.model.to(dtype))
+    answers = half.predict(images)
+    assert answers.dtype == np.float32
+    # Weights and every layer's output are rounded, by 2^-9 at most; shares of 0 to 1 are a few dozen of these off.
+    assert 0 < np.abs(answers - expected).max() < 0.1
+    again = Segmenter.load(half.save(tmp_path / "half.safetensors"))
+    wide = found.model.float()
+    for name, value in again.model.state_dict().items():
+        torch.testing.assert_close(value.float(), wide.state_dict()[name], rtol=0, atol=0)
+
+
+def test_a_network_of_several_classes_is_no_segmenter():
+    several = Segmenter(MHSUNet(1, 3, (1,), (8,), num_heads=2, d_state=2), 0.0, 1.0, [])
+    with pytest.raises(ValueError, match="model must have one class, got 3"):
+        several.predict(pictures()[0])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -160,6 +182,11 @@ def test_lists_and_tensors_are_images_too():
         found = train_segmentation(net(), change(images), change(masks), max_iter=1)
         assert found.losses == expected.losses
         np.testing.assert_array_equal(found.predict(change(images)), expected.predict(images))
+
+
+def test_no_picture_is_not_scored():
+    with pytest.raises(ValueError, match=r"of at least one pixel, got \(0, 8, 8\) and \(0, 8, 8\)"):
+        segmentation_scores(np.zeros((0, 8, 8)), np.zeros((0, 8, 8)))
 
 
 def test_answers_that_are_no_numbers_are_not_scored():

@@ -55,7 +55,7 @@ def convert(
     json : bool
         Print JSON.
     """
-    from polyspan.io import ShardedState, write_tensor_file
+    from polyspan.io import ShardedState, save_fitted, write_tensor_file
     from polyspan.nn import Directions, project_weights, save_directions
 
     check_target(out, "--out", ".safetensors")
@@ -73,7 +73,11 @@ def convert(
                 raise ValueError(f"--weights{str(error).removeprefix('pattern')}") from None
             raise
     layers = [_lost(name, state[name], made[name], vectors) for name, vectors in found.items()]
-    write_tensor_file(out, made)
+    header = _header(checkpoint)
+    if header is None:
+        write_tensor_file(out, made)
+    else:
+        save_fitted(out, arrays=made, **header)
     if directions is not None:
         kept = {
             layer["weight"].removesuffix(".weight"): Directions(
@@ -176,6 +180,22 @@ def _gain(text: str) -> str | float:
 
 def _files(checkpoint: Path, state: Any) -> tuple[Path, ...]:
     return (checkpoint, *{state.file(name) for name in state})
+
+
+def _header(checkpoint: Path) -> dict[str, Any] | None:
+    """Return what a file of this library says beside its arrays, without which it could not be loaded; else None."""
+    from polyspan.errors import WrongContent
+    from polyspan.io import load_fitted
+
+    if checkpoint.is_dir():
+        return None
+    try:
+        found = load_fitted(checkpoint)
+    except WrongContent:
+        return None
+    return {
+        "kind": found.kind, "params": found.params, "about": found.about, "data_digest": found.header.get("data"),
+    }  # fmt: skip
 
 
 def _wide(tensor: Any) -> Any:

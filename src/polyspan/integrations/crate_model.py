@@ -318,6 +318,8 @@ def to_hugging_face(model: CRATE | CRATEMAE) -> Any:
             norm_pix_loss=model.norm_pixels,
         )  # fmt: skip
         made = CrateForMaskedImageModeling(config)
+        if other := _differing(model, made.crate.network):
+            raise ValueError(f"model must have no options beyond those of CrateConfig, got another {other}")
         made.crate.network.load_state_dict(model.state_dict())
         return made.eval()
     said = set(model.config["block"]) - {"step", "tied_output", "eta", "lambd", "n_steps", "dict_size"}
@@ -338,6 +340,20 @@ def to_hugging_face(model: CRATE | CRATEMAE) -> Any:
     made.classifier.load_state_dict(head)
     made.crate.network.load_state_dict(state)
     return made.eval()
+
+
+def _differing(model: CRATEMAE, made: CRATEMAE) -> list[str]:
+    """Return the options, and the weights, in which the encoders' first layers differ; decoders have none of their own.
+
+    An auto-encoder keeps no list of its arguments, so that layers are looked at.
+    """
+    found: list[str] = []
+    for part in ("attention", "ista"):
+        own, other = (getattr(net.blocks[0], part) for net in (model, made))
+        plain = [name for name in vars(own) if name[0] != "_" and name != "training"]
+        found += [name for name in plain if getattr(own, name) != getattr(other, name)]
+        found += sorted(set(own.state_dict()) ^ set(other.state_dict()))
+    return found + ["residual"] * (model.blocks[0].residual != made.blocks[0].residual)
 
 
 def register_crate() -> None:

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from polyspan.linalg import coding_rate_gradient
 
+from ._autocast import without_autocast
+
 STEPS = ("published", "eq10", "exact")
 
 
@@ -206,7 +208,7 @@ class SubspaceSelfAttention(nn.Module):
             # Of fewer tokens each weighs more in beta; rows scaled by the root of that say the same.
             grow = (t / mask.sum(-1).clamp_min(1)).to(rows.dtype).sqrt()[..., None, None, None]
             rows = rows.masked_fill(~mask[..., None, :, None], 0.0) * grow
-        with torch.autocast(w.device.type, enabled=False):
+        with without_autocast(w):
             step = coding_rate_gradient(rows, math.sqrt(self.eps2)) / (-beta * grow)
         return F.dropout(step.to(w.dtype), self.dropout, self.training)
 

@@ -62,11 +62,12 @@ def row_by_row(x: Any) -> Any:
 
 
 def _traced(x: Any) -> bool:
+    """Whether there are no numbers to look at: in a graph that is captured, or on the device "meta"."""
     if not is_torch(x):
         return False
     from ._rotation_torch import traced
 
-    return traced()
+    return x.is_meta or traced()
 
 
 def _places(marked: Any) -> tuple[int, list[int]]:

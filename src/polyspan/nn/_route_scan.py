@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._autocast import without_autocast
 from .scan_routes import PATTERNS, ScanRoute, scan_routes
 from .selective_scan import BACKENDS, scan_time_major
 
@@ -244,7 +245,7 @@ class RouteScan(nn.Module):
         b, h, w, _ = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
         there, back = self._gathers(h, w, x.device)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             image = x.to(wide).reshape(b, h * w, self.num_heads, self.head_channels).permute(2, 1, 0, 3)
             u = to_routes(image, there)
             groups, L = u.shape[:2]

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ._autocast import without_autocast
 from ._sphere_routes import (
     CACHE_FLOATS,
     LEAST_ROWS,
@@ -112,14 +112,6 @@ def has_tangent(x: Tensor) -> bool:
     """Say whether a forward derivative is being taken along a tensor."""
     # Looked for only where some level can hold it, which is many times faster.
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
-
-
-def without_autocast(x: Tensor) -> Any:
-    """Return a context in which autocast of the tensor's device, which may have none, is off."""
-    device = x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device_type=device, enabled=False)
 
 
 def _forward(

@@ -67,8 +67,11 @@ UNUSED = ("pos_embed", "decoder_embed.weight", "decoder_embed.bias")
 
 
 def save_crate(model: CRATE, path: Path | str) -> Path:
-    """Write a network to one .safetensors file, atomically; no pickle."""
-    arrays = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
+    """Write a network to one .safetensors file, atomically; no pickle. Weights in bfloat16 are widened."""
+    arrays = {
+        name: (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+        for name, value in model.state_dict().items()
+    }
     return save_fitted(Path(path), kind="CRATE", arrays=arrays, params={"config": model.config})
 
 

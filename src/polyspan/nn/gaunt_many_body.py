@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from ._autocast import without_autocast
 from ._gaunt_paths import LAYOUTS, NORMALIZATIONS, WEIGHTS, harmonic_scale, pack, unpack
 from ._irreps import Irrep, check_channels, read_irreps, width, write_irreps
 from ._rotation_torch import as_numpy
-from ._sphere_product import TableModule, choose_method, transformed, without_autocast
+from ._sphere_product import TableModule, choose_method, transformed
 from ._sphere_routes import CACHE_FLOATS, LEAST_ROWS, Axis, Shape, build, from_grid, n_nodes, to_grid
 
 

@@ -174,7 +174,7 @@ class GrassmannHead(nn.Module):
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         x, weight = x.to(dtype), self.weight.to(dtype)
         norm = shadow_length(x).unsqueeze(-1)
-        if self.zero_features == "error" and not torch.compiler.is_compiling():
+        if self.zero_features == "error" and not x.is_meta and not torch.compiler.is_compiling():
             x, norm = _checked_rows(x, norm)
         inner = F.linear(x, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
         # One product with every basis vector and a division afterwards cost less than normalising the features.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._lengths import safe_length
+from ._rotation_torch import as_numpy
 
 NORMS = ("smooth", "l2", "none")
 GATES = ("concat", "none")
@@ -62,6 +63,11 @@ def check_mask(mask: Tensor | None, x: Tensor, shape: Sequence[int]) -> Tensor:
         return torch.ones(tuple(shape), dtype=torch.bool, device=x.device)
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(f"attention_mask must have shape {tuple(shape)}, one entry a token, got {tuple(mask.shape)}")
+    if mask.is_floating_point():
+        # Masks that are added to logits, 0 where a token is real, would be read the wrong way round.
+        seen = as_numpy(mask)
+        if seen is not None and (strange := seen[0][(seen[0] != 0) & (seen[0] != 1)]).size:
+            raise ValueError(f"attention_mask must be 1 where a token is real and 0 elsewhere, got {strange[0]}")
     return mask.to(torch.bool)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from polyspan.linalg import coding_rate, random_orthogonal
 from polyspan.run import progress, torch_generator
 
+from ._autocast import without_autocast
 from ._crate_blocks import CRATEBlock
 from ._lengths import safe_length
 from ._rate_attention import SubspaceSelfAttention
@@ -49,7 +50,7 @@ class LayerRates(NamedTuple):
 def tokens_rate(Z: Float[Tensor, "*batch t d"], eps2: float | int) -> Float[Tensor, "*batch"]:
     """Return the rate of tokens brought to length 1 (zeros stay), in nats, never in half precision."""
     check_eps2(eps2)
-    with torch.autocast(Z.device.type, enabled=False):
+    with without_autocast(Z):
         wide = Z.to(torch.promote_types(Z.dtype, torch.float32))
         # Not F.normalize: its gradient at 0 is the inverse of its eps.
         length = safe_length(wide)

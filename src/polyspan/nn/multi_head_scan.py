@@ -193,8 +193,10 @@ class _ScanBlock(nn.Module):
         y = self.norm(self.mix(v)) * F.silu(z)
         y = y if self.output is None else self.output(y)
         if self.training and self.drop_path:
-            kept = torch.rand(len(x), 1, 1, 1, device=x.device, generator=self.generator) >= self.drop_path
-            y = y * kept.to(y.dtype) / (1 - self.drop_path)
+            # A seeded generator is mostly the CPU's, wherever the maps are, and draws there only.
+            place = x.device if self.generator is None else self.generator.device
+            kept = torch.rand(len(x), 1, 1, 1, device=place, generator=self.generator) >= self.drop_path
+            y = y * kept.to(x.device, y.dtype) / (1 - self.drop_path)
         return x + y
 
 

@@ -47,22 +47,27 @@ class ProjectionReport:
         ValueError
             The projections were taken out.
         """
-        if not self._originals:
-            raise ValueError("report must be of a model that still is projected, but undo was called")
-        now = {layer.name: projections(self._model)[layer.name][0] for layer in self.layers}
+        now = projections(self._model)
+        free = [layer.name for layer in self.layers if layer.name not in now]
+        if free:
+            raise ValueError(f"report must be of a model that still is projected, but not {', '.join(free)} any more")
         return {
-            layer.name: float(principal_angles(now[layer.name].detach().to(layer.start).mT, layer.start.mT).max())
+            layer.name: float(principal_angles(now[layer.name][0].detach().to(layer.start).mT, layer.start.mT).max())
             for layer in self.layers
         }
 
     def undo(self) -> None:
-        """Put the layers back as they were before, with their weights of then; a second call does nothing."""
+        """Put the layers back as they were before, with their weights of then, after :func:`merge_projections` as well.
+
+        A second call does nothing.
+        """
         for name, (old, weight) in self._originals.items():
             current = self._model.get_submodule(name)
             if weight is None:
                 replace_module(self._model, current, old)
             else:
-                _set_free(current)
+                if parametrize.is_parametrized(current, "weight"):
+                    _set_free(current)
                 current.weight = weight
         self._originals = {}
 

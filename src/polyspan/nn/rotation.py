@@ -7,7 +7,7 @@ comes out is a rotation. Conversions between two forms that are no matrices stan
 
 ``check`` is an option of every conversion: it refuses numbers that are not finite and matrices that are no rotations,
 and warns of input at which the map is not continuous. It waits for an accelerator at each call, is left out of
-compiled and exported graphs, and must be switched off inside ``torch.vmap``.
+compiled and exported graphs and on the device "meta", and must be switched off inside ``torch.vmap``.
 """
 
 import math

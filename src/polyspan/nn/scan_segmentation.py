@@ -80,7 +80,9 @@ def segmentation_scores(masks: Any, predicted: Any) -> SegmentationScores:
     """
     true, found = (np.asarray(part) for part in (masks, predicted))
     if true.shape != found.shape or true.ndim != 3 or not true.size:
-        raise ValueError(f"masks and predicted must both be (n, h, w), got {true.shape} and {found.shape}")
+        raise ValueError(
+            f"masks and predicted must both be (n, h, w), of at least one pixel, got {true.shape} and {found.shape}"
+        )
     true = binary_masks(true)
     if found.dtype.kind == "f" and (bad := np.isnan(found).any(axis=(1, 2))).any():
         raise ValueError(f"predicted must hold numbers, got NaN in image {int(bad.argmax())}")
@@ -131,26 +133,32 @@ class Segmenter(NamedTuple):
         Raises
         ------
         ValueError
-            The images have another shape, or hold NaN or infinity, or ``batch_size`` is below 1.
+            The images have another shape, or hold NaN or infinity, ``batch_size`` is below 1, or the network has
+            several classes.
         """
         images = _as_images(images, self.model)
+        if self.model.num_classes != 1:
+            raise ValueError(f"model must have one class, got {self.model.num_classes}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model.eval()
-        device = next(self.model.parameters()).device
+        like = next(self.model.parameters())
         found = np.empty((len(images), *images.shape[-2:]), dtype=np.float32)
         with torch.inference_mode():
             for s in range(0, len(images), batch_size):
                 raw = np.asarray(images[s : s + batch_size], dtype=np.float32)
                 _check_finite(raw, s)
                 raw = raw[:, None] if raw.ndim == 3 else raw
-                x = torch.as_tensor((raw - np.float32(self.mean)) / np.float32(self.spread), device=device)
-                found[s : s + len(raw)] = self.model(x)[:, 0].sigmoid().float().cpu().numpy()
+                x = torch.as_tensor((raw - np.float32(self.mean)) / np.float32(self.spread)).to(like)
+                found[s : s + len(raw)] = self.model(x)[:, 0].float().sigmoid().cpu().numpy()
         return found
 
     def save(self, path: Path | str) -> Path:
-        """Write it to one .safetensors file, atomically."""
-        arrays = {name: value.detach().cpu().numpy() for name, value in self.model.state_dict().items()}
+        """Write it to one .safetensors file, atomically; bfloat16 weights are widened."""
+        arrays = {
+            name: (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+            for name, value in self.model.state_dict().items()
+        }
         params = {"config": self.model.config, "mean": self.mean, "spread": self.spread, "losses": self.losses}
         return save_fitted(Path(path), kind=KIND, arrays=arrays, params=params)
 
