@@ -8,10 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from polyspan.checkpoints import advise_tucker_ranks, extract_tucker_adapter, merge_tucker_adapter
+from polyspan.checkpoints import (
+    advise_tucker_ranks,
+    extract_tucker_adapter,
+    load_tucker_adapter,
+    merge_checkpoints,
+    merge_tucker_adapter,
+)
 from polyspan.checkpoints.tucker_plots import plot_rank_curves, rank_curve
 from polyspan.errors import CorruptFile, UnreadableFile, WrongContent
-from polyspan.io import check_directory
+from polyspan.io import ShardedState, check_directory
 from polyspan.run import torch_generator
 
 
@@ -68,6 +74,58 @@ def test_an_adapter_extracted_from_files_loads_in_peft_and_gives_the_tuned_model
     model = peft.PeftModel.from_pretrained(base, folder / "a")
     torch.testing.assert_close(model(*INPUT), tuned(*INPUT), rtol=1e-4, atol=1e-4)
     assert sorted(check_directory(folder / "a")) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_result_does_not_take_the_place_of_what_it_is_made_of(pair):
+    *_, folder = pair
+    tuned, adapter = folder / "tuned", folder / "adapter"
+    tuned.mkdir()
+    (tuned / "model.safetensors").write_bytes((folder / "tuned.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="out must be another place than tuned, which it is made of"):
+        extract_tucker_adapter(folder / "base.safetensors", tuned, tuned, replace=True)
+    with pytest.raises(ValueError, match="out must be another place than base, which it is made of"):
+        extract_tucker_adapter(folder / "base.safetensors", tuned, folder, replace=True)
+    extract_tucker_adapter(folder / "base.safetensors", tuned, adapter)
+    kept = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    for out, name in ((folder / "base.safetensors", "base"), (adapter / "adapter_model.safetensors", "adapter")):
+        with pytest.raises(ValueError, match=f"out must be another place than {name}, which it is made of"):
+            merge_tucker_adapter(folder / "base.safetensors", adapter, out)
+    assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == kept
+
+
+def test_an_extracted_adapter_is_a_model_of_a_merge(pair):
+    base, _, folder = pair
+    paths = folder / "base.safetensors", folder / "tuned.safetensors"
+    extract_tucker_adapter(*paths, folder / "a", rank=1, modules_to_save=["fc"], scale=3.0)
+    merge_tucker_adapter(paths[0], folder / "a", folder / "whole.safetensors")
+    found = merge_checkpoints(
+        paths[0], {"a": folder / "a", "t": paths[1]}, folder / "out", scaling=0.5, shard_bytes=500
+    )
+    assert len(found.shards) > 1
+    made, one, two = ShardedState(folder / "out"), load_file(folder / "whole.safetensors"), load_file(paths[1])
+    for name, start in base.state_dict().items():
+        expected = start + 0.5 * (one[name] - start + two[name] - start)
+        torch.testing.assert_close(made[name].clone(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tucker_adapter_that_is_not_whole_is_no_model_of_a_merge(pair):
+    *_, folder = pair
+    extract_tucker_adapter(folder / "base.safetensors", folder / "tuned.safetensors", folder / "a", rank=2)
+    weights = load_file(folder / "a" / "adapter_model.safetensors")
+    lost = next(name for name in weights if name.endswith("conv.tucker_adapter_axis1"))
+    save_file({n: x for n, x in weights.items() if n != lost}, folder / "a" / "adapter_model.safetensors")
+    with pytest.raises(WrongContent, match="found axis0, axis2, axis3, core of conv; expected a core, its axes"):
+        merge_checkpoints(folder / "base.safetensors", {"a": folder / "a"}, folder / "out")
+
+
+def test_weights_in_a_pickle_are_not_loaded(pair):
+    base, _, folder = pair
+    extract_tucker_adapter(folder / "base.safetensors", folder / "tuned.safetensors", folder / "a", rank=2)
+    weights = folder / "a" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(UnreadableFile, match=r"adapter_model.safetensors: found nothing; expected weights in a"):
+        load_tucker_adapter(base, folder / "a")
 
 
 def test_ranks_are_chosen_by_error_and_what_is_left_out_is_told(pair):

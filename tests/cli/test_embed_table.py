@@ -87,8 +87,14 @@ def test_what_does_not_fit_is_said(table, tmp_path):
     out = tmp_path / "m.safetensors"
     with pytest.raises(ValueError, match="--task must be 'classification' or 'regression', got 'ranking'"):
         train(table, target="click", out=out, task="ranking")
-    with pytest.raises(ValueError, match="--budget-mb must be above 0, got 0"):
+    with pytest.raises(ValueError, match="--budget-mb must be above 0 and finite, got 0"):
         train(table, target="click", out=out, budget_mb=0.0)
+    with pytest.raises(ValueError, match="--budget-mb must be above 0 and finite, got inf"):
+        train(table, target="click", out=out, budget_mb=float("inf"))
+    with pytest.raises(ValueError, match=r"columns must be named once each, got \['user', 'user'\]"):
+        train(table, target="click", out=out, columns=["user", "user"])
+    with pytest.raises(ValueError, match="--checkpoint must be another file than that of --out"):
+        train(table, target="click", out=out, checkpoint=out)
     with pytest.raises(ValueError, match="--width must be at least 1, got 0"):
         train(table, target="click", out=out, width=0)
     with pytest.raises(ValueError, match=r"columns must be of clicks.parquet, which has .*, got \['x'\]"):
@@ -98,3 +104,17 @@ def test_what_does_not_fit_is_said(table, tmp_path):
     other = UnifiedEmbedding({"a": 1}, 10).save(tmp_path / "layer.safetensors")
     with pytest.raises(WrongContent, match="UnifiedEmbeddingClassifier or UnifiedEmbeddingRegressor"):
         predict(other, table, out=tmp_path / "p.csv")
+
+
+def test_predictions_do_not_take_the_place_of_the_table(table, tmp_path):
+    out, copied, empty = (tmp_path / name for name in ("m.safetensors", "copy.parquet", "empty.parquet"))
+    train(table, target="click", out=out, columns=["user"], budget_mb=0.01, width=4, epochs=1)
+    copied.write_bytes(table.read_bytes())
+    with pytest.raises(ValueError, match="--out must be another file than a file that is read"):
+        predict(out, copied, out=copied)
+    assert copied.read_bytes() == table.read_bytes()
+    with pytest.raises(ValueError, match=r"--out must end in \.parquet or .*, got 'answers.txt'"):
+        predict(out, copied, out=tmp_path / "answers.txt")
+    pq.write_table(pq.read_table(table).slice(0, 0), empty)
+    with pytest.raises(ValueError, match=r"source must have at least one row, got 0 in .*empty.parquet"):
+        predict(out, empty, out=tmp_path / "answers.csv")

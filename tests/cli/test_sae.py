@@ -4,10 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from polyspan.cli.sae import interactions, probe, steer, train
 from polyspan.errors import CorruptFile, WrongContent
 from polyspan.integrations import small_language_model
+from polyspan.io import read_members, write_members
 from polyspan.learn import ActivationStore, PolySAE, UnifiedEmbedding
 
 OPTIONS = {"latents": 20, "k": 3, "ranks": (6, 3, 2), "batch": 50, "tokens": 3000, "learning_rate": 3e-3}
@@ -177,3 +179,49 @@ def test_places_are_looked_at_before_training(tmp_path, options, told):
     given = {"out": "x.safetensors", **options}
     with pytest.raises(ValueError, match=told):
         train(tmp_path / "none.npy", **{name: tmp_path / value for name, value in given.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"context": 64}, "--context must go with --model, got 64 without one"),
+        ({"order": 1, "compare": True}, "--compare must go with --order 2 or 3, got 1"),
+        ({"model": "m", "layer": "l", "column": "c"}, "--column and --member must go with files of activations"),
+        ({"model": "m", "layer": "l", "member": "c"}, "--column and --member must go with files of activations"),
+    ],
+)
+def test_options_that_nothing_would_look_at_are_refused(data, tmp_path, options, told):
+    with pytest.raises(ValueError, match=told):
+        train(data / "acts.npy", out=tmp_path / "sae.safetensors", **options)
+
+
+def test_activations_and_checkpoints_are_not_written_over(data, tmp_path):
+    acts = tmp_path / "acts.safetensors"
+    write_members(acts, {"x": np.load(data / "acts.npy").astype(np.float32)})
+    before = acts.read_bytes()
+    for given in ({"out": acts}, {"out": tmp_path / "sae.safetensors", "checkpoint": acts}):
+        with pytest.raises(ValueError, match=r"must be another file than a file that is read"):
+            train(acts, **given, **OPTIONS)
+    assert acts.read_bytes() == before
+    out = tmp_path / "sae.safetensors"
+    with pytest.raises(ValueError, match="--checkpoint must be another file than that of --out"):
+        train(acts, out=out, checkpoint=out, **OPTIONS)
+
+
+def test_a_model_whose_weights_are_a_pickle_is_not_read(language_model, tmp_path):
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    text.write_text("\n".join(LINES) + "\n")
+    for path in language_model.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).parent.mkdir(exist_ok=True)
+            (folder / path.name).write_bytes(path.read_bytes())
+    weights = {n: torch.from_numpy(x) for n, x in read_members(language_model / "model.safetensors").items()}
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="--model must be a folder or an id of a transformers model"):
+        train(text, out=tmp_path / "sae.safetensors", model=str(folder), layer="model.layers.0", **OPTIONS)
+
+
+def test_a_push_of_no_finite_strength_is_refused(sae, language_model):
+    common = {"model": str(language_model), "layer": "model.layers.0", "prompt": "the cow"}
+    with pytest.raises(ValueError, match="strength must be finite, got nan"):
+        steer(sae, latents=[3], strength=float("nan"), **common)

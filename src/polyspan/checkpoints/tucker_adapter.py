@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyspan.errors import WrongContent, require
+from polyspan.errors import UnreadableFile, WrongContent, require
 
 from ._tucker_layers import (
     CONVOLUTIONS,
@@ -489,12 +489,17 @@ def load_tucker_adapter(model: nn.Module, path: Path | str, adapter_name: str = 
     ------
     WrongContent
         An adapter of another kind, which peft loads by itself.
+    UnreadableFile
+        Its folder has no weights in a .safetensors file; pickles are not read.
     ValueError
         It does not fit the model.
     """
-    kind = peft.PeftConfig.from_pretrained(path).peft_type
+    kind = peft.PeftConfig.from_pretrained(path, subfolder=options.get("subfolder")).peft_type
     if kind != PEFT_TYPE:
         raise WrongContent(path, found=f"an adapter of kind {kind}", expected=f"one of kind {PEFT_TYPE.value}")
+    weights = Path(path) / (options.get("subfolder") or "") / "adapter_model.safetensors"
+    if Path(path).is_dir() and not weights.is_file():
+        raise UnreadableFile(weights, found="nothing", expected="weights in a .safetensors file")
     return peft.PeftModel.from_pretrained(model, path, adapter_name=adapter_name, **options)
 
 

@@ -203,7 +203,8 @@ def extract_tucker_adapter(
     Raises
     ------
     ValueError
-        A rank, error or scale is out of range, no weight differs, or other options began what is to go on.
+        A rank, error or scale is out of range, no weight differs, other options began what is to go on, or ``out``
+        would take the place of what is read.
     FileError
         A file cannot be read, or the two do not fit each other.
     """
@@ -219,6 +220,7 @@ def extract_tucker_adapter(
     if not target.parent.is_dir():
         raise UnreadableFile(out, found=f"no folder {target.parent}", expected="a folder that exists")
     base, tuned = local_checkpoint(base, files=True), local_checkpoint(tuned, files=True)
+    _check_apart(target, base=base, tuned=tuned)
     first, second = ShardedState(base), ShardedState(tuned)
     pairs = tensor_pairs(first, second)
     missing = [m for m in modules_to_save if not any(n.startswith(f"{m}.") for n in pairs)]
@@ -285,6 +287,15 @@ def extract_tucker_adapter(
         write_json(folder / CONFIG, config.to_dict())
     remove_folder(work)
     return Extraction(target, layers, saved, left_out, 1.0 - lost / total if total > 0 else 1.0)
+
+
+def _check_apart(out: Path, **read: Path) -> None:
+    """Refuse a result that would take the place of what it is made of."""
+    target = out.resolve()
+    for name, path in read.items():
+        place = path.resolve()
+        if target == place or target in place.parents or (target.exists() and place in target.parents):
+            raise ValueError(f"out must be another place than {name}, which it is made of, got {out}")
 
 
 def _forget_torn(journal: Journal, work: Path) -> None:
@@ -360,7 +371,7 @@ def merge_tucker_adapter(
     WrongContent
         The folder holds another kind of adapter, or one of a layer that the base does not have, or of another shape.
     ValueError
-        A sum is too large for the base's dtype.
+        A sum is too large for the base's dtype, or ``out`` would take the place of what is read.
     """
     from .tucker_adapter import PEFT_TYPE, TuckerAdapterConfig
 
@@ -371,6 +382,7 @@ def merge_tucker_adapter(
     config = TuckerAdapterConfig.from_peft_type(**settings)
     tensors = {key.removeprefix(ROOT): torch.from_numpy(x) for key, x in read_members(folder / WEIGHTS).items()}
     source = local_checkpoint(base, files=True)
+    _check_apart(Path(out), base=source, adapter=folder)
     model = ShardedState(source)
     # Of each tensor that changes: its adapter's core, or None and what takes its place; and magnitudes, if any.
     changed: dict[str, tuple[Tensor | None, list[Tensor], Tensor | None]] = {}

@@ -1,11 +1,15 @@
 """``polyspan embed-table train``, ``predict`` and ``report``: tables with categorical columns, from files."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from ._output import check_target, say, show_json, show_table
+from .cluster import check_places
+
+TABLES = (".parquet", ".arrow", ".feather")
 
 SCHEMES = {"multiplex": "one table for all", "hash": "a table a column", "collisionless": "a row a value"}
 
@@ -72,10 +76,11 @@ def train(
 
     check_target(out, "--out", ".safetensors")
     check_target(checkpoint, "--checkpoint", ".safetensors")
+    check_places(read=(source,), out=out, checkpoint=checkpoint)
     if task not in ("classification", "regression"):
         raise ValueError(f"--task must be 'classification' or 'regression', got {task!r}")
-    if not budget_mb > 0:
-        raise ValueError(f"--budget-mb must be above 0, got {budget_mb}")
+    if not 0 < budget_mb < math.inf:
+        raise ValueError(f"--budget-mb must be above 0 and finite, got {budget_mb}")
     if width < 1:
         raise ValueError(f"--width must be at least 1, got {width}")
     kind: Any = UnifiedEmbeddingClassifier if task == "classification" else UnifiedEmbeddingRegressor
@@ -132,7 +137,8 @@ def predict(
     model : Path
         What ``polyspan embed-table train`` wrote.
     source : Path
-        A table with the columns of the training; others are ignored.
+        A table with the columns of the training; others are ignored. Of the same kind of file where columns are dates
+        or truth values, which are text in .csv and .tsv.
     out : Path
         Predictions, in the order of the rows (.parquet, .arrow, .feather, .csv or .tsv).
     batch_rows : int
@@ -143,11 +149,15 @@ def predict(
     from polyspan.io import write_columns
     from polyspan.learn._table_files import TableFile
 
+    check_target(out, "--out", *TABLES, ".csv", ".tsv")
+    check_places(read=(model, source), out=out)
     fitted = _load(model)
     parts = []
     with TableFile(source, None, list(fitted.feature_names_in_), batch_rows) as table:
         for _, columns, _ in table.batches():
             parts.append(fitted.predict_proba(columns) if hasattr(fitted, "classes_") else fitted.predict(columns))
+    if not parts:
+        raise ValueError(f"source must have at least one row, got 0 in {source}")
     made = np.concatenate(parts)
     if made.ndim == 1:
         write_columns(out, {"prediction": made})
@@ -176,6 +186,7 @@ def report(model: Path, source: Path, *, batch_rows: int = 65536, plot: Path | N
     """
     from polyspan.learn._table_files import TableFile
 
+    check_places(plot, read=(model, source))
     fitted = _load(model)
     with TableFile(source, None, list(fitted.feature_names_in_), batch_rows) as table:
         columns = table.first(batch_rows)

@@ -37,7 +37,7 @@ def merge(
     ----------
     config : Path
         A recipe in YAML, as of mergekit: merge_method, base_model, models, parameters. Models are folders, files, LoRA
-        adapters, or names on the hub.
+        or Tucker adapters, or names on the hub.
     out : Path
         Folder of the merged checkpoint.
     method : str

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ._output import check_target, say, show_json, show_table
+from .cluster import check_places
 
 TEXTS = (".txt", ".jsonl")
 
@@ -25,7 +26,7 @@ def train(
     model: str | None = None,
     layer: str | None = None,
     activations: Path | None = None,
-    context: int = 128,
+    context: int | None = None,
     column: Column = None,
     member: Member = None,
     latents: int | None = None,
@@ -64,7 +65,7 @@ def train(
     activations : Path
         Where they are kept, a .npy file; beside --out where left out. One that is complete is used again.
     context : int
-        Tokens the model sees at a time.
+        Tokens the model sees at a time; 128 where left out.
     latents : int
         How many; 8 for each dimension where left out.
     k : int
@@ -102,22 +103,26 @@ def train(
     plot : Path
         Draw the errors by step (.svg, .png or .pdf).
     """
-    from polyspan.io import picture_path
     from polyspan.learn import PolySAE
 
     check_target(out, "--out", ".safetensors")
     check_target(checkpoint, "--checkpoint", ".safetensors")
-    if plot is not None:
-        picture_path(plot)
+    kept = out.with_name(out.stem + ".activations.npy") if activations is None else activations
+    check_places(plot, read=_files(source), out=out, checkpoint=checkpoint, activations=kept if model else None)
     if saelens is not None and saelens.exists():
         raise ValueError(f"--saelens must be a new folder, got {saelens}, which is there")
     if (model is None) != (layer is None):
         raise ValueError("--model and --layer must be given together")
     if activations is not None and model is None:
         raise ValueError("--activations is for --model: pass a file of activations as the source itself")
+    if context is not None and model is None:
+        raise ValueError(f"--context must go with --model, got {context} without one")
+    if model is not None and (column is not None or member is not None):
+        raise ValueError("--column and --member must go with files of activations, got --model")
+    if compare and order == 1:
+        raise ValueError("--compare must go with --order 2 or 3, got 1, which is the linear autoencoder itself")
     if model is not None and layer is not None:
-        kept = out.with_name(out.stem + ".activations.npy") if activations is None else activations
-        store = _recorded(source, model, layer, kept, context, device)
+        store = _recorded(source, model, layer, kept, 128 if context is None else context, device)
     else:
         store = _store(source, column, member)
     options: dict[str, Any] = {
@@ -135,7 +140,7 @@ def train(
     own = {"ranks": ranks, "order": order, "shared": not separate}
     own |= {"cross_only": cross_only}
     arms = {"polynomial" if order > 1 else "linear": own}
-    if compare and order > 1:
+    if compare:
         arms["linear"] = {"order": 1}
     curves, found = {}, {}
     for name, mine in arms.items():
@@ -265,6 +270,7 @@ def interactions(
     plot : Path
         Draw them (.svg, .png or .pdf).
     """
+    check_places(plot, read=(sae, *_files(source)))
     found = _load(sae).interactions(_store(source, column, member), top=top, degree=degree, by=by)
     if plot is not None:
         from polyspan.learn.polynomial_sae_plots import plot_interactions
@@ -344,18 +350,25 @@ def _load(path: Path) -> Any:
     return PolySAE.from_saelens(path) if path.is_dir() else PolySAE.load(path)
 
 
+def _files(source: Path) -> tuple[Path, ...]:
+    """Return the file of activations, or the files of them in a folder."""
+    from polyspan.io import list_folder
+    from polyspan.learn.activation_store import SUFFIXES
+
+    if not source.is_dir():
+        return (source,)
+    # Tokens of rows stand beside activations of a model.
+    return tuple(p for p in list_folder(source) if p.suffix in SUFFIXES and not p.name.endswith(".tokens.npy"))
+
+
 def _store(source: Path, column: str | None, member: str | None) -> Any:
     """Return a store of a file, or of the files in a folder."""
-    from polyspan.io import list_folder
     from polyspan.learn import ActivationStore
     from polyspan.learn.activation_store import SUFFIXES
 
-    paths = [source]
-    if source.is_dir():
-        # Tokens of rows stand beside activations of a model.
-        paths = [p for p in list_folder(source) if p.suffix in SUFFIXES and not p.name.endswith(".tokens.npy")]
-        if not paths:
-            raise ValueError(f"source must hold files of activations ({', '.join(SUFFIXES)}), got none in {source}")
+    paths = _files(source)
+    if not paths:
+        raise ValueError(f"source must hold files of activations ({', '.join(SUFFIXES)}), got none in {source}")
     return ActivationStore.from_files(paths, column=column, member=member)
 
 
@@ -387,8 +400,9 @@ def _language_model(name: str) -> tuple[Any, Any]:
 
     transformers = require("transformers", extra="hf", purpose="reading a language model")
     try:
-        # In the dtype of its files: in float32 many models would take twice the memory.
-        network = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        # In the dtype of its files: in float32 many models would take twice the memory. No file of another kind is
+        # read: those may run code.
+        network = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
         return network.eval(), transformers.AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"--model must be a folder or an id of a transformers model, got {name!r}: {error}") from None

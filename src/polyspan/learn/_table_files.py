@@ -16,6 +16,7 @@ class TableFile:
     """A Parquet or Arrow file, read in batches of Arrow columns, or a text table, read whole.
 
     Cells of a text table that are empty are missing values, and columns whose other cells are all numbers are numbers.
+    All else is text there, dates and truth values too: they are other values than those of a Parquet file.
     Dictionary-encoded columns stay so, and only their dictionaries are hashed.
 
     Parameters
@@ -51,6 +52,8 @@ class TableFile:
         if strange:
             raise ValueError(f"columns must be of {self.path.name}, which has {names[:20]}, got {strange[:5]}")
         self.names = list(columns) if columns is not None else [name for name in names if name != target]
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"columns must be named once each, got {self.names}")
         if not self.names or target in self.names:
             raise ValueError(f"columns must be others than the target {target!r}, got {self.names}")
 

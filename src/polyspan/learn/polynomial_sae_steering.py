@@ -1,5 +1,6 @@
 """Push a model's activations along a direction while it runs, or put reconstructions in their place."""
 
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -26,10 +27,12 @@ def steer(model: Any, layer: str, direction: Any, *, strength: float | int = 1.0
     Raises
     ------
     ValueError
-        The layer is not there, or gives another width.
+        The layer is not there, or gives another width, or the strength is no finite number.
     """
     import torch
 
+    if not math.isfinite(strength):
+        raise ValueError(f"strength must be finite, got {strength}")
     push = torch.as_tensor(np.asarray(direction), dtype=torch.float32) * strength
 
     def add(output: Any) -> Any:
