@@ -8,10 +8,11 @@ import torch
 
 from polyspan.checkpoints import SparseDictionaryCompressor, compress_checkpoint, compress_files, plot_compression
 from polyspan.checkpoints._compressed_files import read_layers, write_layers
-from polyspan.checkpoints._compression import windows
+from polyspan.checkpoints._compression import LayerReport, windows
 from polyspan.checkpoints._layer_methods import Settings, Sizes, compress_unit, layer_config
-from polyspan.checkpoints._text_models import open_model, token_ids
+from polyspan.checkpoints._text_models import check_ids, open_model, token_ids
 from polyspan.checkpoints.compress_files import COMPARED, JOURNAL
+from polyspan.checkpoints.compression_plots import errors_by_role
 from polyspan.errors import CorruptFile, UnreadableFile, WrongContent
 from polyspan.io import ShardedState, list_folder, read_json, write_bytes, write_json, write_tensor_file, write_text
 from polyspan.run import torch_generator
@@ -47,6 +48,17 @@ def saved(folder, *, layers=1, hidden=16, shards="9KB", dtype=torch.float32, **o
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in list_folder(folder)}
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"method": "wanda", "coef_dtype": "int8"}, {"method": "svd"}])
+def test_the_report_counts_the_numbers_that_the_files_hold(tmp_path, options):
+    saved(tmp_path / "base", layers=2)
+    found = compress_checkpoint(tmp_path / "base", tmp_path / "out", calibration=tokens(), **FAST, **options)
+    before, after = (ShardedState(tmp_path / "base"), ShardedState(found.files[0]))
+    told = {row.method: row.parameters for row in found.methods}
+    assert told.pop("dense") == sum(part.numel() for part in before.values())
+    kept = sum(part.numel() for name, part in after.items() if not name.endswith((".mask", ".indices")))
+    assert list(told.values()) == [kept]
 
 
 @pytest.mark.parametrize("options", [{}, {"groups": 2}, {"sequential": True}, {"method": "orthogonal"}])
@@ -133,6 +145,19 @@ def test_a_finished_layer_that_was_changed_is_an_error(tmp_path, monkeypatch):
         compress_checkpoint(tmp_path / "base", tmp_path / "out", calibration=tokens(), **FAST)
 
 
+def test_a_run_killed_while_it_clears_up_goes_on(tmp_path, monkeypatch):
+    saved(tmp_path / "base")
+    arguments = {"calibration": tokens(), "evaluation": tokens(200, seed=3), "compare": ("svd",), **FAST}
+    compress_checkpoint(tmp_path / "base", tmp_path / "whole", **arguments)
+    monkeypatch.setattr(compress_files.Journal, "remove", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compress_checkpoint(tmp_path / "base", tmp_path / "out", **arguments)
+    monkeypatch.undo()
+    assert not list_folder(tmp_path / "out", "work-*")
+    compress_checkpoint(tmp_path / "base", tmp_path / "out", **arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_several_passes_shards_and_processes_give_the_same_layers(tmp_path):
     saved(tmp_path / "base")
     found = [
@@ -186,6 +211,20 @@ def test_all_rivals_stand_in_one_table_with_the_bytes_that_they_would_take(tmp_p
         assert plot_compression(found, path).read_bytes() == before
     with pytest.raises(ValueError, match=r"path must end in .svg, .png or .pdf"):
         plot_compression(found, tmp_path / "plot.jpg")
+
+
+def test_the_picture_has_each_layer_where_it_is_in_the_model(tmp_path):
+    def row(name, error, method="ksvd"):
+        return LayerReport(name, (4, 4), method, 2, 1, 64, 40, error)
+
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"]
+    kept = errors_by_role([row(names[0], 0.1), row(names[1], 0.0, ""), row(names[2], 0.3)])
+    assert kept == {"up_proj": ([0, 2], [0.1, 0.3])}
+    stacks = errors_by_role(
+        [row("encoder.block.1.q", 0.1), row("decoder.block.0.q", 0.2), row("decoder.block.1.q", 0.3)]
+    )
+    assert stacks == {"encoder.block q": ([1], [0.1]), "decoder.block q": ([0, 1], [0.2, 0.3])}
+    assert errors_by_role([row("up", 0.1), row("down", 0.2)]) == {"up": ([0], [0.1]), "down": ([0], [0.2])}
 
 
 def test_the_perplexity_is_that_of_consecutive_pieces(tmp_path):
@@ -255,6 +294,17 @@ def test_windows_hold_as_many_grams_as_the_budget_and_all_units_in_order():
             assert sum(8 * widths[s] ** 2 for s in needed) <= budget or len({tuple(sites[u]) for u in part}) == 1
     in_turn = list(windows(list(sites), sites.__getitem__, widths, 10**6, sequential=True))
     assert [part for part, _ in in_turn] == [["a", "b"], ["c"], ["d", "e"]]
+
+
+def test_ids_are_compared_where_a_model_has_one_table_of_them():
+    parts = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**parts, "vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**parts, "image_size": 8, "patch_size": 4})
+    model = transformers.CLIPModel(config)
+    ids = torch.tensor([[3, 20]])
+    check_ids("calibration", ids, model)
+    with pytest.raises(ValueError, match="calibration must hold ids from 0 to 19, got 3 to 20"):
+        check_ids("calibration", ids, model.text_model)
 
 
 def test_digests_tell_a_flipped_bit(tmp_path):
@@ -349,12 +399,17 @@ def test_folders_that_hold_no_plain_model_are_errors(tmp_path, monkeypatch):
         ({"memory_bytes": 0}, "memory_bytes and shard_bytes must be at least 1, got 0 and None"),
         ({"ratio": 1.2}, r"ratio must be in \(0, 1\), got 1.2"),
         ({"coef_dtype": "fp4"}, "coef_dtype must be one of"),
+        ({"evaluation": tokens(1)}, r"evaluation must be token ids \(n,\) with n >= 2, got \(1,\) of torch.int64"),
+        ({"evaluation": tokens(60).view(2, 30)}, r"evaluation must be token ids \(n,\) .* got \(2, 30\)"),
+        ({"evaluation": torch.tensor([3, 60])}, "evaluation must hold ids from 0 to 59, got 3 to 60"),
+        ({"calibration": [torch.tensor([[3, -1]])]}, "calibration must hold ids from 0 to 59, got -1 to 3"),
+        ({"calibration": [{"input_ids": torch.tensor([[3, 61]])}]}, "calibration must hold ids from 0 to 59, got 3"),
     ],
 )
 def test_options_that_do_not_fit_are_named_before_anything_is_written(tmp_path, options, told):
     saved(tmp_path / "base")
     with pytest.raises(ValueError, match=told):
-        compress_checkpoint(tmp_path / "base", tmp_path / "out", calibration=tokens(), **FAST, **options)
+        compress_checkpoint(tmp_path / "base", tmp_path / "out", **{"calibration": tokens(), **FAST, **options})
     assert not (tmp_path / "out" / JOURNAL).exists()
 
 

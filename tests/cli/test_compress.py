@@ -64,7 +64,7 @@ def test_a_table_for_people_ratios_by_name_and_a_dense_export(base, capsys):
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     layers = {row[0].rsplit(".", 1)[-1]: row for row in rows if len(row) == 7}
     assert int(layers["q_proj"][2]) < int(layers["k_proj"][2])
-    assert [row[0] for row in rows if len(row) == 4] == ["method", "dense", "threshold"]
+    assert [row[0] for row in rows if len(row) == 5] == ["method", "dense", "threshold"]
     assert "model.safetensors" in {path.name for path in list_folder(base / "out")}
     transformers.AutoModelForCausalLM.from_pretrained(base / "out")
 
@@ -75,10 +75,15 @@ def test_the_method_experts_is_handed_what_concerns_it(base, monkeypatch):
     compress(str(base / "base"), out=base / "out", calib=base / "text.txt", method="experts", ratio=0.25, context=64)
     assert seen["places"] == (str(base / "base"), base / "out")
     assert (seen["keep_ratio"], seen["samples"], seen["length"], seen["preset"]) == (0.75, 4096, 64, "recommended")
-    for wrong in ({"dense": True}, {"layer_ratio": ["q=0.1"]}):
+    compress(str(base / "base"), out=base / "out", calib=base / "text.txt", method="experts", max_tokens=320)
+    assert (seen["samples"], seen["length"]) == (10, 32)
+    for wrong in (
+        {"dense": True}, {"layer_ratio": ["q=0.1"]}, {"rho": 3.0}, {"groups": 2}, {"index_cost": "none"},
+        {"max_iter": 5}, {"memory_bytes": 2**20}, {"device_map": "auto"}, {"skip_bad_batches": True},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="must go with methods for single layers, got --method experts"):
             compress(str(base / "base"), out=base / "out", calib=base / "text.txt", method="experts", **wrong)
-    with pytest.raises(ValueError, match="--experts must go with --method experts, got svd"):
+    with pytest.raises(ValueError, match="--experts must go with --method experts, got --method svd"):
         compress(str(base / "base"), out=base / "out", calib=base / "text.txt", method="svd", experts=2)
 
 
@@ -126,3 +131,22 @@ def test_after_kill_9_the_same_command_ends_in_the_same_bytes_and_nothing_of_it_
     assert run([*words, "whole"]) == 0
     one, two = ({path.name: path.read_bytes() for path in list_folder(base / name)} for name in ("out", "whole"))
     assert one == two
+
+
+def test_a_share_of_experts_that_is_none_is_named_as_it_was_given(base):
+    with pytest.raises(ValueError, match=r"--ratio must be in \(0, 1\), got 0.0"):
+        compress(str(base / "base"), out=base / "out", calib=base / "text.txt", method="experts", ratio=0.0)
+
+
+@pytest.mark.parametrize("wrong", [{"export": "hf"}, {"preset": "published"}])
+def test_what_only_experts_know_is_not_passed_over(base, wrong):
+    told = f"--{next(iter(wrong))} must go with --method experts, got --method svd"
+    with pytest.raises(ValueError, match=told):
+        compress(str(base / "base"), out=base / "out", calib=base / "text.txt", method="svd", **wrong)
+
+
+def test_a_text_of_one_token_is_refused_before_anything_is_compressed(base):
+    write_text(base / "one.txt", "cat\n")
+    with pytest.raises(FileError, match=r"one.txt: found one token; expected two at least"):
+        compress(str(base / "base"), out=base / "out", calib=base / "text.txt", eval=base / "one.txt")
+    assert not (base / "out").exists()

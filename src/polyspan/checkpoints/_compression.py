@@ -249,9 +249,17 @@ def _device(module: nn.Module) -> torch.device:
 
 def module_bytes(module: nn.Module, *, shared: bool) -> int:
     """Return the bytes that a layer's tensors take when stored, without bias; nothing for what it shares."""
-    state = module.state_dict()
+    return sum(t.numel() * t.element_size() for t in _stored(module, shared=shared).values())
+
+
+def module_parameters(module: nn.Module, *, shared: bool) -> int:
+    """Return how many numbers those tensors hold; where coefficients stand is none."""
+    return sum(t.numel() for name, t in _stored(module, shared=shared).items() if name not in ("mask", "indices"))
+
+
+def _stored(module: nn.Module, *, shared: bool) -> dict[str, Tensor]:
     left_out = {"bias", "dictionary", "left"} if shared else {"bias"}
-    return sum(t.numel() * t.element_size() for name, t in state.items() if name not in left_out)
+    return {name: t for name, t in module.state_dict().items() if name not in left_out}
 
 
 def layer_reports(

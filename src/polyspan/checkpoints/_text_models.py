@@ -108,6 +108,17 @@ def calibration_batches(folder: Path, calibration: Any, *, context: int, batch_s
     return as_batches(calibration, context=context, batch_size=batch_size)
 
 
+def check_ids(name: str, ids: Tensor, model: Any) -> None:
+    """Raise ``ValueError`` for ids that a model of transformers has no embedding of, where it says which it has."""
+    try:
+        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        # Models of several parts, such as CLIP, have no one table.
+        return
+    if known is not None and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < known):
+        raise ValueError(f"{name} must hold ids from 0 to {known - 1}, got {int(ids.min())} to {int(ids.max())}")
+
+
 def perplexity(model: nn.Module, ids: Tensor, *, context: int = 128, batch_size: int = 8) -> float:
     """Return the perplexity of a model of transformers on a text (n,), in pieces of ``context`` tokens.
 

@@ -33,6 +33,7 @@ from ._compression import (
     install,
     layer_reports,
     module_bytes,
+    module_parameters,
     plan_units,
     put,
     reached,
@@ -43,24 +44,27 @@ from ._compression import (
 from ._expert_layout import expert_layers
 from ._hub import local_checkpoint
 from ._layer_methods import Settings, Sizes, check_settings, compress_unit, group_size, layer_config, named_method
-from ._text_models import calibration_batches, longest_context, open_model, perplexity
+from ._text_models import calibration_batches, check_ids, longest_context, open_model, perplexity
 from .merge_files import digests
 
 JOURNAL = "compress.journal.jsonl"
 REPORT = "compression.json"
 CONTEXT = 128
 WORK = "work-"
+FORMAT = 2
 COMPARED = ("svd", "svd-llm", "asvd", "basis-sharing", "wanda", "magnitude")
 
 
 class MethodReport(NamedTuple):
-    """One way to compress the model: mean error of its layers, bytes of all tensors, perplexity.
+    """One way to compress the model: mean error of its layers, numbers and bytes of all tensors, perplexity.
 
-    The last is None where it was not asked for, or is no finite number.
+    Where coefficients stand is in the bytes, and no number. Perplexity is None where it was not asked for, or is no
+    finite number.
     """
 
     method: str
     mean_error: float
+    parameters: int
     bytes: int
     perplexity: float | None
 
@@ -159,7 +163,8 @@ def compress_checkpoint(
     seed
         As of :class:`~polyspan.checkpoints.sparse_dictionary.SparseDictionaryCompressor`.
     evaluation : Tensor of ids (n,), optional
-        Held-out text whose perplexity is measured before and after, for models that predict the next token.
+        Held-out text, two tokens or more, whose perplexity is measured before and after, for models that predict the
+        next token.
     compare : sequence of {"svd", "svd-llm", "asvd", "basis-sharing", "wanda", "magnitude", ...}
         Methods measured beside at the same ratio, on the same Gram matrices; they are not written. ``coef_dtype`` is
         that of pruned weights too; factors of low rank stay in the model's own.
@@ -204,8 +209,17 @@ def compress_checkpoint(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     batches = calibration_batches(source, calibration, context=context, batch_size=batch_size)
     network = open_model(source, device_map=device_map)
-    if evaluation is not None and not network.can_generate():
-        raise ValueError(f"evaluation must go with a model that predicts text, got a {type(network).__name__}")
+    for batch in batches:
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        if isinstance(ids, Tensor):
+            check_ids("calibration", ids, network)
+    if evaluation is not None:
+        if not network.can_generate():
+            raise ValueError(f"evaluation must go with a model that predicts text, got a {type(network).__name__}")
+        if evaluation.ndim != 1 or evaluation.is_floating_point() or len(evaluation) < 2:
+            got = f"{tuple(evaluation.shape)} of {evaluation.dtype}"
+            raise ValueError(f"evaluation must be token ids (n,) with n >= 2, got {got}")
+        check_ids("evaluation", evaluation, network)
     stacks = expert_layers(network)
     if any(layer.fused for layer in stacks):
         warnings.warn(
@@ -233,6 +247,7 @@ def compress_checkpoint(
         "batch_size": batch_size,
         "dense": dense,
         "shard_bytes": limit,
+        "format": FORMAT,
     }
     options = _Options(
         ratio, groups, targets, sequential, skip_bad_batches, memory_bytes, chosen, verbose,
@@ -251,12 +266,18 @@ def compress_checkpoint(
             entries = stored_entries(network, dense=dense)
             files = write_model(folder, entries, config, stem=DENSE_STEM if dense else STEM, shard_bytes=limit)
         course.take_out()
-    total = sum(entry.nbytes for entry in stored_entries(network).values())
-    table = [MethodReport("dense", 0.0, total, measured["dense"])]
+    whole = stored_entries(network).values()
+    total, numbers = sum(entry.nbytes for entry in whole), sum(math.prod(entry.shape) for entry in whole)
+    table = [MethodReport("dense", 0.0, numbers, total, measured["dense"])]
     for settings in methods:
         rows = course.reports(settings)
         size = total + sum(row.bytes_after - row.bytes_before for row in rows)
-        table.append(MethodReport(settings.method, _mean(row.error for row in rows), size, measured[settings.method]))
+        table.append(
+            MethodReport(
+                settings.method, _mean(row.error for row in rows), numbers - course.numbers_saved(settings), size,
+                measured[settings.method],
+            )
+        )  # fmt: skip
     layers = course.reports(main)
     copy_beside(source, folder)
     before = sum(path.stat().st_size for path in list_folder(source, "*.safetensors"))
@@ -327,13 +348,15 @@ class _Course:
                 folder, found=f"a folder with {there[0]}", expected="a new folder, or one of this compression"
             )
         self.folder, self.journal = folder, Journal(folder / JOURNAL, header)
-        self.resumed = sum("/" in key and not key.startswith("perplexity/") for key in self.journal.done)
-        for key, value in self.journal.done.items():
+        for key, value in list(self.journal.done.items()):
             if isinstance(value, dict) and "file" in value:
                 path = folder / value["file"]
-                if not path.is_file() or digest_file(path) != value["digest"]:
-                    expected = f"what {JOURNAL} recorded for {key}"
-                    raise CorruptFile(path, found="other bytes or no file", expected=expected)
+                if not path.is_file():
+                    # Killed at the very end, while these were being removed: it is made once more.
+                    del self.journal.done[key]
+                elif digest_file(path) != value["digest"]:
+                    raise CorruptFile(path, found="other bytes", expected=f"what {JOURNAL} recorded for {key}")
+        self.resumed = sum("/" in key and not key.startswith("perplexity/") for key in self.journal.done)
 
     def run(self) -> None:
         """Compress every unit by every method; in sequence each method sees the model that it made itself."""
@@ -452,6 +475,15 @@ class _Course:
                 )  # fmt: skip
         return rows
 
+    def numbers_saved(self, settings: Settings) -> int:
+        """Return how many numbers fewer the model's tensors hold."""
+        saved = 0
+        for unit in self.units[settings.method]:
+            done = {} if unit.sizes is None else self.journal.done[_Job(settings, unit).key]
+            if "parameters" in done:
+                saved += sum(layer.d_in * layer.d_out for layer in unit.layers) - sum(done["parameters"])
+        return saved
+
     def finish(self) -> None:
         remove_files(list_folder(self.folder, f"{WORK}*.safetensors"))
         self.journal.remove()
@@ -472,6 +504,7 @@ def _compress_item(item: dict[str, Any]) -> dict[str, Any]:
         "digest": digest_file(out),
         "configs": {name: layer_config(m, owner=None if name == first else first) for name, m in modules.items()},
         "bytes": [module_bytes(module, shared=name != first) for name, module in modules.items()],
+        "parameters": [module_parameters(module, shared=name != first) for name, module in modules.items()],
         "errors": [layer.error for layer in found.layers],
         "ridge": found.eps,
         "sweeps": found.sweeps,

@@ -1,15 +1,34 @@
 """Picture of a compression: what each layer lost and weighs, and how the methods compare."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from polyspan.io import picture_path, write_picture
 
+from ._compression import LayerReport
 from .compress_files import CompressedFiles
 
 OURS, OTHERS = "#2b6cb0", "#a0aec0"
+
+
+def errors_by_role(layers: Sequence[LayerReport]) -> dict[str, tuple[list[int], list[float]]]:
+    """Return of each role the numbers of its compressed layers' blocks, and their errors.
+
+    A role is the last part of layers' names, after the first part where several stacks have it; the number is the first
+    in a name, and where there is none, layers are counted from 0.
+    """
+    found: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+    for row in layers:
+        if row.method:
+            *parts, role = row.layer.split(".")
+            places = [i for i, part in enumerate(parts) if part.isdigit()]
+            stack = ".".join(parts[: places[0]]) if places else ""
+            blocks, errors = found.setdefault((stack, role), ([], []))
+            blocks.append(int(parts[places[0]]) if places else len(blocks))
+            errors.append(row.error)
+    several = len({stack for stack, _ in found}) > 1
+    return {f"{stack} {role}".lstrip() if several else role: line for (stack, role), line in found.items()}
 
 
 def plot_compression(found: CompressedFiles, path: Path | str) -> Path:
@@ -31,16 +50,17 @@ def plot_compression(found: CompressedFiles, path: Path | str) -> Path:
     from matplotlib.ticker import MaxNLocator
 
     path = picture_path(path)
-    roles: dict[str, list[float]] = {}
-    for row in found.layers:
-        if row.method:
-            roles.setdefault(row.layer.rsplit(".", 1)[-1], []).append(row.error)
+    roles = errors_by_role(found.layers)
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for role, errors in roles.items():
-            left.plot(np.arange(1, len(errors) + 1), errors, marker="o", markersize=3, label=role)
-        left.set(title="Lost share of outputs, by layer", xlabel="block", ylabel="relative squared error")
+        for role, (blocks, errors) in roles.items():
+            left.plot(blocks, errors, marker="o", markersize=3, label=role)
+        left.set(
+            title="Lost share of outputs, by layer",
+            xlabel="block, as in layers' names",
+            ylabel="relative squared error",
+        )
         left.set_ylim(bottom=0)
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
         if roles:

@@ -30,6 +30,7 @@ from ._expert_layout import ExpertLayer, check_reducible
 from ._expert_outcome import MergedLayer, Outcome, narrowed, wide_stack
 from ._expert_stream import StreamedModel, text_pieces
 from ._hub import local_checkpoint
+from ._text_models import check_ids
 from .expert_merging import RIVALS, ExpertMerger, ExpertMergeReport
 from .merge_files import digests
 
@@ -290,11 +291,7 @@ def _texts(
         if isinstance(given, Tensor):
             if given.ndim != 2 or given.is_floating_point() or 0 in given.shape or given.shape[1] < 2:
                 raise ValueError(f"{name} must be ids (b, t) with t >= 2, got {tuple(given.shape)} of {given.dtype}")
-            known = stream.model.get_input_embeddings().num_embeddings
-            if int(given.min()) < 0 or int(given.max()) >= known:
-                raise ValueError(
-                    f"{name} must hold ids from 0 to {known - 1}, got {int(given.min())} to {int(given.max())}"
-                )
+            check_ids(name, given, stream.model)
             return given.cpu().long()
         return text_pieces(path, read_text(given), length, most)
 

@@ -1,5 +1,6 @@
 """``polyspan compress``: a smaller checkpoint from a large one, by any of several methods."""
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -8,7 +9,12 @@ from cyclopts import Parameter
 from ._output import say, show_json, show_table
 
 HELD_OUT = 10
-MOST_CONTEXT = 1024
+MOST_CONTEXT, MOST_EXPERT_CONTEXT = 1024, 2048
+OF_LAYERS = (
+    "layer_ratio", "target", "sequential", "dense", "coef_dtype", "rho", "groups", "index_cost", "max_iter",
+    "memory_bytes", "device_map", "skip_bad_batches",
+)  # fmt: skip
+OF_EXPERTS = ("experts", "preset", "export")
 
 
 class Request(NamedTuple):
@@ -130,7 +136,7 @@ def compress(
     plot : Path
         Draw layers and methods (.svg, .png or .pdf).
     context : int
-        Tokens of a piece of text; the model's longest, at most 1,024, where not given.
+        Tokens of a piece of text; the model's longest, at most 1,024 (2,048 for experts), where not given.
     max_tokens : int
         Most tokens of calibration.
     batch_size : int
@@ -176,16 +182,18 @@ def merge_experts(request: Request) -> None:
     """Merge the experts of a mixture-of-experts model by :func:`polyspan.checkpoints.merge_expert_checkpoint`."""
     from ._compress_experts import compress_experts
 
-    if request.layer_ratio or request.target or request.sequential or request.dense or request.coef_dtype:
-        raise ValueError(
-            "--layer-ratio, --target, --sequential, --dense and --coef-dtype must go with methods for single layers, "
-            "got --method experts"
-        )
-    length = request.context
+    _refuse(request, OF_LAYERS, "methods for single layers")
+    if request.experts is None and not 0 < request.ratio < 1:
+        raise ValueError(f"--ratio must be in (0, 1), got {request.ratio}")
+    from polyspan.checkpoints._hub import local_checkpoint
+    from polyspan.checkpoints._text_models import longest_context
+
+    _check_numbers(request)
+    length = request.context or min(MOST_EXPERT_CONTEXT, longest_context(local_checkpoint(request.model)))
     compress_experts(
         request.model, request.out, calibration=request.calib, evaluation=request.eval, experts=request.experts,
         keep_ratio=1 - request.ratio, preset=request.preset, export=request.export, compare=request.compare,
-        plot=request.plot, length=length, samples=128 if length is None else max(2, request.max_tokens // length),
+        plot=request.plot, length=length, samples=max(2, request.max_tokens // length),
         batch_size=request.batch_size, shard_bytes=request.shard_bytes, device=request.device or "auto",
         workers=request.workers or 1, engine=request.engine, address=request.address, json=request.json,
         random_state=request.seed,
@@ -194,15 +202,13 @@ def merge_experts(request: Request) -> None:
 
 def compress_layers(request: Request) -> None:
     """Compress linear layers by one of the methods of :func:`polyspan.checkpoints.compress_checkpoint`."""
-    if request.experts is not None:
-        raise ValueError(f"--experts must go with --method experts, got {request.method}")
-    for name, number in (("context", request.context), ("max-tokens", request.max_tokens)):
-        if number is not None and number < 1:
-            raise ValueError(f"--{name} must be at least 1, got {number}")
+    _refuse(request, OF_EXPERTS, "--method experts")
+    _check_numbers(request)
     from polyspan.checkpoints._hub import local_checkpoint
     from polyspan.checkpoints._text_models import ARRAYS, check_model, longest_context, token_ids
     from polyspan.checkpoints.compress_files import COMPARED, compress_checkpoint, report_json
     from polyspan.checkpoints.compression_plots import plot_compression
+    from polyspan.errors import WrongContent
     from polyspan.io import picture_path
 
     if request.plot is not None:
@@ -215,6 +221,8 @@ def compress_layers(request: Request) -> None:
         calibration = token_ids(folder, request.calib, limit=request.max_tokens)
     if request.eval is not None:
         held_out = token_ids(folder, request.eval)
+        if len(held_out) < 2:
+            raise WrongContent(request.eval, found="one token", expected="two at least, of which one is predicted")
     elif request.calib.suffix not in ARRAYS and kind.can_generate():
         kept = len(calibration) - len(calibration) // HELD_OUT
         calibration, held_out = calibration[:kept], calibration[kept:]
@@ -251,13 +259,27 @@ def compress_layers(request: Request) -> None:
     )
     methods = [
         [
-            row.method, f"{row.mean_error:.4f}", f"{row.bytes:,}",
+            row.method, f"{row.mean_error:.4f}", f"{row.parameters:,}", f"{row.bytes:,}",
             "-" if row.perplexity is None else f"{row.perplexity:.2f}",
         ]
         for row in found.methods
     ]  # fmt: skip
-    show_table("Methods", ("method", "mean lost", "bytes", "perplexity"), methods)
+    show_table("Methods", ("method", "mean lost", "parameters", "bytes", "perplexity"), methods)
     say(f"weight files: {found.bytes_before:,} bytes before, {found.bytes_after:,} after")
+
+
+def _refuse(request: Request, names: tuple[str, ...], where: str) -> None:
+    """Refuse options that the method would not look at."""
+    defaults = inspect.signature(compress).parameters
+    for name in names:
+        if (getattr(request, name) or None) != (defaults[name].default or None):
+            raise ValueError(f"--{name.replace('_', '-')} must go with {where}, got --method {request.method}")
+
+
+def _check_numbers(request: Request) -> None:
+    for name, number in (("context", request.context), ("max-tokens", request.max_tokens)):
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}")
 
 
 def _ratios(given: list[str], other: float) -> Any:
