@@ -258,6 +258,26 @@ def test_models_of_a_recipe_may_have_their_names_on_the_hub(tmp_path, monkeypatc
         ("base_model: base\nmodels: [{model: x}]\nslices: 1", "found entry 'slices'"),
         ("base_model: base\nmodels: [{model: x}]\nmerge_method: slerp", "found merge_method 'slerp'"),
         (
+            "base_model: b\nmodels: [{model: x, parameters: {weight: [0, 0.5, 1]}}]",
+            r"at models\[0\].parameters: found weight \[0, 0.5, 1\]; expected one number",
+        ),
+        (
+            "base_model: b\nmodels: [{model: x, parameters: {density: [1, 0.5]}}]",
+            r"at models\[0\].parameters: found density \[1, 0.5\]; expected one number",
+        ),
+        ("base_model: b\nmodels: [{model: x, parameters: {weight: }}]", "found weight None; expected one number"),
+        ("base_model: b\nmodels: [{model: x, parameters: {weight: true}}]", "found weight True; expected one number"),
+        ("base_model: b\nmodels: [{model: }]", r"at models\[0\]: found model None; expected a path or name"),
+        ("base_model: [b]\nmodels: [{model: x}]", r"at base_model: found \['b'\]; expected a path or name"),
+        (
+            "base_model: b\nmodels: [{model: x}]\nignore_keys: lm_head.weight",
+            "at ignore_keys: found 'lm_head.weight'; expected a list of names or patterns",
+        ),
+        (
+            "base_model: b\nmodels: [{model: x}]\nparameters: {lambda: 0.1, scaling: 0.9}",
+            "at parameters: found lambda and scaling; expected one of them",
+        ),
+        (
             "base_model: b\nmodels: [{model: x, parameters: {density: 0.1}}, {model: y}]",
             "models of several densities",
         ),
@@ -323,5 +343,70 @@ def test_a_learnt_merge_of_transformers_reads_inputs_and_heads_from_files(bert):
         merge_recipe(read._replace(inputs={"one": read.inputs["one"]}), folder / "other")
     with pytest.raises(ValueError, match="weights must be left out of a recipe for 'concrete'"):
         merge_recipe(read._replace(weights=[1, math.pi]), folder / "other")
+    for victim in (folder / "one" / "model.safetensors", folder / "two.npz"):
+        with pytest.raises(ValueError, match="mask must be another file than those that are read"):
+            merge_recipe(read, folder / "other", mask=victim)
     ada = merge_recipe(read._replace(method="adamerging", parameters={"steps": 2}), folder / "ada")
     assert ada.merged == found.merged
+
+
+@pytest.fixture
+def heads_of_their_own(bert):
+    """Base and models as classifiers: the same encoders, under names with "bert" in front, and heads."""
+    transformers, folder = bert
+    config = transformers.BertConfig.from_pretrained(folder / "base", num_labels=3)
+    for name in ("base", "one", "two"):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            whole = transformers.BertForSequenceClassification(config)
+        whole.bert.load_state_dict(transformers.BertModel.from_pretrained(folder / name).state_dict())
+        whole.save_pretrained(folder / f"whole_{name}")
+    return transformers, folder
+
+
+def test_an_encoder_that_is_merged_goes_back_into_the_checkpoint_that_it_is_part_of(heads_of_their_own):
+    transformers, folder = heads_of_their_own
+    plain = merge_recipe(read_recipe(recipe(folder, LEARNT)), folder / "plain")
+    text = LEARNT.replace("base_model: ", "base_model: whole_")
+    for name in ("one", "two"):
+        text = text.replace(f"model: {name},", f"model: whole_{name}, name: {name},")
+    found = merge_recipe(read_recipe(recipe(folder, text)), folder / "out")
+    made, told = transformers.BertForSequenceClassification.from_pretrained(folder / "out", output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    base = transformers.BertForSequenceClassification.from_pretrained(folder / "whole_base")
+    torch.testing.assert_close(made.classifier.weight, base.classifier.weight, atol=0, rtol=0)
+    alone = transformers.BertModel.from_pretrained(folder / "plain").state_dict()
+    torch.testing.assert_close(dict(made.bert.state_dict()), dict(alone), atol=0, rtol=0)
+    assert (found.merged, found.tensors) == (plain.merged, plain.tensors + 2)
+
+
+def test_weights_that_would_be_left_to_chance_are_an_error(bert):
+    transformers, folder = bert
+    encoder = transformers.BertModel.from_pretrained(folder / "one", add_pooling_layer=False)
+    encoder.save_pretrained(folder / "one")
+    with pytest.raises(WrongContent, match=r"one: found no pooler.dense.bias of BertModel; expected a network whose"):
+        merge_recipe(read_recipe(recipe(folder, LEARNT)), folder / "out")
+
+
+def test_a_learnt_merge_has_the_names_of_the_files_and_so_has_its_mask(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+        num_channels=1, num_labels=3,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    write_members(tmp_path / "in.npz", {"pixel_values": rng.normal(size=(8, 1, 8, 8)).astype(np.float32)})
+    for seed, name in enumerate(("base", "one", "two")):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            transformers.ViTForImageClassification(config).save_pretrained(tmp_path / name)
+    text = "network: ViTForImageClassification\nbase_model: base\nmodels:\n"
+    text += "".join(f"  - {{model: {name}, inputs: in.npz}}\n" for name in ("one", "two"))
+    learnt = read_recipe(recipe(tmp_path, text + "merge_method: concrete\nparameters: {steps: 2, batch_size: 4}\n"))
+    mask = tmp_path / "mask.safetensors"
+    merge_recipe(learnt, tmp_path / "out", mask=mask)
+    assert ShardedState(tmp_path / "out").keys() == ShardedState(tmp_path / "base").keys()
+    plain = learnt._replace(method="task_arithmetic", parameters={}, inputs={})
+    found = merge_recipe(plain, tmp_path / "again", mask=mask)
+    assert found.merged == len(ShardedState(tmp_path / "base"))

@@ -16,7 +16,7 @@ from polyspan.io import ShardedState, read_json
 
 from ._stored_names import file_names
 
-ADAPTER = "adapter_config.json"
+ADAPTER, TUCKER = "adapter_config.json", "TUCKER_ADAPTER"
 STATISTICS = ("running_mean", "running_var")
 SHOWN = 10
 # Numbers worked on at once: few enough for a core's cache, and for nothing beside a tensor.
@@ -24,23 +24,27 @@ BLOCK = 2**18
 
 
 class AdaptedState(Mapping[str, Tensor]):
-    r"""A base with a LoRA adapter of PEFT added, tensor by tensor: :math:`W + \frac{\alpha}{r} B A`."""
+    r"""A base with an adapter added, tensor by tensor: :math:`W + \frac{\alpha}{r} B A` of LoRA, or a Tucker core."""
+
+    _scales: Any
 
     def __init__(self, base: Mapping[str, Tensor], path: Path | str):
         self.path, self.base = Path(path), base
         config = read_json(self.path / ADAPTER)
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        if kind != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+        if kind not in ("LORA", TUCKER) or config.get("use_dora") or config.get("bias", "none") != "none":
             raise WrongContent(
                 self.path / ADAPTER,
-                found=f"peft_type {kind!r}" + (" with DoRA or biases" if kind == "LORA" else ""),
-                expected="a plain LoRA; merge other adapters into their base first",
+                found=f"peft_type {kind!r}" + (" with DoRA or biases" if kind in ("LORA", TUCKER) else ""),
+                expected="a plain LoRA or Tucker adapter; merge other adapters into their base first",
             )
         self.config = config
         self._factors = ShardedState(self.path / "adapter_model.safetensors")
-        self._pairs: dict[str, tuple[str, str]] = {}
+        self._pairs: dict[str, tuple[str, ...]] = {}
         self._whole: dict[str, str] = {}
-        for key in self._factors:
+        if kind == TUCKER:
+            self._find_cores()
+        for key in self._factors if kind == "LORA" else ():
             name = key.removeprefix("base_model.model.")
             match = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", name)
             if match is None and "lora_" not in name:
@@ -94,6 +98,8 @@ class AdaptedState(Mapping[str, Tensor]):
         weight = rows_of(self.base, name, lo, hi)
         if name not in self._pairs:
             return weight
+        if self.config["peft_type"] == TUCKER:
+            return weight.float() + self._tucker_rows(name, lo, hi).to(weight.device)
         A, B = (self._factors[key].float().flatten(1) for key in self._pairs[name])
         left, right = (A.mT, B.mT) if self.config.get("fan_in_fan_out") else (B, A)
         shape = shape_of(self.base, name)
@@ -109,6 +115,38 @@ class AdaptedState(Mapping[str, Tensor]):
         with one_thread():
             update = left[lo:hi] @ right
         return weight.float() + scale * update.view(weight.shape).to(weight.device)
+
+    def _find_cores(self) -> None:
+        from .tucker_adapter import TuckerAdapterConfig
+
+        self._scales = TuckerAdapterConfig.from_peft_type(**self.config)
+        parts: dict[str, dict[str, str]] = {}
+        for key in self._factors:
+            name = key.removeprefix("base_model.model.")
+            match = re.fullmatch(r"(.+)\.tucker_adapter_(core|axis\d+)", name)
+            if match is None:
+                self._whole[name.replace(".base_layer.", ".")] = key
+            else:
+                parts.setdefault(match[1], {})[match[2]] = key
+        for module, found in parts.items():
+            n = len(self._factors.shape(found["core"])) if "core" in found else 0
+            wanted = ["core", *(f"axis{i}" for i in range(n))]
+            if sorted(found) != sorted(wanted):
+                raise WrongContent(
+                    self.path, found=f"{', '.join(sorted(found))} of {module}", expected="a core, its axes"
+                )
+            self._pairs[f"{module}.weight"] = tuple(found[part] for part in wanted)
+
+    def _tucker_rows(self, name: str, lo: int, hi: int) -> Tensor:
+        from .tucker_update import tucker_delta
+
+        core, *factors = (self._factors[key].float() for key in self._pairs[name])
+        found, shape = tuple(map(len, factors)), shape_of(self.base, name)
+        if found != shape:
+            raise WrongContent(self.path, found=f"an update of shape {found}", expected=f"{shape}", where=name)
+        scale = self._scales.scale_for(self._modules[name], core.shape)
+        with one_thread():
+            return tucker_delta(core, [factors[0][lo:hi], *factors[1:]], scale)
 
 
 @contextmanager

@@ -178,7 +178,7 @@ class ConcreteMerger:
         base : nn.Module
             Not changed.
         finetuned : mapping of str to checkpoint
-            By task: modules, state dicts, .safetensors paths, or folders of LoRA adapters.
+            By task: modules, state dicts, .safetensors paths, or folders of LoRA or Tucker adapters.
         loaders : mapping of str to iterable of batches, to Tensor, or to mapping of str to Tensor
             Unlabelled inputs by task. A batch is a tensor, a mapping of the base's arguments, or a tuple that begins
             with one of the two; labels are not looked at. Tensors (n, ...) are shuffled and cut into batches.
@@ -262,9 +262,7 @@ class ConcreteMerger:
     def save_mask(self, path: Path | str) -> Path:
         """Write the logits in float16 to a .safetensors file; :func:`load_mask` makes a mask of them."""
         self._fitted()
-        limit = torch.finfo(torch.float16).max
-        rows = {name: x.clamp(-limit, limit).to("cpu", torch.float16).numpy() for name, x in self.logits_.items()}
-        return write_members(path, rows, metadata={"kind": "concrete mask logits"})
+        return write_mask(path, self.logits_)
 
     def evaluate(self, labelled_loaders: Mapping[str, Any], rivals: Sequence[str] = RIVALS) -> MergeReport:
         """Measure the accuracy of the merged network on labelled batches, beside that of its rivals.
@@ -321,6 +319,13 @@ class ConcreteMerger:
 
 def _always(state: Mapping[str, Tensor]) -> Callable[[str], Mapping[str, Tensor]]:
     return lambda _: state
+
+
+def write_mask(path: Path | str, logits: Mapping[str, Tensor]) -> Path:
+    """Write logits by name, in float16 and finite."""
+    limit = torch.finfo(torch.float16).max
+    rows = {name: x.clamp(-limit, limit).to("cpu", torch.float16).numpy() for name, x in logits.items()}
+    return write_members(path, rows, metadata={"kind": "concrete mask logits"})
 
 
 def load_mask(path: Path | str) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ def merge_checkpoints(
     base : path
         A .safetensors file, a folder of them, or a model's name on the hub.
     models : mapping of str to path
-        By task; each what the base may be, or the folder of a LoRA adapter of PEFT.
+        By task; each what the base may be, or the folder of a LoRA or Tucker adapter of PEFT.
     out : path
         A folder: new, empty, or one that the same merge has begun.
     method : {"average", "task_arithmetic", "ties", "dare"}

@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 
 from polyspan.errors import WrongContent, require
-from polyspan.io import digest_file, read_members, read_text
+from polyspan.io import ShardedState, digest_file, read_members, read_text
 
 from ._hub import local_checkpoint
 from ._merge_states import ADAPTER
-from .concrete_merging import ConcreteMerger, adamerging
-from .merge_files import ALONE, STREAMED, MergedFiles, check_new, digests, merge_checkpoints, write_shards
+from ._stored_names import stored_form
+from .concrete_merging import ConcreteMerger, adamerging, write_mask
+from .merge_files import (
+    ALONE,
+    STREAMED,
+    MergedFiles,
+    check_new,
+    digests,
+    merge_checkpoints,
+    weight_files,
+    write_shards,
+)
 
 LEARNT = ("adamerging", "concrete")
 NAMES = {
@@ -32,7 +42,7 @@ class MergeRecipe(NamedTuple):
         "average", "task_arithmetic", "ties", "dare", "adamerging" or "concrete".
     base : Path
     models : dict of str to Path
-        By task; a file, a folder, or the folder of a LoRA adapter.
+        By task; a file, a folder, or the folder of a LoRA or Tucker adapter.
     parameters : dict of str to JSON types
         Options of the method.
     weights : list of float, or None
@@ -89,6 +99,8 @@ def read_recipe(path: Path | str, *, method: str | None = None) -> MergeRecipe:
         raise WrongContent(path, found=f"no YAML ({error})", expected="a merge recipe") from error
     known = {"merge_method", "base_model", "models", "parameters", "ignore_keys", "network"}
     _entries(path, found, known, {"base_model", "models"}, "the recipe")
+    if not isinstance(found["base_model"], str):
+        raise WrongContent(path, found=repr(found["base_model"]), expected="a path or name", where="base_model")
     called = str(method or found.get("merge_method") or "task_arithmetic").replace("-", "_")
     name = NAMES.get(called, called)
     if name not in (*STREAMED, *LEARNT):
@@ -97,6 +109,8 @@ def read_recipe(path: Path | str, *, method: str | None = None) -> MergeRecipe:
         )
     options = dict(_entries(path, found.get("parameters") or {}, None, set(), "parameters"))
     if "lambda" in options:
+        if "scaling" in options:
+            raise WrongContent(path, found="lambda and scaling", expected="one of them", where="parameters")
         options["scaling"] = options.pop("lambda")
     if called == "dare_ties":
         options.setdefault("elect", True)
@@ -110,12 +124,19 @@ def read_recipe(path: Path | str, *, method: str | None = None) -> MergeRecipe:
     for i, entry in enumerate(found["models"]):
         where = f"models[{i}]"
         _entries(path, entry, {"model", "name", "parameters", "inputs", "head"}, {"model"}, where)
+        for key in ("model", "inputs", "head"):
+            if not isinstance(entry.get(key, ""), str):
+                raise WrongContent(path, found=f"{key} {entry[key]!r}", expected="a path or name", where=where)
         # Of a folder all of its name: what follows the last point may be half of a version.
         task = str(entry.get("name") or Path(str(entry["model"])).name.removesuffix(".safetensors"))
         if task in models:
             raise WrongContent(path, found=f"{task!r} twice", expected="a name of its own for each model", where=where)
         models[task] = _place(path.parent, str(entry["model"]))
         own = _entries(path, entry.get("parameters") or {}, {"weight", "density"}, set(), f"{where}.parameters")
+        for key, value in own.items():
+            # Gradients over layers and filters by name are lists in mergekit.
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise WrongContent(path, found=f"{key} {value!r}", expected="one number", where=f"{where}.parameters")
         weights.append(own.get("weight", 1.0))
         densities.add(own.get("density"))
         for key, kept in parts.items():
@@ -126,8 +147,10 @@ def read_recipe(path: Path | str, *, method: str | None = None) -> MergeRecipe:
     density = densities.pop()
     if density is not None:
         options["density"] = density
-    base = _place(path.parent, str(found["base_model"]))
-    ignored = [str(pattern) for pattern in found.get("ignore_keys") or []]
+    base = _place(path.parent, found["base_model"])
+    ignored = found.get("ignore_keys") or []
+    if not isinstance(ignored, list) or not all(isinstance(pattern, str) for pattern in ignored):
+        raise WrongContent(path, found=repr(ignored), expected="a list of names or patterns", where="ignore_keys")
     return MergeRecipe(
         name, base, models, options, None if set(weights) == {1.0} else weights, parts["inputs"], parts["head"],
         str(found.get("network") or ""), ignored,
@@ -182,7 +205,10 @@ def merge_recipe(
     MissingExtra
         transformers is not installed.
     ValueError
-        Inputs or the network are missing, an option is outside its range, or a learnt merge is to be fanned out.
+        Inputs or the network are missing, an option is outside its range, a learnt merge is to be fanned out, or its
+        mask would take the place of what is read.
+    WrongContent
+        A checkpoint lacks weights of the network.
     """
     recipe = recipe._replace(
         base=local_checkpoint(recipe.base, files=True),
@@ -195,6 +221,10 @@ def merge_recipe(
         )  # fmt: skip
     if mask is not None and recipe.method != "concrete":
         raise ValueError(f"mask must go with 'concrete' or 'task_arithmetic', got {recipe.method!r}")
+    read = [file for path in (recipe.base, *recipe.models.values()) for file in weight_files(path)]
+    read += [*recipe.inputs.values(), *recipe.heads.values()]
+    if mask is not None and Path(mask).resolve() in {file.resolve() for file in read}:
+        raise ValueError(f"mask must be another file than those that are read, got {mask}")
     for name, value in ALONE.items():
         if options.pop(name, value) != value:
             raise ValueError(f"{name} must be {value!r} for {recipe.method!r}, which learns from the whole network")
@@ -208,12 +238,9 @@ def merge_recipe(
     kind = getattr(transformers, recipe.network, None) if recipe.network else None
     if not hasattr(kind, "from_pretrained"):
         raise ValueError(f"network must be a class of transformers such as 'AutoModel', got {recipe.network!r}")
-    # No file of another kind is read: those may run code.
-    safely: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-    base = kind.from_pretrained(recipe.base, **safely)
+    base, unread = _network(kind, recipe.base)
     finetuned = {
-        task: path if (path / ADAPTER).is_file() else kind.from_pretrained(path, **safely)
-        for task, path in recipe.models.items()
+        task: path if (path / ADAPTER).is_file() else _network(kind, path)[0] for task, path in recipe.models.items()
     }
     loaders = {task: _tensors(path) for task, path in recipe.inputs.items()}
     heads = {task: _weight(path) for task, path in recipe.heads.items()} or None
@@ -233,7 +260,11 @@ def merge_recipe(
         merger = ConcreteMerger(**given).fit(base, finetuned, loaders, heads, checkpoint=checkpoint)
         state = merger.merged_state_dict()
         if mask is not None:
-            merger.save_mask(mask)
+            write_mask(mask, _file_names(base, merger.logits_, recipe.base))
+    state = _file_names(base, state, recipe.base)
+    merged, kept = sum(part.is_floating_point() for part in state.values()), ShardedState(recipe.base)
+    # What the network has no place for, such as a head of the base's own, is the base's.
+    state |= {name: kept[name] for name in unread if name in kept}
     header = {
         "method": recipe.method,
         "parameters": recipe.parameters,
@@ -245,8 +276,32 @@ def merge_recipe(
     }
     facts = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     shards, resumed = write_shards(Path(out), facts, lambda name: [state[name]], header, beside=recipe.base, **options)
-    merged = sum(dtype.is_floating_point for dtype, _ in facts.values())
     return MergedFiles(Path(out), shards, len(facts), merged, resumed)
+
+
+def _network(kind: Any, path: Path) -> tuple[Any, list[str]]:
+    """Return a checkpoint's network, and which of the checkpoint's tensors it has no place for.
+
+    Raises
+    ------
+    WrongContent
+        The checkpoint lacks weights of the network, which transformers would fill with chance.
+    """
+    # No file of another kind is read: those may run code.
+    network, told = kind.from_pretrained(path, output_loading_info=True, local_files_only=True, use_safetensors=True)
+    missing = sorted(told["missing_keys"])
+    if missing:
+        called = type(network).__name__
+        raise WrongContent(path, found=f"no {missing[0]} of {called}", expected="a network whose weights are all there")
+    return network, sorted(told["unexpected_keys"])
+
+
+def _file_names(network: Any, state: Mapping[str, Tensor], base: Path) -> dict[str, Tensor]:
+    """Return tensors under the names and in the layouts that the base's files have, which other merges compare."""
+    found, kept = stored_form(network, state), ShardedState(base)
+    # A network that is part of another, such as an encoder below a head, has its name in front there.
+    inner = {f"{network.base_model_prefix}.{name}": part for name, part in found.items()}
+    return inner if found.keys().isdisjoint(kept) and inner.keys() <= kept.keys() else found
 
 
 def _tensors(path: Path) -> Mapping[str, Tensor]:

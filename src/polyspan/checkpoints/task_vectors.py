@@ -39,7 +39,8 @@ class TaskVector:
     Parameters
     ----------
     base, finetuned : module, mapping of str to Tensor, or path
-        A path is a .safetensors file, a folder of them, or (``finetuned`` only) the folder of a LoRA adapter of PEFT.
+        A path is a .safetensors file, a folder of them, or (``finetuned`` only) the folder of a LoRA or Tucker
+        adapter of PEFT.
     ignore_keys : sequence of str
         Names, or patterns such as ``"*.embed_tokens.*"``, that take no part.
 
@@ -146,7 +147,7 @@ def task_arithmetic(
     ----------
     base : module, mapping of str to Tensor, or path
     finetuned : mapping of str to checkpoint, or sequence of checkpoints
-        T of them; each what ``base`` may be, or the folder of a LoRA adapter.
+        T of them; each what ``base`` may be, or the folder of a LoRA or Tucker adapter.
     scaling : float, default=0.3
     weights : sequence of T floats, optional
         One a task; 1 each where not given.
