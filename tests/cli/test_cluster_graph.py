@@ -99,6 +99,8 @@ def test_simpler_methods_run_on_the_same_graph_and_seeds_are_compared(files, wor
     assert rows["spectral, graph only"]["accuracy"] > 0.9
     graph(files / "edges.csv", **given, compare=True)
     assert "elastic net, smoothed rows\t" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--seed must be between 0 and 4294967295, got -1"):
+        graph(files / "edges.csv", n_clusters=3, seed=-1)
     with pytest.raises(ValueError, match="--seeds must be at least 1, got 0"):
         graph(files / "edges.csv", **given, seeds=0)
 
@@ -158,6 +160,16 @@ def test_pictures_have_equal_bytes_for_equal_input_and_leave_nothing_behind(file
     assert {path.name for path in files.iterdir()} == before | {"one.svg", "two.svg", "three.png"}
 
 
+def test_the_picture_has_the_angles_between_subspaces_where_bases_are_asked_for(files, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("polyspan.cluster.plots.basis_angles", lambda bases: drawn.append(bases) or np.zeros((3, 3)))
+    given = {"attributes": files / "words.parquet", "n_clusters": 3, "dim": 2}
+    graph(files / "edges.csv", **given, plot=files / "p.svg", bases=files / "b.safetensors")
+    kept = load_fitted(files / "b.safetensors", "FoundSubspaces").arrays
+    for c in range(3):
+        np.testing.assert_array_equal(drawn[0][c], kept[f"basis_{c}"])
+
+
 def test_a_picture_of_one_column_and_of_many_points_is_drawn(tmp_path):
     rng = np.random.default_rng(0)
     many = plot_clusters(rng.normal(size=(20_000, 3)), rng.integers(0, 12, 20_000), tmp_path / "many.svg")
@@ -176,6 +188,11 @@ def test_wrong_use_is_said_before_and_after_reading(files, tmp_path):
         graph(files / "edges.csv", n_clusters=3)
     with pytest.raises(ValueError, match="--n-clusters must be given"):
         graph(files / "edges.csv", attributes=files / "words.parquet")
+    whole = {"attributes": files / "words.parquet", "n_clusters": 3}
+    with pytest.raises(ValueError, match=r"--select must go without --order and --decay, .* got 3 and 0\.9"):
+        graph(files / "edges.csv", **whole, select=True, order=3)
+    with pytest.raises(ValueError, match=r"--resolution must go with --method m-s2cag, got 2\.0 for s2cag"):
+        graph(files / "edges.csv", **whole, resolution=2.0)
     (files / "more.csv").write_text((files / "edges.csv").read_text() + "v000,stranger\n")
     with pytest.raises(WrongContent, match="1 unknown nodes: stranger"):
         graph(files / "more.csv", attributes=files / "words.parquet", n_clusters=3)

@@ -115,6 +115,19 @@ def test_memberships_bases_seeds_and_a_comparison_go_with_mlc_too(pixels, tmp_pa
     assert load_fitted(tmp_path / "c.safetensors").arrays["basis_0"].shape[0] == 64
 
 
+def test_the_checkpoint_is_a_place_of_its_own_that_is_looked_at_first(pixels, tmp_path, monkeypatch):
+    write_array(tmp_path / "x.npy", pixels)
+    monkeypatch.setattr(ManifoldLinearizingClustering, "fit", None)
+    kept = tmp_path / "fit.safetensors"
+    for place, message in (
+        (kept, "--checkpoint must be another file than that of --save"),
+        (tmp_path / "none" / "c.safetensors", "--checkpoint must be a file in a folder that is there"),
+        (tmp_path / "c.bin", r"--checkpoint must end in one of \.safetensors, got 'c.bin'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            images(tmp_path / "x.npy", **QUICK, save=kept, checkpoint=place)
+
+
 def test_options_of_other_methods_are_refused_with_mlc(pixels, tmp_path):
     write_array(tmp_path / "x.npy", pixels)
     with pytest.raises(ValueError, match=r"options of the other methods, got --dim, --jobs"):

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import scipy.io
+from sklearn.cluster import KMeans
 
 from polyspan.cli.points import COMPARED, METHODS, _make, points
 from polyspan.cluster import (
@@ -207,6 +208,9 @@ def test_warnings_are_told_once_and_kept(files, world, capsys):
         ({"n_clusters": 91}, "--n-clusters must be between 1 and the 90 rows, got 91$"),
         ({"n_clusters": 3, "method": "magic"}, "--method must be one of ensc, ssc, .* got magic"),
         ({"n_clusters": 3, "seeds": 0}, "--seeds must be at least 1, got 0"),
+        ({"n_clusters": 3, "seed": -1, "method": "kmeans"}, "--seed must be between 0 and 4294967295, got -1"),
+        ({"n_clusters": 3, "dim": 0, "method": "kmeans"}, "--dim must be at least 1, got 0"),
+        ({"n_clusters": 3, "dim": -1, "method": "franca"}, "--dim must be at least 1, got -1"),
         ({"n_clusters": 3, "pca": 16}, r"--pca must be between 1 and min\(n, d\) = 15, got 16"),
         ({"n_clusters": 3, "option": ["tua=1"]}, "--option must be name=value with one of gamma, .* got 'tua=1'"),
         ({"n_clusters": 3, "option": ["tau=2"]}, r"tau must lie in \(0, 1\], got 2"),
@@ -290,6 +294,49 @@ def test_equal_rows_and_empty_groups_are_said(files, world, capsys):
         told = json.loads(capsys.readouterr().out)["warnings"]
         assert [w for w in told if w.startswith("only")] == expected
         assert ("3 groups were found of the 5 that were asked for" in told) == (k == 5)
+
+
+def test_bases_and_memberships_of_an_empty_group_keep_their_number(files, world, capsys, monkeypatch):
+    class Gap(KMeans):
+        def fit(self, X, y=None):
+            super().fit(X)
+            self.labels_ = np.array([0, 2, 3])[world.labels]
+            return self
+
+    monkeypatch.setattr("sklearn.cluster.KMeans", Gap)
+    places = {"memberships": files / "u.npy", "bases": files / "b.safetensors"}
+    points(files / "x.npy", n_clusters=4, method="kmeans", dim=3, json=True, **places)
+    told = json.loads(capsys.readouterr().out)
+    assert [c["label"] for c in told["clusters"]] == [0, 2, 3]
+    kept = load_fitted(places["bases"], "FoundSubspaces")
+    assert sorted(kept.arrays) == ["basis_0", "basis_2", "basis_3"]
+    assert (kept.params["n_clusters"], kept.about["sizes"]) == (4, [30, 0, 30, 30])
+    for c, basis in zip((0, 2, 3), world.bases, strict=True):
+        assert principal_angles(kept.arrays[f"basis_{c}"], basis).max() < 0.1
+    np.testing.assert_array_equal(read_array(places["memberships"]).argmax(axis=1), np.array([0, 2, 3])[world.labels])
+
+
+def test_subspaces_of_groups_with_means_of_their_own_go_through_the_origin(files, world, capsys):
+    rows = world.points + 3 * np.eye(15)[world.labels]
+    write_array(files / "off.npy", rows)
+    given = {"method": "diffusion-subspace", "normalize": False, "labels": files / "y.npy", "json": True}
+    points(files / "off.npy", **given, option=["center=true", "rank=3"], memberships=files / "u.npy")
+    told = json.loads(capsys.readouterr().out)
+    assert told["scores"]["accuracy"] == 1.0
+    expected = clustering_report(rows, world.labels)["residual_share"]
+    assert told["residual_share"] == pytest.approx(expected)
+    np.testing.assert_array_equal(
+        np.unique(np.stack([read_array(files / "u.npy").argmax(axis=1), world.labels]), axis=1).shape, (2, 3)
+    )
+
+
+def test_the_method_of_a_comparison_is_judged_as_the_others_are(files, world, capsys):
+    given = {"method": "diffusion-subspace", "option": ["rank=1", "n_init=2"], "normalize": False, "seed": 3}
+    points(files / "x.npy", labels=files / "y.npy", compare=True, json=True, out=files / "found.npy", **given)
+    told = json.loads(capsys.readouterr().out)
+    expected = clustering_report(world.points, read_array(files / "found.npy", ndim=1))["residual_share"]
+    assert told["compared"][0]["residual_share"] == pytest.approx(expected)
+    assert told["residual_share"] > 2 * expected  # of its own subspaces, which have one dimension
 
 
 def test_mlc_tells_writes_and_draws_the_subspaces_of_the_features_that_it_learned(files, world, capsys, monkeypatch):

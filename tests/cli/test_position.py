@@ -106,6 +106,17 @@ def test_what_is_wrong_is_told_before_anything_is_written(features, tmp_path):
     assert not (tmp_path / "map.safetensors").exists()
 
 
+def test_places_of_another_kind_are_refused_by_the_option_before_any_work(features, tmp_path, monkeypatch):
+    fit(features, out=tmp_path / "map.safetensors")
+    monkeypatch.setattr("polyspan.cluster.PositionalDisentangler.fit", None)
+    monkeypatch.setattr("polyspan.cluster.PositionalDisentangler.transform", None)
+    with pytest.raises(ValueError, match=r"--out must end in \.safetensors, got 'map.npy'"):
+        fit(features, out=tmp_path / "map.npy")
+    for name in ("clean.txt", "clean.parquet"):
+        with pytest.raises(ValueError, match=rf"--out must end in one of \.npy, .* images, got '{name}'"):
+            apply(features, tmp_path / "map.safetensors", out=tmp_path / name)
+
+
 def test_the_report_and_the_picture_say_what_was_taken_out_and_of_what_the_shares_are(features, tmp_path, capsys):
     out, plot = tmp_path / "map.safetensors", tmp_path / "p.svg"
     fit(features, out=out, plot=plot)

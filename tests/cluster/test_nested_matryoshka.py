@@ -171,6 +171,15 @@ def test_a_saved_clusterer_predicts_as_before(images, fitted, tmp_path):
     assert not any(torch.equal(a, b) for a, b in zip(own.parameters(), made.module_.encoder.parameters(), strict=True))
 
 
+def test_a_clusterer_that_was_read_goes_on_from_the_checkpoint_of_the_one_that_was_written(images, tmp_path):
+    X, _ = images
+    path = tmp_path / "run.safetensors"
+    made = NestedMatryoshkaClustering(4, max_steps=2, widths=(4, 16), checkpoint=path, **TINY).fit(X)
+    back = NestedMatryoshkaClustering.load(made.save(tmp_path / "m.safetensors"))
+    assert back.get_params() == made.get_params() | {"checkpoint": None}
+    np.testing.assert_array_equal(back.set_params(checkpoint=path).fit(X).labels_, made.labels_)
+
+
 def test_patches_are_learned_with_masks_and_small_crops_and_can_be_disentangled(images):
     X, _ = images
     options = TINY | {"max_steps": 4, "batch_size": 32, "patch_size": 2}

@@ -154,6 +154,32 @@ def test_batches_give_what_all_at_once_gives(options):
     assert parts.n_rows_seen_ == whole.n_rows_seen_ == 600
 
 
+@pytest.mark.parametrize(
+    "options", [{"n_rounds": 2}, {"method": "leace", "targets": "cosine", "order": 2}, {"method": "position_mean"}]
+)
+def test_batches_after_a_fit_are_in_the_unit_of_its_positions(options):
+    X, _ = planted()
+    pixels = 14.0 * np.stack(np.meshgrid(np.arange(6.0), np.arange(5.0), indexing="ij"), axis=-1) - 3
+    whole = PositionalDisentangler(**options).fit(X, positions=pixels)
+    parts = PositionalDisentangler(**options).fit(X[:8], positions=pixels)
+    parts.partial_fit(X[8:14], positions=pixels)
+    parts.partial_fit(X[14:])  # a grid has no unit: its sides are the fit's lowest and highest
+    np.testing.assert_allclose(parts.transform(X, positions=pixels), whole.transform(X, positions=pixels), atol=1e-8)
+    if options.get("targets") == "cosine":
+        with pytest.raises(ValueError, match=r"positions must lie in \[-3, 67\] for partial_fit, got -2 to 68"):
+            parts.partial_fit(X, positions=pixels + 1)
+
+
+def test_a_fit_by_another_method_leaves_nothing_of_the_first():
+    X, _ = planted()
+    made = PositionalDisentangler(1).fit(X)
+    made.set_params(method="position_mean").fit(X)
+    assert not hasattr(made, "projector_")
+    assert not hasattr(made, "basis_")
+    made.set_params(method="leace").fit(X)
+    assert not hasattr(made, "position_means_")
+
+
 def test_images_of_several_sizes_are_added_up():
     X, _ = planted()
     small, large = X[:, :4, :4], X

@@ -1,10 +1,12 @@
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.base import clone
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
@@ -12,6 +14,8 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from polyspan.cluster import (
     ElasticNetSubspaceClustering,
     LeastSquaresSubspaceClustering,
+    LowRankGaussianMixture,
+    ManifoldLinearizingClustering,
     ThresholdingSubspaceClustering,
     clustering_report,
     found_subspaces,
@@ -112,6 +116,43 @@ def test_stability_is_the_mean_over_pairs_and_self_expression_is_done_once(world
         np.testing.assert_array_equal(seed_stability(fitted, world.points, n_seeds=3).labels, expected)
 
 
+def test_an_estimator_of_other_rows_or_parameters_is_fitted_anew_for_its_stability(world):
+    order = np.random.default_rng(0).permutation(120)
+    other = planted_subspaces(5, n_per=40, d=20, k=3, n_subspaces=3, noise=0.02).points[order]
+    made = LeastSquaresSubspaceClustering(3, power=2, n_init=1)
+    fitted = clone(made).fit(world.points)
+    for rows in (other, other[::2]):
+        expected = seed_stability(made, rows, n_seeds=2).labels
+        np.testing.assert_array_equal(seed_stability(fitted, rows, n_seeds=2).labels, expected)
+        with pytest.raises(ValueError, match="X must be the 120 rows that were fitted"):
+            fitted.labels_of_seed(rows, 0)
+    assert fitted.set_params(n_init=3, random_state=4).is_fit_of(world.points.tolist())
+    assert not fitted.set_params(alpha=0.5).is_fit_of(world.points)
+
+
+def test_seeds_are_compared_where_a_run_keeps_checkpoints(world, tmp_path):
+    given = {"max_epochs": 1, "tcr_epochs": 1, "checkpoint": tmp_path / "run.safetensors", "device": "cpu"}
+    given |= {"n_components": 8, "hidden": 16}
+    made = ManifoldLinearizingClustering(3, random_state=0, **given).fit(world.points)
+    kept = given["checkpoint"].read_bytes()
+    labels = seed_stability(made, world.points, n_seeds=2).labels
+    np.testing.assert_array_equal(labels[0], made.labels_)
+    assert given["checkpoint"].read_bytes() == kept
+
+
+def test_the_loss_of_a_mixture_that_was_trained_is_drawn_and_goes_with_the_next_fit(world, tmp_path):
+    fitted = LowRankGaussianMixture(3, 2, algorithm="denoising", center=False, n_init=1, max_iter=4, random_state=0)
+    fitted.fit(world.points)
+    widths = []
+    for name in ("trained.svg", "likely.svg"):
+        bases = list(fitted.bases_)
+        path = plot_subspaces(world.points, fitted.labels_, bases, tmp_path / name, fitted=fitted)
+        widths.append(float(ElementTree.parse(path).getroot().attrib["width"].removesuffix("pt")))
+        fitted.set_params(algorithm="em", max_iter=200).fit(world.points)
+    # Both have the variances of the components too.
+    assert widths[0] / widths[1] == pytest.approx(5 / 4)
+
+
 @pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf"])
 def test_pictures_have_the_same_bytes_each_time(world, tmp_path, suffix):
     fitted = ElasticNetSubspaceClustering(3, random_state=0).fit(world.points)
@@ -156,6 +197,7 @@ def test_degenerate_clusterings_have_no_silhouette_and_no_angles():
     [
         (lambda X: clustering_report(X, np.zeros(4)), r"labels must .* 6 rows, got shape \(4,\); X may be transposed"),
         (lambda X: clustering_report(X, np.zeros(6), truth=[1, 2]), r"truth must have one entry .* got shape \(2,\)"),
+        (lambda X: found_subspaces(X, np.zeros(6), -1), "subspace_dim must be at least 1, got -1"),
         (lambda X: clustering_report(X, [0, 0, 0, 2, 2, 2], bases=[X.T[:, :1]]), "bases must .* label, 3, got 1"),
         (lambda X: clustering_report(X[0], [0]), r"X must be of shape \(n, d\), got \(4,\)"),
         (lambda X: seed_stability(KMeans(2), X, n_seeds=1), "n_seeds must be at least 2, got 1"),

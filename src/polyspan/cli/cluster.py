@@ -9,7 +9,8 @@ from ._output import say, show_json, show_table
 
 LABEL_FILES = (".parquet", ".csv", ".npy")
 ARRAY_FILES = (".npy", ".npz", ".parquet", ".safetensors")
-PLACES = {"memberships": ARRAY_FILES, "embedding": ARRAY_FILES, "bases": (".safetensors",), "save": (".safetensors",)}
+PLACES: dict[str, tuple[str, ...]] = dict.fromkeys(("memberships", "embedding"), ARRAY_FILES)
+PLACES |= dict.fromkeys(("bases", "save", "checkpoint"), (".safetensors",))
 
 
 def check_places(plot: Path | None = None, *, read: tuple[Path | None, ...] = (), **places: Path | None) -> None:
@@ -34,6 +35,14 @@ def check_places(plot: Path | None = None, *, read: tuple[Path | None, ...] = ()
         if path.resolve() in taken:
             raise ValueError(f"--{name} must be another file than {taken[path.resolve()]}, got {path}")
         taken[path.resolve()] = f"that of --{name}"
+
+
+def check_seeds(seeds: int, seed: int) -> None:
+    """Refuse a number of seeds, and a seed, that no generator takes."""
+    if seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {seeds}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
 
 
 def graph(
@@ -119,7 +128,8 @@ def graph(
     report : Path
         Write the report as JSON here too.
     plot : Path
-        Draw the embedding and the affinity by cluster (.svg, .png or .pdf).
+        Draw the embedding and the affinity by cluster, and with --bases the angles between the subspaces (.svg, .png or
+        .pdf).
     json : bool
         Print the report as JSON.
     """
@@ -133,10 +143,13 @@ def graph(
 
     if out is not None and out.suffix not in LABEL_FILES:
         raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
-    if seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {seeds}")
+    check_seeds(seeds, seed)
     if dim is not None and bases is None:
         raise ValueError(f"--dim must go with --bases, got {dim} alone")
+    if select and (order, decay) != (10, 0.9):
+        raise ValueError(f"--select must go without --order and --decay, which it finds, got {order} and {decay}")
+    if method == "s2cag" and resolution != 1.0:
+        raise ValueError(f"--resolution must go with --method m-s2cag, got {resolution} for s2cag")
     places = {"embedding": embedding, "memberships": memberships, "bases": bases}
     check_places(plot, read=(edges, attributes, labels), out=out, report=report, **places)
     started = time.perf_counter()
@@ -202,6 +215,7 @@ def graph(
     if memberships is not None:
         write_array(memberships, estimator.memberships_)
         told["memberships"] = str(memberships)
+    subspaces = None
     if bases is not None:
         subspaces = estimator.subspaces(found.attributes, adjacency=found.adjacency, subspace_dim=dim)
         for group, basis in zip(told["clusters"], subspaces, strict=True):
@@ -211,7 +225,7 @@ def graph(
     if plot is not None:
         from polyspan.cluster.plots import plot_clusters
 
-        plot_clusters(estimator.embedding_, estimator.labels_, plot)
+        plot_clusters(estimator.embedding_, estimator.labels_, plot, bases=subspaces)
     if report is not None:
         write_json(report, told)
     if json:
@@ -344,6 +358,8 @@ def write_bases(
     arrays = {f"basis_{c}": basis for c, basis in enumerate(subspaces) if basis.shape[1]}
     if projection is not None:
         arrays["projection"] = projection
-    about = {"n": told["n"], "sizes": [c["size"] for c in told["clusters"]], "scores": told.get("scores", {})}
+    sizes = {c["label"]: c["size"] for c in told["clusters"]}
+    about = {"n": told["n"], "sizes": [sizes.get(c, 0) for c in range(len(subspaces))]}
+    about["scores"] = told.get("scores", {})
     params = {"method": told["method"], **facts, "n_clusters": len(subspaces)}
     save_fitted(path, kind="FoundSubspaces", arrays=arrays, params=params, about=about)

@@ -167,8 +167,9 @@ def images(
         "--option": bool(option),
         "--jobs": jobs != 1 and not compare,
     }
-    check_names(method, METHODS, out, seeds)
+    check_names(method, METHODS, out, seeds, seed=seed, dim=dim)
     places = {"out": out, "memberships": memberships, "bases": bases, "save": save, "report": report}
+    places["checkpoint"] = checkpoint
     check_places(plot, read=(source, labels), **places)
     strange = [name for name, given in (others if method == "mlc" else own).items() if given]
     if strange:
@@ -220,7 +221,6 @@ def images(
     import warnings
 
     import numpy as np
-    from sklearn.base import clone
 
     from polyspan.cluster import (
         ImageJitter,
@@ -257,7 +257,7 @@ def images(
     scores = {} if truth is None else {"scores": class_scores(truth, made.labels_)}
     told: dict[str, Any] = summary(made) | {"warnings": said, "reading": reading} | scores
     if seeds > 1:
-        agreed = seed_stability(clone(made).set_params(checkpoint=None), X, n_seeds=seeds)
+        agreed = seed_stability(made, X, n_seeds=seeds)
         told["stability"] = {"seeds": seeds, "mean_ari": agreed.mean_ari, "min_ari": agreed.min_ari}
     if compare:
         given: dict[str, Any] = {"seed": seed, "jobs": jobs, "normalize": True}

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
 from ._points_input import read_rows
-from .cluster import LABEL_FILES, check_places, comparison_rows, write_bases, write_labels
+from .cluster import LABEL_FILES, check_places, check_seeds, comparison_rows, write_bases, write_labels
 
 
 class Method(NamedTuple):
@@ -138,11 +138,12 @@ def points(
     report : Path
         Write the report as JSON here too.
     plot : Path
-        Draw embedding, affinity and angles between subspaces (.svg, .png or .pdf).
+        Draw embedding, affinity and angles between subspaces, and of a method that has them loss or variances (.svg,
+        .png or .pdf).
     json : bool
         Print the report as JSON.
     """
-    check_names(method, METHODS, out, seeds)
+    check_names(method, METHODS, out, seeds, seed=seed, dim=dim)
     places = {"out": out, "memberships": memberships, "bases": bases, "report": report}
     check_places(plot, read=(source, labels), **places)
     X, ids, truth = read_rows(source, labels, member, label_member, column, label_column)
@@ -169,14 +170,15 @@ def points(
     )
 
 
-def check_names(method: str, known: Any, out: Path | None, seeds: int) -> None:
+def check_names(method: str, known: Any, out: Path | None, seeds: int, *, seed: int, dim: int | None) -> None:
     """Look at what can be wrong before any file is read."""
     if out is not None and out.suffix not in LABEL_FILES:
         raise ValueError(f"--out must end in one of {', '.join(LABEL_FILES)}, got {out}")
     if method not in known:
         raise ValueError(f"--method must be one of {', '.join(known)}, got {method}")
-    if seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {seeds}")
+    if dim is not None and dim < 1:
+        raise ValueError(f"--dim must be at least 1, got {dim}")
+    check_seeds(seeds, seed)
 
 
 def count_clusters(n_clusters: int | None, truth: Any, X: Any) -> int:
@@ -220,6 +222,16 @@ def zero_rows(rows: Any, said: list[str]) -> list[str]:
         return []
     first = f"X has {len(zeros)} all-zero rows, the first at row {zeros[0]}"
     return [f"{first}; they lie in every subspace and their labels mean nothing"]
+
+
+def by_label(bases: list[Any], labels: Any, k: int) -> list[Any]:
+    """Return one basis for each of k labels, from those of the labels that are there: empty (d, 0) for the others."""
+    import numpy as np
+
+    placed = [np.zeros((bases[0].shape[0], 0))] * k
+    for c, basis in zip(np.unique(labels), bases, strict=True):
+        placed[c] = basis
+    return placed
 
 
 def few_groups(labels: Any, k: int) -> list[str]:
@@ -294,8 +306,9 @@ def run_method(
     learned = method == "mlc"
     seen = fitted.transform(rows) if learned else rows
     subspaces = getattr(fitted, "subspaces_" if learned else "bases_", None)
-    if subspaces is None or (learned and dim is not None):
-        subspaces = found_subspaces(seen, found, dim)
+    # Directions about means of their own (center=true) are no subspaces of the rows, which go through the origin.
+    if subspaces is None or (learned and dim is not None) or getattr(fitted, "center", False):
+        subspaces = by_label(found_subspaces(seen, found, dim), found, n_clusters)
     # Columns of zeros fill up where ranks differ.
     subspaces = [basis[:, np.square(basis).sum(axis=0) > 0.5] for basis in subspaces]
     told: dict[str, Any] = {"method": method, "n_clusters": n_clusters} | clustering_report(
@@ -311,8 +324,9 @@ def run_method(
     if learned:
         told |= {"n_features": rows.shape[1], "learned": {"n_features": seen.shape[1]} | learned_facts(fitted)}
     if compare:
-        # One judge for all: the subspaces of the rows that every method saw.
-        own = clustering_report(rows, found, truth=truth, random_state=seed) if learned else told
+        # One judge for all: the leading directions of the rows that every method saw.
+        judged = by_label(found_subspaces(rows, found, dim), found, n_clusters)
+        own = clustering_report(rows, found, truth=truth, bases=judged, random_state=seed)
         others = compare_methods(rows, truth, n_clusters, without=method, given=given, dim=dim)
         told["compared"] = [row_of(method, own | {"seconds": told["seconds"]}), *others]
     told["out"] = {name: str(p) for name, p in _chosen(out=out, memberships=memberships, bases=bases).items()}
@@ -429,7 +443,8 @@ def _other(name: str, rows: Any, truth: Any, k: int, given: dict[str, Any], dim:
         return {"method": name, "error": " ".join(str(error).split())}
     seconds = round(time.perf_counter() - started, 3)
     subspaces = found_subspaces(rows, fitted.labels_, dim)
-    return row_of(name, clustering_report(rows, fitted.labels_, truth=truth, bases=subspaces) | {"seconds": seconds})
+    told = clustering_report(rows, fitted.labels_, truth=truth, bases=subspaces, random_state=given["seed"])
+    return row_of(name, told | {"seconds": seconds})
 
 
 def row_of(name: str, told: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from cyclopts import Parameter
 from ._output import say, show_json, show_table
 from .cluster import check_places
 
+ARRAYS = (".npy", ".npz", ".safetensors")
+
 
 def fit(
     features: Path,
@@ -57,6 +59,8 @@ def fit(
     from polyspan.io import digest_file
 
     check_places(plot, read=(features,), out=out)
+    if out.suffix.lower() != ".safetensors":
+        raise ValueError(f"--out must end in .safetensors, got {out.name!r}")
     X = _read(features, member, grid)
     targets = targets or ("cosine" if method == "leace" else "row_col")
     made = PositionalDisentangler(rounds, method=method, targets=targets, order=order, alpha=alpha)
@@ -127,6 +131,8 @@ def apply(
             f"features must be (images, h, w, d) or (images, patches, d) for position_mean, got rows {X.shape} "
             f"without places in {features.name}"
         )
+    if X.ndim > 2 and out.suffix.lower() not in ARRAYS:
+        raise ValueError(f"--out must end in one of {', '.join(ARRAYS)} for features of images, got {out.name!r}")
     if X.ndim == 2:
         d = made.n_features_in_
         transform_file(features, out, made.transform, dim=d, member=member, fingerprint=digest_file(fitted))

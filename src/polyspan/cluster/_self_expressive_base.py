@@ -11,7 +11,7 @@ import numpy as np
 import scipy.sparse as sp
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from polyspan.run import map_tasks
 
@@ -31,7 +31,9 @@ from ._self_expression_files import from_arrays, listed, to_arrays
 
 SHARE = 0.95
 ARRAYS, MATRICES = ("labels_", "embedding_"), ("representation_", "affinity_")
-FACTS = ("n_components_", "n_iter_", "n_features_in_")
+FACTS = ("n_components_", "n_iter_", "n_features_in_", "_fitted_on")
+# Parameters of what comes after the points are expressed, and of how they are.
+LATE = ("subspace_dim", "n_init", "rounding", "n_jobs", "random_state")
 
 
 class Clustered(NamedTuple):
@@ -103,6 +105,7 @@ class SelfExpressiveClustering(ClusterMixin, BaseEstimator):
             raise ValueError(f"n_clusters must be at most the number of rows, {len(X)}, got {self.n_clusters}")
         k = int(self.n_clusters)
         self._check(len(X))
+        self._fitted_on = self._word(X)
         rows = unit_rows(X, bool(self.normalize))
         self.representation_ = self._express(rows)
         self.affinity_ = self._affinity(self.representation_)
@@ -134,12 +137,32 @@ class SelfExpressiveClustering(ClusterMixin, BaseEstimator):
         """Return the labels that ``random_state=seed`` gives the rows that were fitted, (n,), without a new fit.
 
         Chance enters these methods by the rounding only; what the points are expressed by is kept.
+
+        Raises
+        ------
+        ValueError
+            X, or a parameter that matters to its expression, is not what was fitted.
         """
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        # Older files do not tell what was fitted.
+        if len(X) != len(self.labels_) or (hasattr(self, "_fitted_on") and not self.is_fit_of(X)):
+            raise ValueError(f"X must be the {len(self.labels_)} rows that were fitted, with the same parameters")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="X has .* all-zero rows")
             return self._cluster(unit_rows(X, bool(self.normalize)), seed).labels
+
+    def is_fit_of(self, X) -> bool:
+        """Return whether these rows were expressed, with the parameters that are set now."""
+        known = getattr(self, "_fitted_on", None)
+        return known is not None and known == self._word(check_array(X, dtype=[np.float64, np.float32]))
+
+    def _word(self, X: np.ndarray) -> str:
+        """Return a digest of rows and of the parameters that they are expressed by."""
+        from polyspan.io import digest_array
+
+        params = {name: str(value) for name, value in self.get_params().items() if name not in LATE}
+        return f"{params} {digest_array(X)}"
 
     def save(self, path: Path | str) -> Path:
         """Write parameters, coefficients, affinity and clusters to one .safetensors file, atomically; no pickle."""

@@ -53,7 +53,8 @@ class S2CAG(AttributedGraphClusterer):
     oversampling, n_iter : int, default=10, 7
         Extra columns and steps of ``"randomized"``.
     rounding : {"snem", "kmeans", "cluster_qr"}, default="snem"
-        See :func:`polyspan.linalg.discretize_embedding`; ``"cluster_qr"`` wants ``drop_first=False``.
+        See :func:`polyspan.linalg.discretize_embedding`; ``"cluster_qr"`` wants ``drop_first=False``. Without an
+        adjacency, attributes that leave fewer directions than clusters are rounded by k-means, whatever is asked for.
     n_init : int, default=10
         Starts of the rounding; the one of the largest objective is kept.
     drop_first : bool, default=True

@@ -53,8 +53,9 @@ class DeepSelfExpressiveClustering(ClusterMixin, BaseEstimator):
     or labels stand still. In each column of the affinity the ``subspace_dim`` largest entries are kept, and spectral
     clustering gives the labels. No label is used anywhere; ``y`` is ignored.
 
-    Most of the result is early-stopped self-expression and the cut to the largest entries; layers and the second stage
-    add little, as measured by this system's claim. Where points outnumber the numbers that a point has in all layers,
+    Most of the result is early-stopped self-expression and the cut to the largest entries. In this system's claim the
+    layer adds 12 points of accuracy on digits and one at most on faces and objects, the second stage next to nothing.
+    Where points outnumber the numbers that a point has in all layers,
     countless C express them exactly, and Adam, whose steps are as long in every entry, ends at one that shows no
     subspaces; the closed form takes the smallest, which does, and so ``solver="auto"`` takes the closed form there.
 

@@ -188,6 +188,7 @@ class LowRankGaussianMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         check_numbers(X)
         X = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2, ensure_min_features=2)
         check_parameters(self, X.shape)
+        vars(self).pop("loss_curve_", None)
         search = self._search(X)
         self._warn_of_the_mean()
         found = ALGORITHMS[self.algorithm](X, search)

@@ -40,7 +40,7 @@ def plot_low_rank(
 
     path = picture_path(path)
     parts: tuple[tuple[Any, Any], ...] = (
-        (_draw_spectra, mixture),
+        (draw_spectra, mixture),
         (_draw_profile, profile),
         (_draw_halves, sufficiency),
     )
@@ -56,7 +56,8 @@ def plot_low_rank(
     return path
 
 
-def _draw_spectra(axes: Any, mixture: Any) -> None:
+def draw_spectra(axes: Any, mixture: Any) -> None:
+    """Draw the variances of each component along its directions, and its white one."""
     for k, rank in enumerate(mixture.ranks_):
         total = mixture.spectra_[k, :rank] + mixture.noise_variance_[k]
         (line,) = axes.plot(np.arange(1, rank + 1), total, marker=".", label=f"component {k}")

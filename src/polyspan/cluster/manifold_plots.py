@@ -7,8 +7,7 @@ import numpy as np
 
 from polyspan.io import picture_path, write_picture
 
-from .plots import MAX_ROWS, _even, draw_key, draw_points
-from .points_plots import draw_angles
+from .plots import MAX_ROWS, _even, draw_angles, draw_key, draw_points
 
 
 def plot_linearized(fitted: Any, Z: Any, path: Path | str) -> Path:

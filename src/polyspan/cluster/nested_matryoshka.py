@@ -324,7 +324,11 @@ class NestedMatryoshkaClustering(ClassNamePrefixFeaturesOutMixin, ClusterMixin, 
         if "encoder" not in words and encoder is None:
             raise ValueError(f"encoder must be given to load {path}: it was fitted with one that the file cannot hold")
         words |= {name: value for name, value in (("encoder", encoder), ("augment", augment)) if value is not None}
-        made = cls(**found.params["init"], **words)
+        # JSON has no tuples; a checkpoint tells them from lists.
+        init = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in found.params["init"].items()
+        }
+        made = cls(**init, **words)
         for name, value in found.params["facts"].items():
             setattr(made, name, tuple(value) if name in ("widths_", "n_prototypes_") else value)
         for name in ARRAYS:

@@ -8,11 +8,13 @@ import numpy as np
 from polyspan.io import picture_path, write_picture
 from polyspan.linalg import fix_signs
 
+from .reporting import basis_angles
+
 MAX_POINTS = 5_000
 MAX_ROWS = 400
 
 
-def plot_clusters(embedding: Any, labels: Any, path: Path | str) -> Path:
+def plot_clusters(embedding: Any, labels: Any, path: Path | str, *, bases: list[np.ndarray] | None = None) -> Path:
     """Draw a spectral embedding in its two widest directions, and the affinity within it in the order of the clusters.
 
     The affinity of two items is the cosine of their rows; blocks on the diagonal are clusters. Of many items an even
@@ -25,6 +27,8 @@ def plot_clusters(embedding: Any, labels: Any, path: Path | str) -> Path:
         Integers from 0.
     path : path
         .svg, .png or .pdf; written atomically, with equal bytes for equal input.
+    bases : list of arrays (d, rank), optional
+        Orthonormal bases of the clusters' subspaces: the smallest angles between them are drawn too.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,9 +39,10 @@ def plot_clusters(embedding: Any, labels: Any, path: Path | str) -> Path:
     if Y.ndim != 2 or labels.shape != Y.shape[:1]:
         raise ValueError(f"labels must have one entry a row of embedding {Y.shape}, got shape {labels.shape}")
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
-        figure = Figure(figsize=(8.4, 3.8), layout="constrained", dpi=120)
+        n_panels = 2 + (bases is not None)
+        figure = Figure(figsize=(4.2 * n_panels, 3.8), layout="constrained", dpi=120)
         FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
+        left, right, *further = figure.subplots(1, n_panels)
         draw_points(left, Y, labels)
         order = np.argsort(labels, kind="stable")
         order = order[_even(len(order), MAX_ROWS)]
@@ -49,6 +54,8 @@ def plot_clusters(embedding: Any, labels: Any, path: Path | str) -> Path:
             right.axvline(edge, color="black", linewidth=0.5)
         right.set(title="Affinity, by cluster", xticks=[], yticks=[])
         figure.colorbar(shown, ax=right, label="cosine of two rows")
+        if bases is not None:
+            draw_angles(figure, further[0], bases)
         write_picture(figure, path, dpi=120)
     return path
 
@@ -78,6 +85,15 @@ def draw_key(axis: Any, names: np.ndarray, colours: Any) -> None:
         handles=marks, title="cluster", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7,
         title_fontsize=7, handletextpad=0.1, borderpad=0.1,
     )  # fmt: skip
+
+
+def draw_angles(figure: Any, axis: Any, bases: list[np.ndarray]) -> None:
+    """Draw the smallest principal angle between each two subspaces."""
+    shown = axis.imshow(basis_angles(bases), vmin=0, vmax=90, cmap="viridis", interpolation="nearest")
+    axis.set(title="Smallest angle between subspaces", xlabel="cluster", ylabel="cluster")
+    if len(bases) <= 20:
+        axis.set(xticks=range(len(bases)), yticks=range(len(bases)))
+    figure.colorbar(shown, ax=axis, label="degrees")
 
 
 def _even(n: int, most: int) -> np.ndarray:

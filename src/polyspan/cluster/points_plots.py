@@ -8,8 +8,7 @@ import scipy.sparse as sp
 
 from polyspan.io import picture_path, write_picture
 
-from .plots import MAX_ROWS, _even, draw_points
-from .reporting import basis_angles
+from .plots import MAX_ROWS, _even, draw_angles, draw_points
 
 
 def plot_subspaces(
@@ -17,8 +16,9 @@ def plot_subspaces(
 ) -> Path:
     """Draw a clustering of points: embedding by cluster, affinity in block order, angles between found subspaces.
 
-    Of many points an even sample is drawn: 5,000 in the embedding and 400 of the affinity at most. A method that
-    learnt by steps gets its loss and the step where it stopped as a fourth picture.
+    Of many points an even sample is drawn: 5,000 in the embedding and 400 of the affinity at most. A mixture gets the
+    variances of its components as a further picture, and a method that learnt by steps its loss and the step where it
+    stopped.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def plot_subspaces(
         Its ``affinity_block`` or ``affinity_matrix_``, and its ``embedding_`` are drawn; without them, absolute cosines
         of rows, and the rows.
     history : sequence of float or of mappings with "loss", and "stage" where there are several, optional
-        Losses by step; left out, ``fitted.history_`` or ``fitted.losses_`` if there is one.
+        Losses by step; left out, ``fitted.history_`` or ``fitted.loss_curve_`` if there is one.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -45,15 +45,20 @@ def plot_subspaces(
         raise ValueError(f"labels must have one entry a row of X {X.shape}, got shape {labels.shape}")
     losses = _losses(fitted, history)
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
-        n_panels = 3 + bool(len(losses))
+        mixture = hasattr(fitted, "spectra_")
+        n_panels = 3 + mixture + bool(len(losses))
         figure = Figure(figsize=(4.2 * n_panels, 3.8), layout="constrained", dpi=120)
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, n_panels)
         draw_points(axes[0], getattr(fitted, "embedding_", X), labels)
         _draw_affinity(figure, axes[1], X, labels, fitted)
         draw_angles(figure, axes[2], bases)
+        if mixture:
+            from .low_rank_plots import draw_spectra
+
+            draw_spectra(axes[3], fitted)
         if len(losses):
-            _draw_losses(axes[3], losses)
+            _draw_losses(axes[-1], losses)
         write_picture(figure, path, dpi=120)
     return path
 
@@ -85,19 +90,10 @@ def _affinity_of(fitted: Any, rows: np.ndarray) -> np.ndarray | None:
     return whole[rows][:, rows].toarray().astype(np.float64) if sp.issparse(whole) else None
 
 
-def draw_angles(figure: Any, axis: Any, bases: list[np.ndarray]) -> None:
-    """Draw the smallest principal angle between each two subspaces."""
-    shown = axis.imshow(basis_angles(bases), vmin=0, vmax=90, cmap="viridis", interpolation="nearest")
-    axis.set(title="Smallest angle between subspaces", xlabel="cluster", ylabel="cluster")
-    if len(bases) <= 20:
-        axis.set(xticks=range(len(bases)), yticks=range(len(bases)))
-    figure.colorbar(shown, ax=axis, label="degrees")
-
-
 def _losses(fitted: Any, history: Any) -> list[tuple[str, float]]:
     """Return stage and loss of every step that has one, the stage empty where none is told."""
     if history is None:
-        history = getattr(fitted, "history_", getattr(fitted, "losses_", ()))
+        history = getattr(fitted, "history_", getattr(fitted, "loss_curve_", ()))
     steps = [(str(s.get("stage", "")), s.get("loss")) if hasattr(s, "get") else ("", s) for s in history]
     return [(stage, float(loss)) for stage, loss in steps if loss is not None]
 

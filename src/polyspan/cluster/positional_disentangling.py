@@ -19,6 +19,8 @@ from ._positions import LEAST_IMAGES, TARGETS, Patches, as_array, as_patches, ma
 METHODS = ("rasa", "leace", "position_mean")
 SOLVERS = ("ridge", "sgd")
 FLOATS = [np.float64, np.float32]
+# A fit by another method must not leave these behind.
+OF_ONE_METHOD = ("projector_", "offset_", "basis_", "position_means_", "positions_", "mean_")
 
 
 def _takes_batches(estimator: Any) -> bool:
@@ -150,13 +152,13 @@ class PositionalDisentangler(OneToOneFeatureMixin, TransformerMixin, BaseEstimat
             images, or more directions would go than there are.
         """
         self._check_parameters()
-        for name in ("_moments", "_sums", "n_features_in_", "feature_names_in_"):
+        for name in ("_moments", "_sums", "n_features_in_", "feature_names_in_", *OF_ONE_METHOD):
             vars(self).pop(name, None)
         patches = self._patches(X, y, positions, grid, reset=True)
         if patches.n_images is not None and patches.n_images < LEAST_IMAGES:
             raise ValueError(f"X must hold at least {LEAST_IMAGES} images, got {patches.n_images}")
         self.extent_ = patches.extent
-        self._gather(patches)
+        self._gather(patches, self.extent_)
         self._finish(patches)
         return self
 
@@ -164,17 +166,23 @@ class PositionalDisentangler(OneToOneFeatureMixin, TransformerMixin, BaseEstimat
     def partial_fit(self, X, y=None, *, positions=None, grid=None) -> "PositionalDisentangler":
         """Add a batch of patches to the sums; grids may differ from batch to batch. Not for ``solver="sgd"``.
 
-        For targets that are not linear in positions, those that are given must lie in [0, 1]: a later batch could not
-        change their scale.
+        After :meth:`fit` positions are in the unit of its own, and those of a grid shares of its sides, as ever. For
+        targets that are not linear in positions they must lie within the lowest and highest of the fit, or without one
+        in [0, 1]: a later batch could not change their scale.
         """
         self._check_parameters()
         first = not hasattr(self, "_moments") and not hasattr(self, "_sums")
         patches = self._patches(X, y, positions, grid, reset=first)
         low, high = patches.extent
-        if self.targets not in ("row_col", "row") and (low.min() < 0 or high.max() > 1):
-            raise ValueError(f"positions must lie in [0, 1] for partial_fit, got {low.min():g} to {high.max():g}")
-        self.extent_ = np.stack([np.zeros_like(low), np.ones_like(high)])
-        self._gather(patches)
+        if first:
+            self.extent_ = np.stack([np.zeros_like(low), np.ones_like(high)])
+        extent = patches.extent if positions is None and y is None else self.extent_
+        inside = unit_positions(patches.extent, extent)
+        if self.targets not in ("row_col", "row") and (inside.min() < 0 or inside.max() > 1):
+            least, most = self.extent_
+            within = f"[{least.min():g}, {most.max():g}]"
+            raise ValueError(f"positions must lie in {within} for partial_fit, got {low.min():g} to {high.max():g}")
+        self._gather(patches, extent)
         self._finish(patches)
         return self
 
@@ -361,14 +369,14 @@ class PositionalDisentangler(OneToOneFeatureMixin, TransformerMixin, BaseEstimat
             )
         return patches
 
-    def _gather(self, patches: Patches) -> None:
-        """Add the sums of all rows to those that are there."""
+    def _gather(self, patches: Patches, extent: np.ndarray) -> None:
+        """Add the sums of all rows to those that are there; ``extent`` (2, p) is the unit of their positions."""
         make = make_targets(self.targets, int(self.order))
         for number, (rows, places) in enumerate(patches.blocks()):
             if number == 0:
                 lengths = np.linalg.norm(rows[:256], axis=1)
                 self._unit = bool(np.all(np.abs(lengths - 1) < 1e-3))
-            where = unit_positions(places, self.extent_)
+            where = unit_positions(places, extent)
             if self.method == "position_mean":
                 self._add_means(rows, where)
             t = np.asarray(make(where), dtype=np.float64)

@@ -36,6 +36,8 @@ def found_subspaces(X: Any, labels: Any, subspace_dim: int | None = None) -> lis
         Left out, as many as hold 95 % of the cluster's squares.
     """
     X, labels = _checked(X, labels, "labels")
+    if subspace_dim is not None and subspace_dim < 1:
+        raise ValueError(f"subspace_dim must be at least 1, got {subspace_dim}")
     return [leading_directions(X[labels == c], subspace_dim) for c in np.unique(labels)]
 
 
@@ -55,7 +57,8 @@ def memberships(X: Any, bases: list[np.ndarray]) -> np.ndarray:
 def seed_stability(estimator: Any, X: Any, *, n_seeds: int = 5, **fit_params: Any) -> Stability:
     """Cluster with ``random_state`` 0, 1, ... and compare the answers: labels that hang on the seed are no finding.
 
-    The self-expressive methods are fitted once, since chance enters them by the rounding only.
+    The self-expressive methods are fitted once, and one that was fitted to ``X`` is not fitted again, since chance
+    enters them by the rounding only.
 
     Parameters
     ----------
@@ -72,10 +75,12 @@ def seed_stability(estimator: Any, X: Any, *, n_seeds: int = 5, **fit_params: An
     if "random_state" not in estimator.get_params():
         raise ValueError(f"estimator must have random_state, got {type(estimator).__name__}")
     if isinstance(estimator, SelfExpressiveClustering):
-        fitted = estimator if hasattr(estimator, "affinity_") else clone(estimator).fit(X)
+        fitted = estimator if estimator.is_fit_of(X) else clone(estimator).fit(X)
         labels = np.stack([fitted.labels_of_seed(X, seed) for seed in range(n_seeds)])
     else:
-        runs = (clone(estimator).set_params(random_state=seed) for seed in range(n_seeds))
+        # A checkpoint is of one seed.
+        alone = {"checkpoint": None} if "checkpoint" in estimator.get_params() else {}
+        runs = (clone(estimator).set_params(random_state=seed, **alone) for seed in range(n_seeds))
         labels = np.stack([run.fit_predict(X, **fit_params) for run in runs])
     pairs = [adjusted_rand_score(labels[i], labels[j]) for i in range(n_seeds) for j in range(i)]
     return Stability(float(np.mean(pairs)), float(np.min(pairs)), labels)
