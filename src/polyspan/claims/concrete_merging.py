@@ -277,7 +277,7 @@ CLAIM = Claim(
         "Four views of the same digits (upright, turned, inverted, quadrants swapped) are the tasks. Masks gain 1.8 "
         "points over the best of the sums, 0.6 to 3.9 by seed, on MNIST 3.1, and nothing on photographs of objects. "
         "Where the pictures that adapt have their pixels shuffled (control), low entropy means nothing, and masks gain "
-        "nothing. The numbers of steps were chosen while looking at other seeds than these. There are 8 because 3 did "
-        "not tell the control's gain, -0.1 to 0.5 points, from the margin."
+        "nothing. The numbers of steps were chosen while looking at other seeds than these. The quick world has 8, "
+        "because 3 did not tell the control's gain, -0.1 to 0.5 points, from the margin."
     ),
 )

@@ -205,7 +205,7 @@ CLAIM = Claim(
         "the code and not of the idea, is no better than chance. Orthogonality itself neither costs nor gains "
         "pictures: a free product of the same rank and start ends at 31, too, and free matrices of rank 16 at 26. "
         "What it buys is that exactly 8 of the 16 directions of a layer change anything. Along them strengths are "
-        "only a little more even than along SeFa's (variation 0.19 against 0.22), and paths are not smoother (1.4 "
+        "only a little more even than along SeFa's (variation 0.18 against 0.22), and paths are not smoother (1.4 "
         "against 1.2): equal gains in the styles are not equal changes of pictures. An untrained generator (control) "
         "has nothing to keep, and no start is better."
     ),

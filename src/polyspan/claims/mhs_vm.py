@@ -250,6 +250,8 @@ CLAIM = Claim(
     why=(
         "In short training on small pictures it does not hold. On digits, 90 steps, the usual scan is right about "
         "84.3 % and ours about 77.0 %; finding the moon in grass they have a Dice coefficient of 0.730 and 0.720. "
+        "On MNIST it is 85.1 % against 71.1 %, where the same block without its gate has 74.9 % and without any scan "
+        "80.2 %, and on COIL-20 93.1 % against 90.7 %. "
         "The usual block has twice the inner width and an output projection; ours has 0.58 of its parameters, "
         "four channels a head, and a gate that is linear rather than selective: four routes that disagree do so by "
         "2/3 at least, so that a threshold of 0.5 shuts nothing off. In one trial on digits with 32 channels and 60 "
