@@ -49,7 +49,8 @@ def array_batches(a: Any, b: Any, layers: Sequence[Any] | None, options: dict) -
         for i in range(min(n_batches, len(starts))):
             mine = [slice(start, start + size) for start in starts[i::n_batches]]
             rows, partners = (np.concatenate([np.asarray(Z[part]) for part in mine]) for Z in (X, Y))
-            yield (first, second), *(Z.reshape(-1, together, Z.shape[1]) for Z in (rows, partners)), None
+            rows, partners = (Z.reshape(-1, together, Z.shape[1]) for Z in (rows, partners))
+            yield (first, second), rows, partners, None
 
 
 def _named(given: Any) -> dict[str, Any]:
