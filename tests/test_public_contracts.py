@@ -14,16 +14,14 @@ from polyspan.claims import find_claim
 from polyspan.testing import check_control, check_trial, public_estimators, public_members
 
 ESTIMATORS = {name: kind for name, kind in public_estimators().items() if kind is not Aligner}
-# Seconds of one trial of the claims that train most; their tests are slow ones.
+# Claims of which a trial takes four seconds or more; their tests are slow ones.
 DEAR = {
-    "polysae": 20, "lhdsc": 13, "grassmann-mixing": 10, "orthogonal-compatible-alignment": 8, "ulsam": 8,
-    "concrete-merging": 6, "flora-nd": 6, "sub-moe": 5, "mlc": 5, "lambda-orthogonality": 4, "rotation-continuity": 4,
+    "concrete-merging", "crate", "diffusion-subspace", "flora-nd", "grassmann-mixing", "householder-projector",
+    "lambda-orthogonality", "lhdsc", "mhs-vm", "mlc", "orthogonal-compatible-alignment", "polysae",
+    "rotation-continuity", "sub-moe", "ulsam",
 }  # fmt: skip
 WORKING = [entry.slug for entry in catalog.entries() if entry.status == "working"]
-
-
-def unless_dear(seconds):
-    return [pytest.param(slug, marks=[pytest.mark.slow] * (DEAR.get(slug, 0) >= seconds)) for slug in WORKING]
+CLAIMS = [pytest.param(slug, marks=[pytest.mark.slow] * (slug in DEAR)) for slug in WORKING]
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
@@ -65,14 +63,14 @@ def test_a_map_that_keeps_the_width_passes_the_checks_whose_target_has_it(name):
     assert all("one width" in text for text in refused)
 
 
-@pytest.mark.parametrize("slug", unless_dear(4))
+@pytest.mark.parametrize("slug", CLAIMS)
 def test_a_claim_fails_in_its_control_world(slug):
     # Three seeds are enough here: each claim's own tests look at its worlds more closely. Gains of the masks of
     # concrete-merging differ much from seed to seed.
     check_control(find_claim(slug), seeds=None if slug == "concrete-merging" else 3)
 
 
-@pytest.mark.parametrize("slug", unless_dear(6))
+@pytest.mark.parametrize("slug", CLAIMS)
 def test_a_claim_repeats_and_shares_its_data(slug):
     check_trial(find_claim(slug))
 

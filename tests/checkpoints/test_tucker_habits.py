@@ -251,6 +251,7 @@ def test_a_model_prepared_for_quantised_training_learns():
     assert all(p.grad.any() for p in cores)
 
 
+@pytest.mark.slow
 def test_compiling_gives_one_graph_and_the_same_outputs(tmp_path):
     # In a process without the checks of types that tests hook into every function.
     base = language_model(num_hidden_layers=1)

@@ -45,6 +45,7 @@ def test_where_it_is_planted_a_threshold_beats_both_ends_and_soft_orthogonality_
         assert elsewhere > 0.9
 
 
+@pytest.mark.slow
 def test_leaving_the_rotations_further_serves_the_data_at_hand_better_and_other_data_worse():
     means = on("planted").means
     ladder = ("soft rotation", "relaxed", "affine")

@@ -24,6 +24,7 @@ def test_in_the_control_world_the_method_loses_what_it_lives_on():
     assert control.means["method"] < control.means["spectral, graph only"]
 
 
+@pytest.mark.slow
 def test_links_and_words_together_beat_either_alone_where_planted():
     means = on("planted").means
     assert means["method"] > means["k-means, TF-IDF"] + 0.1

@@ -245,6 +245,7 @@ def test_the_second_stage_lowers_its_norm_and_keeps_what_lies_within(world):
     np.testing.assert_array_equal(a[~apart], b[~apart])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the affinity falls into")
 def test_published_mode_is_the_code_to_the_letter(pictures):
     images, _ = pictures
