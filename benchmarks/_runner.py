@@ -5,7 +5,10 @@ each arm is warmed up once. The ratio is the other arm's time over ours, paired 
 """
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -81,14 +84,29 @@ def save(stem: str, records: Sequence[Mapping[str, Any]], **notes: Any) -> Path:
     return path
 
 
-def peak_in_child(code: str) -> int:
+def peaks(source: str) -> dict[str, int]:
+    """Return the bytes that a call of each arm takes above its inputs and weights, each in a process of its own.
+
+    ``source`` defines a mapping ``arms``. In these processes the C library gives nothing back while an arm runs, so
+    that the shortest peak is seen, and everything before: what arms were made with is not used again unseen.
+    """
+    told = subprocess.run(
+        [sys.executable, "-c", f"{source}\nimport json\nprint(json.dumps(list(arms)))"],
+        stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    made = {}
+    for arm in json.loads(told.stdout.splitlines()[-1]):
+        code = f"import ctypes\n{source}\nmain = arms[{arm!r}]\nctypes.CDLL(None).malloc_trim(0)"
+        made[arm] = peak_in_child(code, MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40))
+        print(f"peak of {arm}: {made[arm] / 2**20:.1f} MiB", flush=True)
+    return made
+
+
+def peak_in_child(code: str, **environment: str) -> int:
     """Run Python source in a fresh process and return its peak of anonymous memory in bytes, above its start.
 
     The source may print whatever it likes. It must define ``main()``; imports before it are not counted.
     """
-    import subprocess
-    import sys
-
     probe = f"""
 {code}
 from polyspan.run import measure_peak
@@ -96,5 +114,6 @@ print(measure_peak(main).peak_bytes)
 """
     # From this folder the source can import a benchmark; what it says of an error is not kept back.
     command = [sys.executable, "-c", probe]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent)
+    own = os.environ | environment
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent, env=own)
     return int(done.stdout.strip().splitlines()[-1])

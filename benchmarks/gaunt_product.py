@@ -11,11 +11,11 @@ import warnings
 
 import torch
 
-from _runner import growth, race, save
+from _runner import growth, peaks, race, save
 from polyspan.nn import GauntManyBody, GauntTensorProduct, equivalent_e3nn_product
 
 NODES, CHANNELS = 32, 128
-DEGREES = (1, 2, 3, 4, 5, 6, 8)
+DEGREES = (1, 2, 3, 4, 5, 6, 7, 8)
 TRAINED = (1, 2, 3, 4, 6)
 GROWN = (8, 12, 16, 24)
 
@@ -37,6 +37,14 @@ def e3nn_of(product):
 def step(layer, x, y):
     a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
     layer(a, b).square().sum().backward()
+
+
+def training(lmax):
+    """A training step of each arm."""
+    x, y = (normal(NODES, CHANNELS * (lmax + 1) ** 2, seed=seed) for seed in (0, 1))
+    product = GauntTensorProduct(irreps(lmax), irreps(lmax), irreps(lmax))
+    twin = e3nn_of(product)
+    return {"polyspan": lambda: step(product, x, y), "e3nn": lambda: step(twin, x, y)}
 
 
 def difference(lmax, dtype):
@@ -64,15 +72,8 @@ def main() -> None:
         with torch.no_grad():
             forward.append(timed("product", arms, size={"L": lmax, "rows": NODES * CHANNELS}, repeats=21, warmup=2))
         if lmax in TRAINED:
-            product = GauntTensorProduct(irreps(lmax), irreps(lmax), irreps(lmax))
-            twin = e3nn_of(product)
-            arms = {
-                "polyspan": lambda p=product, x=x, y=y: step(p, x, y),
-                "e3nn": lambda p=twin, x=x, y=y: step(p, x, y),
-            }
-            backward.append(
-                race("training step", arms, size={"L": lmax, "rows": NODES * CHANNELS}, repeats=5, warmup=1)
-            )
+            size = {"L": lmax, "rows": NODES * CHANNELS}
+            backward.append(race("training step", training(lmax), size=size, repeats=5, warmup=1))
     for lmax in (2, 4, 6, *GROWN):
         rows = 256
         x, y = (normal(rows, (lmax + 1) ** 2, seed=seed) for seed in (0, 1))
@@ -100,6 +101,9 @@ def main() -> None:
     save(
         "gaunt_product",
         forward + backward + routes + powers,
+        peak_bytes_of_a_training_step={
+            str(lmax): peaks(f"from gaunt_product import training\narms = training({lmax})") for lmax in (2, 4)
+        },
         load_average_at_the_end=os.getloadavg(),
         largest_relative_difference_to_e3nn=off,
         e3nn_over_ours_median=ratios,

@@ -6,8 +6,10 @@ The system is the catalogue's ``grassmann-class``.
 import torch
 from torch import nn
 
-from _runner import growth, race, save
+from _runner import growth, peaks, race, save
 from polyspan.nn import GrassmannHead, GrassmannParameter, RiemannianAdam, RiemannianSGD
+
+SIZES = ((250, 256), (1000, 512))
 
 
 def optimiser_arms(n_classes, d, k):
@@ -85,7 +87,7 @@ def head_arms(batch, n_classes, d, k):
 def main():
     torch.set_num_threads(1)
     steps, heads = [], []
-    for n_classes, d in ((250, 256), (1000, 512)):
+    for n_classes, d in SIZES:
         size = {"classes": n_classes, "d": d, "k": 8, "numbers": n_classes * d * 8}
         steps.append(race("optimiser step", optimiser_arms(n_classes, d, 8), size=size, repeats=5, warmup=2))
         heads.append(race("head, batch 128", head_arms(128, n_classes, d, 8), size=size, repeats=5, warmup=2))
@@ -95,6 +97,14 @@ def main():
         step_growth=growth(steps, "numbers"),
         svd_growth=growth(steps, "numbers", "batched SVD, as published"),
         head_growth=growth(heads, "numbers"),
+        peak_bytes={
+            f"{what}, {n_classes} classes": peaks(f"from grassmann_head import {make}\narms = {make}({sizes})")
+            for n_classes, d in SIZES
+            for what, make, sizes in (
+                ("optimiser step", "optimiser_arms", f"{n_classes}, {d}, 8"),
+                ("head", "head_arms", f"128, {n_classes}, {d}, 8"),
+            )
+        },
     )
 
 

@@ -6,11 +6,13 @@ attention's is above 1.4), faster than attention from about 2 d tokens on, at le
 form, and a token read in the same time however many were read before.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from _runner import growth, race, save
+from _runner import growth, peaks, race, save
 from polyspan.nn import CausalGrassmannMixing
 from polyspan.nn._rival_mixers import CausalAttention
 
@@ -48,12 +50,22 @@ def step(module, x):
     module(x.detach().requires_grad_()).square().sum().backward()
 
 
+def training(t):
+    """A training step of every arm on t tokens."""
+    generator = torch.Generator().manual_seed(0)
+    layer = CausalGrassmannMixing(D, R, norm="l2", generator=generator).eval()
+    others = CausalAttention(D, HEADS, generator=generator).eval(), Literal(layer)
+    x = torch.randn(1, t, D, generator=generator)
+    names = "polyspan, step", "causal attention, step", "the literal form, step"
+    return {name: partial(step, module, x) for name, module in zip(names, (layer, *others), strict=True)}
+
+
 def main(lengths=LENGTHS, literal_lengths=LITERAL, trained=TRAINED, read=READ, repeats=5) -> None:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     layer = CausalGrassmannMixing(D, R, norm="l2", generator=generator).eval()
     attention = CausalAttention(D, HEADS, generator=generator).eval()
-    literal, forward, training, reading, off = Literal(layer), [], [], [], 0.0
+    literal, forward, both, reading, off = Literal(layer), [], [], [], 0.0
     for t in lengths:
         x = torch.randn(1, t, D, generator=generator)
         arms = {"polyspan": lambda x=x: layer(x), "causal attention": lambda x=x: attention(x)}
@@ -63,14 +75,8 @@ def main(lengths=LENGTHS, literal_lengths=LITERAL, trained=TRAINED, read=READ, r
                 off = max(off, float((layer(x) - literal(x)).abs().max()))
             forward.append(race("forward", arms, size={"t": t, "d": D, "r": R}, repeats=repeats))
     for t in trained:
-        x = torch.randn(1, t, D, generator=generator)
-        arms = {
-            name: lambda m=module, x=x: step(m, x)
-            for name, module in (
-                ("polyspan, step", layer), ("causal attention, step", attention), ("the literal form, step", literal)
-            )
-        }  # fmt: skip
-        training.append(race("forward and backward", arms, size={"t": t, "d": D, "r": R}, repeats=min(3, repeats)))
+        size = {"t": t, "d": D, "r": R}
+        both.append(race("forward and backward", training(t), size=size, repeats=min(3, repeats)))
     with torch.inference_mode():
         for t in read:
             state = layer(torch.randn(1, t, D, generator=generator), state=layer.init_state(1))[1]
@@ -90,7 +96,10 @@ def main(lengths=LENGTHS, literal_lengths=LITERAL, trained=TRAINED, read=READ, r
             reading.append(race("one token more", arms, size={"read": t, "d": D, "r": R}, repeats=20 * repeats))
     save(
         "grassmann_mixing",
-        forward + training + reading,
+        forward + both + reading,
+        peak_bytes_of_a_training_step={
+            str(t): peaks(f"from grassmann_mixing import training\narms = training({t})") for t in trained
+        },
         growth_in_length={arm: growth(forward, "t", arm) for arm in ("polyspan", "causal attention")},
         growth_in_tokens_read={
             arm: growth(reading, "read", arm) for arm in ("polyspan, one token", "attention with a cache, one token")

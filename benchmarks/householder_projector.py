@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from _runner import growth, race, save
+from _runner import growth, peaks, race, save
 from polyspan.linalg import householder_product
 from polyspan.nn import HouseholderProjector
 from polyspan.nn._reflection_frames import frame
@@ -72,16 +72,27 @@ def step(layer, x):
     return run
 
 
-def races(d, *, loop=True):
-    x = torch.randn(BATCH, d, generator=torch.Generator().manual_seed(1))
-    size = {"d": d, "rank": RANK, "batch": BATCH}
-    ours = HouseholderProjector(d, d, RANK, bias=False, gain=1.0, generator=torch.Generator().manual_seed(0))
+def make_layers(d):
     kinds = ("matrix_exp", "cayley", "householder")
-    others = {
+    return {
+        "ours": HouseholderProjector(d, d, RANK, bias=False, gain=1.0, generator=torch.Generator().manual_seed(0)),
         "published, gathered": Published(d, True),
         **{f"torch, {kind}, square": Torch(d, kind, False) for kind in kinds},
         **{f"torch, {kind}, thin": Torch(d, kind, True) for kind in kinds},
     }
+
+
+def training(d):
+    """A training step of every layer."""
+    x = torch.randn(BATCH, d, generator=torch.Generator().manual_seed(1))
+    return {name: step(layer, x) for name, layer in make_layers(d).items()}
+
+
+def races(d, *, loop=True):
+    x = torch.randn(BATCH, d, generator=torch.Generator().manual_seed(1))
+    size = {"d": d, "rank": RANK, "batch": BATCH}
+    others = make_layers(d)
+    ours = others.pop("ours")
     looped = {"published": Published(d, False)} if loop else {}
     Y = ours.in_vectors.detach()
     return [
@@ -123,6 +134,9 @@ def main(widths=WIDTHS, *, stem="householder_projector"):
         [record for records in by_size for record in records],
         growth=exponents,
         growth_of_the_forward_pass=theirs,
+        peak_bytes_of_a_training_step={
+            str(d): peaks(f"from householder_projector import training\narms = training({d})") for d in widths
+        },
     )
 
 

@@ -8,7 +8,7 @@ The system is the catalogue's ``mhs-vm``.
 import torch
 from torch.nn import functional as F
 
-from _runner import growth, race, save
+from _runner import growth, peaks, race, save
 from polyspan.nn import MultiHeadScan2d, selective_scan
 from polyspan.run import thread_limits
 
@@ -46,6 +46,12 @@ def backwards(scan, parts):
     return once
 
 
+def training(L):
+    """Forwards and backwards by either way."""
+    parts = problem(L, gradient=True)
+    return {"blocks": backwards(selective_scan, parts), "the literal loop": backwards(literal, parts)}
+
+
 class OneAfterAnother(torch.nn.Module):
     """The same heads as modules of one head each: a scan a head."""
 
@@ -76,9 +82,7 @@ def main(lengths=LENGTHS, sides=SIDES, repeats=3) -> None:
         off[str(L)] = float((selective_scan(*parts) - literal(*parts)).abs().max())
         arms = {"blocks": lambda p=parts: selective_scan(*p), "the literal loop": lambda p=parts: literal(*p)}
         forwards.append(race("forwards", arms, size=size, repeats=repeats))
-        parts = problem(L, gradient=True)
-        arms = {"blocks": backwards(selective_scan, parts), "the literal loop": backwards(literal, parts)}
-        both.append(race("forwards and backwards", arms, size=size, repeats=max(repeats - 2, 1)))
+        both.append(race("forwards and backwards", training(L), size=size, repeats=max(repeats - 2, 1)))
     for side in sides:
         module = MultiHeadScan2d(96, generator=torch.Generator().manual_seed(0))
         apart, x = OneAfterAnother(module), torch.randn(1, side, side, 96, generator=torch.Generator().manual_seed(1))
@@ -92,6 +96,9 @@ def main(lengths=LENGTHS, sides=SIDES, repeats=3) -> None:
         forwards + both + heads,
         growth_in_steps={"forwards": growth(forwards, "L"), "forwards and backwards": growth(both, "L")},
         growth_in_pixels=growth(heads, "pixels"),
+        peak_bytes_forwards_and_backwards={
+            str(L): peaks(f"from multi_head_scan import training\narms = training({L})") for L in lengths
+        },
         largest_difference=off,
         ten_times_at_the_largest=largest["ratio"]["the literal loop"]["median"] >= 10,
     )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from _runner import growth, race, save
+from _runner import growth, peaks, race, save
 from polyspan.nn import CRATEBlock
 from polyspan.nn.layer_rates import within
 
@@ -64,11 +64,23 @@ def literal_rates(Z, U):
     return torch.logdet(torch.eye(n) + p / (n * 0.01) * w @ w.mT).sum(-1) / 2
 
 
-def main() -> None:
-    generator = torch.Generator().manual_seed(0)
+def make_layers(generator):
     ours = CRATEBlock(WIDTH, HEADS, generator=generator)
     exact = CRATEBlock(WIDTH, HEADS, step="exact", generator=generator)
-    layers = {"polyspan": ours, "literal twin": Twin(ours), "nn.TransformerEncoderLayer": plain(), "exact step": exact}
+    return {"polyspan": ours, "literal twin": Twin(ours), "nn.TransformerEncoderLayer": plain(), "exact step": exact}
+
+
+def training(t):
+    """A training step of every layer on t tokens."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(BATCH, t, WIDTH, generator=generator)
+    return {name: both(layer, x) for name, layer in make_layers(generator).items()}
+
+
+def main() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = make_layers(generator)
+    ours = layers["polyspan"]
     parameters = {name: sum(p.numel() for p in layer.parameters()) for name, layer in layers.items()}
     records = {"forward": [], "training": [], "report": []}
     off = {}
@@ -90,6 +102,9 @@ def main() -> None:
         parameters=parameters,
         growth_in_tokens={name: growth(found, "tokens") for name, found in records.items()},
         growth_of_the_exact_step=growth(records["forward"], "tokens", "exact step"),
+        peak_bytes_of_a_training_step={
+            str(t): peaks(f"from rate_reduction_transformer import training\narms = training({t})") for t in TOKENS
+        },
         largest_difference=off,
     )
 

@@ -11,7 +11,7 @@ import roma
 import torch
 from scipy.spatial.transform import Rotation
 
-from _runner import growth, race, save
+from _runner import growth, peaks, race, save
 from polyspan.nn import (
     axis_angle_to_matrix,
     chordal_loss,
@@ -61,6 +61,21 @@ def backward(function, x, target):
     return run
 
 
+def training(n):
+    """Loss and gradient from 6D by every way."""
+    g = torch.Generator().manual_seed(0)
+    x, R = torch.randn(n, 6, generator=g), random_rotation(rng=g, batch=(n,))
+    return gradients(x, R)
+
+
+def gradients(x, R):
+    return {
+        "ours": backward(rotation6d_to_matrix, x, R),
+        "RoMa": backward(lambda y: roma.special_gramschmidt(y.reshape(len(y), 2, 3).mT), x, R),
+        "published": backward(literal_6d, x, R),
+    }
+
+
 def torch_races(n):
     g = torch.Generator().manual_seed(0)
     size = {"rotations": n}
@@ -81,11 +96,7 @@ def torch_races(n):
         ),
         race(
             "6D to matrix, loss and gradient, torch",
-            {
-                "ours": backward(rotation6d_to_matrix, x, R),
-                "RoMa": backward(lambda y: roma.special_gramschmidt(y.reshape(n, 2, 3).mT), x, R),
-                "published": backward(literal_6d, x, R),
-            },
+            gradients(x, R),
             size=size,
             **ROUNDS,
         ),
@@ -220,6 +231,9 @@ def main():
         "rotation",
         [record for records in by_size for record in records],
         growth={pair[0]["name"]: growth(pair, "rotations") for pair in zip(*by_size, strict=True)},
+        peak_bytes_of_loss_and_gradient={
+            str(n): peaks(f"from rotation import training\narms = training({n})") for n in SIZES
+        },
         small_angle_error=small_angle_error(),
         half_turn_error=half_turn_error(),
     )

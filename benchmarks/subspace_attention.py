@@ -9,7 +9,7 @@ The system is the catalogue's ``ulsam``.
 import torch
 from torch import nn
 
-from _runner import growth, race, save
+from _runner import growth, peaks, race, save
 from polyspan.nn import ULSAM
 
 SIZES = ((1, 96, 4), (1, 512, 1), (1, 512, 4), (1, 512, 16), (16, 512, 1), (16, 512, 4), (16, 512, 16))
@@ -48,6 +48,14 @@ def step(module, x):
     module(x).square().sum().backward()
 
 
+def training(B, m, g):
+    """A training step of either way."""
+    generator = torch.Generator().manual_seed(0)
+    x, loop = torch.randn(B, m, SIDE, SIDE, generator=generator), Loop(m, g)
+    module = ULSAM.from_official_state_dict(loop.state_dict()).train()
+    return {"polyspan, step": lambda: step(module, x), "loop over groups, step": lambda: step(loop, x)}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     records, off = {"eval": [], "training step": []}, 0.0
@@ -75,6 +83,13 @@ def main() -> None:
     save(
         "subspace_attention",
         records["eval"] + records["training step"],
+        peak_bytes_of_a_training_step={
+            f"{B} pictures, {g} groups": peaks(
+                f"from subspace_attention import training\narms = training({B}, {m}, {g})"
+            )
+            for B, m, g in SIZES
+            if B > 1
+        },
         largest_difference=off,
         growth_in_batch={"eval": growth(few, "batch")},
         growth_in_batch_of_the_loop={"eval": growth(few, "batch", "loop over groups, eval")},
