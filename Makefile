@@ -39,7 +39,7 @@ layers: $(VENV)/.developed
 tests: $(VENV)/.developed
 	$(PYTEST) -m "not slow"
 
-# Trainings, verdicts over seeds, processes that are killed at every step: a quarter of an hour more.
+# Trainings, verdicts over seeds, processes that are killed at every step: before a release.
 slow: $(VENV)/.developed
 	$(PYTEST) -m slow
 
