@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from ._output import check_target, show_json, show_table
 from ._pictures import check_drawing
-from .cluster import check_places
+from ._places import check_places
 
 TABLES = (".parquet", ".arrow", ".feather")
 

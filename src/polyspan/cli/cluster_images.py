@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
-from .cluster import check_places, comparison_rows, write_labels
+from ._places import check_places
+from .cluster import comparison_rows, write_labels
 from .points import (
     LEARNED,
     METHODS,

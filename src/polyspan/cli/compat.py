@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from ._output import check_target, say, show_json, show_table
-from .cluster import check_places
+from ._places import check_places
 
 
 def train(

@@ -6,8 +6,9 @@ from typing import Annotated, Any, NamedTuple
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
+from ._places import check_places
 from ._points_input import read_rows
-from .cluster import LABEL_FILES, check_places, check_seeds, comparison_rows, write_bases, write_labels
+from .cluster import LABEL_FILES, check_seeds, comparison_rows, write_bases, write_labels
 
 
 class Method(NamedTuple):

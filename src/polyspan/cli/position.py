@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
-from .cluster import check_places
+from ._places import check_places
 
 ARRAYS = (".npy", ".npz", ".safetensors")
 

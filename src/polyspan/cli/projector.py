@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ._output import check_target, say, show_json, show_table
 from ._pictures import Out
-from .cluster import check_places
+from ._places import check_places
 
 VECTORS = ("out_vectors", "in_vectors", "signs", "gain")
 PARAMETRISED = {

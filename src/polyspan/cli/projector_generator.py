@@ -8,7 +8,7 @@ from typing import Any
 
 from ._output import check_target, show_json, show_table
 from ._pictures import Out, check_drawing, count_to_measure, read_pictures
-from .cluster import check_places
+from ._places import check_places
 
 # Products of directions of bfloat16 weights are off by a hundredth at most.
 ORTHONORMAL = 0.02

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from ._output import check_target, say, show_json, show_table
 from ._pictures import Out, check_drawing
-from .cluster import check_places
+from ._places import check_places
 
 Kind = Literal["quaternion", "axis-angle", "euler", "rotation5d", "rotation6d", "rotation9d", "matrix"]
 Judged = Literal["quaternion", "axis-angle", "euler", "rotation5d", "rotation6d", "rotation9d"]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from ._output import check_target, show_json, show_table
 from ._pictures import Out, check_drawing, count_to_measure, read_pictures
-from .cluster import check_places
+from ._places import check_places
 
 
 def train(

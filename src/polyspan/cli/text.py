@@ -5,7 +5,7 @@ from typing import Any
 
 from ._output import check_target, show_json, show_table
 from ._pictures import Out, check_drawing
-from .cluster import check_places
+from ._places import check_places
 
 RIVALS = ("attention", "concatenation", "none")
 """What stands in the place of the planes with ``--compare``."""
