@@ -115,6 +115,14 @@ def test_subspaces_are_the_leading_directions_of_the_smoothed_rows(cls, options)
     assert fitted.n_unattributed_ == before
 
 
+def test_subspaces_of_a_graph_want_that_graph(tmp_path):
+    world = graph_world(4, **EASY)
+    fitted = S2CAG(3, random_state=0).fit(world.attributes, adjacency=world.adjacency)
+    for one in (fitted, S2CAG.load(fitted.save(tmp_path / "m.safetensors"))):
+        with pytest.raises(ValueError, match="adjacency must be the graph that was fitted, got None"):
+            one.subspaces(world.attributes)
+
+
 def test_subspaces_refuse_other_rows_and_what_does_not_fit(monkeypatch):
     X = np.random.default_rng(0).normal(size=(30, 6))
     fitted = S2CAG(2, random_state=0).fit(X)

@@ -38,6 +38,7 @@ FACTS = (
     "n_components_",
     "n_unattributed_",
     "signed_",
+    "joined_neighbors_",
     "precomputed_",
     "n_features_in_",
 )
@@ -93,6 +94,7 @@ class AttributedGraphClusterer(ClusterMixin, BaseEstimator):
             X = X.astype(self.dtype, copy=False)
         k = self._check(X)
         given = adjacency is not None
+        self.joined_neighbors_ = not given
         A = slim(check_adjacency(adjacency, X) if given else self._neighbours(X))
         X = slim(X)
         self._describe(A, k)
@@ -175,7 +177,8 @@ class AttributedGraphClusterer(ClusterMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            There is not one row a label, or rows of (n, d) numbers, which are dense once smoothed, do not fit.
+            There is not one row a label; the clusterer was fitted with a graph and gets none; or rows of (n, d)
+            numbers, which are dense once smoothed, do not fit.
         """
         check_is_fitted(self)
         X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
@@ -191,6 +194,11 @@ class AttributedGraphClusterer(ClusterMixin, BaseEstimator):
                 f"X must have rows that fit into memory once smoothed, where they are dense, got shape {X.shape}: "
                 f"bases take {needed / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB that are free; keep fewer "
                 "attributes or use float32"
+            )
+        if adjacency is None and not self.joined_neighbors_:
+            raise ValueError(
+                "adjacency must be the graph that was fitted, got None: labels of a graph are not those of "
+                "its attributes' neighbours"
             )
         A = slim(self._neighbours(X) if adjacency is None else check_adjacency(adjacency, X))
         Z = smoothed_rows(clone(self), X, A)

@@ -91,6 +91,8 @@ class S2CAG(AttributedGraphClusterer):
         Rows that are all zero (the graph places them).
     signed_ : bool
         There were attributes below 0.
+    joined_neighbors_ : bool
+        There was no adjacency, and rows were joined to their neighbours.
     precomputed_ : bool
     n_features_in_ : int
     """
@@ -168,7 +170,7 @@ class ModularityS2CAG(AttributedGraphClusterer):
         At ``resolution``, under the affinity of :math:`\hat Z`.
     singular_values_ : ndarray of shape (k,)
         Square roots of the eigenvalues, descending.
-    n_isolated_, n_components_, n_unattributed_, signed_, precomputed_
+    n_isolated_, n_components_, n_unattributed_, signed_, joined_neighbors_, precomputed_
         As in :class:`S2CAG`.
     """
 
