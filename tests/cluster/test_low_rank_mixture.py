@@ -22,6 +22,8 @@ from polyspan.cluster import (
     subspace_errors,
 )
 from polyspan.cluster._low_rank_fit import Rules, expectation_maximisation, many_k_subspaces, one_hot, weighted_parts
+from polyspan.cluster._low_rank_studies import mixture_profile, mixture_sufficiency
+from polyspan.cluster.points_plots import plot_subspaces
 from polyspan.data import planted_subspaces
 from polyspan.errors import CorruptFile, WrongContent
 from polyspan.linalg import clustering_accuracy, principal_angles
@@ -541,6 +543,24 @@ def test_pictures_are_the_same_bytes_for_the_same_numbers(tmp_path):
         plot_low_rank(tmp_path / "a.jpg", mixture=m)
     with pytest.raises(ValueError, match="one of mixture, profile and sufficiency must be given, got none"):
         plot_low_rank(tmp_path / "a.svg")
+
+
+def test_the_picture_of_clusters_shows_ranks_along_the_noise_and_agreement_of_halves(tmp_path):
+    world = planted_subspaces(0, n_per=60, d=12, k=2, n_subspaces=2, noise=0.01)
+    m = LowRankGaussianMixture(2, 2, random_state=0, n_init=2, center=False).fit(world.points)
+    profile = mixture_profile(m)
+    assert profile.intrinsic_dimension == 2
+    assert (profile.ranks[:, -1] == 2).all()
+    halves = mixture_sufficiency(m, world.points)
+    # Halves of all rows, fitted as the mixture was: each finds the planted subspaces.
+    assert halves.rows[-1] == 60
+    assert halves.agreement[-1] > 0.9 > halves.chance
+    assert mixture_sufficiency(m, world.points[:10]) is None
+    path = plot_subspaces(world.points, m.labels_, list(m.bases_), tmp_path / "a.svg", fitted=m)
+    assert "<!-- Least mean rank 2.0 -->" in path.read_text()
+    assert "<!-- Agreement of two halves -->" in path.read_text()
+    few_rows = plot_subspaces(world.points[:10], m.labels_[:10], list(m.bases_), tmp_path / "b.svg", fitted=m)
+    assert "<!-- Agreement of two halves -->" not in few_rows.read_text()
 
 
 @pytest.mark.parametrize(

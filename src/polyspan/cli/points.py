@@ -139,8 +139,8 @@ def points(
     report : Path
         Write the report as JSON here too.
     plot : Path
-        Draw embedding, affinity and angles between subspaces, and of a method that has them loss or variances (.svg,
-        .png or .pdf).
+        Draw embedding, affinity and angles between subspaces; of a method that has them losses; and of
+        diffusion-subspace variances, ranks by noise level and agreement of two halves (.svg, .png or .pdf).
     json : bool
         Print the report as JSON.
     """
@@ -347,7 +347,7 @@ def run_method(
     elif plot is not None:
         from polyspan.cluster.points_plots import plot_subspaces
 
-        plot_subspaces(rows, found, subspaces, plot, fitted=fitted)
+        plot_subspaces(rows, found, subspaces, plot, fitted=fitted, seed=seed, label="drawing")
     if report is not None:
         write_json(report, told)
     if json:

@@ -41,8 +41,8 @@ def plot_low_rank(
     path = picture_path(path)
     parts: tuple[tuple[Any, Any], ...] = (
         (draw_spectra, mixture),
-        (_draw_profile, profile),
-        (_draw_halves, sufficiency),
+        (draw_profile, profile),
+        (draw_halves, sufficiency),
     )
     given: list[tuple[Any, Any]] = [(draw, what) for draw, what in parts if what is not None]
     if not given:
@@ -67,7 +67,8 @@ def draw_spectra(axes: Any, mixture: Any) -> None:
         axes.legend(fontsize=7)
 
 
-def _draw_profile(axes: Any, profile: RankProfile) -> None:
+def draw_profile(axes: Any, profile: RankProfile) -> None:
+    """Draw the directions of the Jacobian by noise level, of each trajectory and on average."""
     axes.plot(profile.sigmas, profile.ranks.T, color="#a0aec0", linewidth=0.7)
     axes.plot(profile.sigmas, profile.ranks.mean(axis=0), color="#2f855a", label="mean rank")
     axes.axhline(profile.intrinsic_dimension, color="tab:red", linewidth=0.8, linestyle="--")
@@ -76,7 +77,8 @@ def _draw_profile(axes: Any, profile: RankProfile) -> None:
     axes.legend()
 
 
-def _draw_halves(axes: Any, found: Sufficiency) -> None:
+def draw_halves(axes: Any, found: Sufficiency) -> None:
+    """Draw how far subspaces of two halves agree, by the rows of a half."""
     repeats = np.repeat(found.per_dimension, found.trials.shape[1])
     axes.plot(repeats, found.trials.ravel(), ".", color="#a0aec0")
     axes.plot(found.per_dimension, found.agreement, color="#2f855a", label="mean of pairs")

@@ -12,13 +12,22 @@ from .plots import MAX_ROWS, _even, draw_angles, draw_points
 
 
 def plot_subspaces(
-    X: Any, labels: Any, bases: list[np.ndarray], path: Path | str, *, fitted: Any = None, history: Any = None
+    X: Any,
+    labels: Any,
+    bases: list[np.ndarray],
+    path: Path | str,
+    *,
+    fitted: Any = None,
+    history: Any = None,
+    seed: int = 0,
+    label: str = "",
 ) -> Path:
     """Draw a clustering of points: embedding by cluster, affinity in block order, angles between found subspaces.
 
-    Of many points an even sample is drawn: 5,000 in the embedding and 400 of the affinity at most. A mixture gets the
-    variances of its components as a further picture, and a method that learnt by steps its loss and the step where it
-    stopped.
+    Of many points an even sample is drawn: 5,000 in the embedding and 400 of the affinity at most. A mixture gets three
+    further pictures: variances of its components, ranks of its denoiser's Jacobian by noise level, and, where rows
+    suffice, agreement of subspaces of two halves of at most 4,000 rows, which are fitted for it. A method that learnt
+    by steps gets its loss and the step where it stopped.
 
     Parameters
     ----------
@@ -34,6 +43,10 @@ def plot_subspaces(
         of rows, and the rows.
     history : sequence of float or of mappings with "loss", and "stage" where there are several, optional
         Losses by step; left out, ``fitted.history_`` or ``fitted.loss_curve_`` if there is one.
+    seed : int
+        Of the noise and the halves of a mixture.
+    label : str
+        Shown with progress of the work for a mixture, on stderr; empty shows nothing.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -45,22 +58,33 @@ def plot_subspaces(
         raise ValueError(f"labels must have one entry a row of X {X.shape}, got shape {labels.shape}")
     losses = _losses(fitted, history)
     with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
-        mixture = hasattr(fitted, "spectra_")
-        n_panels = 3 + mixture + bool(len(losses))
+        more = _of_mixture(fitted, X, seed, label) if hasattr(fitted, "spectra_") else []
+        n_panels = 3 + len(more) + bool(len(losses))
         figure = Figure(figsize=(4.2 * n_panels, 3.8), layout="constrained", dpi=120)
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, n_panels)
         draw_points(axes[0], getattr(fitted, "embedding_", X), labels)
         _draw_affinity(figure, axes[1], X, labels, fitted)
         draw_angles(figure, axes[2], bases)
-        if mixture:
-            from .low_rank_plots import draw_spectra
-
-            draw_spectra(axes[3], fitted)
+        for axis, (draw, what) in zip(axes[3:], more, strict=False):
+            draw(axis, what)
         if len(losses):
             _draw_losses(axes[-1], losses)
         write_picture(figure, path, dpi=120)
     return path
+
+
+def _of_mixture(fitted: Any, X: np.ndarray, seed: int, label: str) -> list[tuple[Any, Any]]:
+    """Return what draws and what is drawn of a mixture."""
+    from ._low_rank_studies import mixture_profile, mixture_sufficiency
+    from .low_rank_plots import draw_halves, draw_profile, draw_spectra
+
+    parts = [
+        (draw_spectra, fitted),
+        (draw_profile, mixture_profile(fitted, seed=seed, label=label and f"{label}: ranks")),
+    ]
+    halves = mixture_sufficiency(fitted, X, seed=seed, label=label and f"{label}: halves")
+    return parts if halves is None else [*parts, (draw_halves, halves)]
 
 
 def _draw_affinity(figure: Any, axis: Any, X: np.ndarray, labels: np.ndarray, fitted: Any) -> None:
