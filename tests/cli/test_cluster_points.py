@@ -222,7 +222,7 @@ def test_warnings_are_told_once_and_kept(files, world, capsys):
         ({"n_clusters": 3, "option": ["random_state=7"]}, "--option must leave random_state to the command's own"),
         ({"n_clusters": 3, "memberships": Path("u.txt")}, r"--memberships must end in one of \.npy, .* got 'u.txt'"),
         ({"n_clusters": 3, "bases": Path("b.npy")}, r"--bases must end in one of \.safetensors, got 'b.npy'"),
-        ({"n_clusters": 3, "plot": Path("p.foo")}, r"path must end in \.svg"),
+        ({"n_clusters": 3, "plot": Path("p.foo")}, r"--plot must end in \.svg, \.png or \.pdf, got 'p\.foo'"),
         ({"n_clusters": 3, "out": Path("/none/l.csv")}, "--out must be a file in a folder that is there"),
     ],
 )

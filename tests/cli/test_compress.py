@@ -93,7 +93,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(base):
         compress(str(base / "base"), method="zip", **given)
     with pytest.raises(ValueError, match="--layer-ratio must be NAME=RATIO, got 'q_proj'"):
         compress(str(base / "base"), layer_ratio=["q_proj"], **given)
-    with pytest.raises(ValueError, match=r"path must end in .svg, .png or .pdf"):
+    with pytest.raises(ValueError, match=r"--plot must end in .svg, .png or .pdf"):
         compress(str(base / "base"), plot=base / "plot.gif", **given)
     with pytest.raises(UnreadableFile, match="found nothing"):
         compress(str(base / "none"), **given)

@@ -78,7 +78,7 @@ def test_dropped_experts_are_shown_as_such(files, tmp_path, capsys):
 def test_a_plot_of_another_kind_or_of_nothing_is_an_error(files, tmp_path):
     from polyspan.checkpoints import ExpertMerger, plot_expert_merge
 
-    with pytest.raises(ValueError, match=r"path must end in .svg, .png or .pdf, got .*x.gif"):
+    with pytest.raises(ValueError, match=r"--plot must end in .svg, .png or .pdf, got .*x.gif"):
         compress(files, tmp_path / "out", plot=tmp_path / "x.gif")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="found must be fitted, got an ExpertMerger without groups"):

@@ -140,7 +140,7 @@ def test_members_are_named_and_pictures_have_equal_bytes(files, world):
         ({"components": "41"}, "n_components must be between 1 and 40"),
         ({"held_out": 1.0}, "--held-out must be at least 0 and below 1, got 1.0"),
         ({"held_out": 0.001}, "--held-out must hold back at least 2 of 600 anchors, got 0.001"),
-        ({"plot": "x.txt"}, "path must end in .svg, .png or .pdf, got x.txt"),
+        ({"plot": "x.txt"}, "--plot must end in .svg, .png or .pdf, got 'x.txt'"),
         ({"plot": "x.svg", "held_out": 0.0}, "--plot must go with --held-out above 0"),
         ({"reg": -1.0}, "reg must be finite and at least 0, got -1.0"),
     ],

@@ -46,7 +46,7 @@ def test_the_picture_is_drawn_twice_alike_and_another_kind_is_told_first(feature
     for name in ("a", "b"):
         fit(features, out=tmp_path / f"{name}.safetensors", method=method, plot=tmp_path / f"{name}.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    with pytest.raises(ValueError, match=r"path must end in .svg, .png or .pdf, got .*c.gif"):
+    with pytest.raises(ValueError, match=r"--plot must end in .svg, .png or .pdf, got .c.gif"):
         fit(features, out=tmp_path / "c.safetensors", method=method, plot=tmp_path / "c.gif")
     assert not (tmp_path / "c.safetensors").exists()
 

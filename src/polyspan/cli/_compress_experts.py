@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ._output import say, show_json, show_table
+from ._places import check_picture
 
 
 def compress_experts(
@@ -48,10 +49,9 @@ def compress_experts(
     """
     from polyspan.checkpoints import merge_expert_checkpoint, plot_expert_merge
     from polyspan.checkpoints.expert_files import report_json
-    from polyspan.io import picture_path
 
     if plot is not None:
-        picture_path(plot)
+        check_picture(plot)
     found = merge_expert_checkpoint(
         model, out, calibration=calibration, evaluation=evaluation, experts=experts, keep_ratio=keep_ratio,
         preset=preset, export=export, compare=compare, length=length, samples=samples, batch_size=batch_size,

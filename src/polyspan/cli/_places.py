@@ -7,14 +7,22 @@ PLACES: dict[str, tuple[str, ...]] = dict.fromkeys(("memberships", "embedding"),
 PLACES |= dict.fromkeys(("bases", "save", "checkpoint"), (".safetensors",))
 
 
+def check_picture(plot: Path) -> None:
+    """Refuse a picture that could not be drawn, in the words of the command."""
+    from polyspan.io import picture_path
+
+    try:
+        picture_path(plot)
+    except ValueError:
+        raise ValueError(f"--plot must end in .svg, .png or .pdf, got {plot.name!r}") from None
+
+
 def check_places(plot: Path | None = None, *, read: tuple[Path | None, ...] = (), **places: Path | None) -> None:
     """Refuse before any work what could not be written after it, and what would replace a file that is read."""
     import os
 
-    from polyspan.io import picture_path
-
     if plot is not None:
-        picture_path(plot)
+        check_picture(plot)
     taken: dict[Path, str] = {path.resolve(): "a file that is read" for path in read if path is not None}
     for name, path in {"plot": plot, **places}.items():
         if path is None:

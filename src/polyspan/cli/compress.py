@@ -7,6 +7,7 @@ from typing import Annotated, Any, NamedTuple
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
+from ._places import check_picture
 
 HELD_OUT = 10
 MOST_CONTEXT, MOST_EXPERT_CONTEXT = 1024, 2048
@@ -209,10 +210,9 @@ def compress_layers(request: Request) -> None:
     from polyspan.checkpoints.compress_files import COMPARED, compress_checkpoint, report_json
     from polyspan.checkpoints.compression_plots import plot_compression
     from polyspan.errors import WrongContent
-    from polyspan.io import picture_path
 
     if request.plot is not None:
-        picture_path(request.plot)
+        check_picture(request.plot)
     folder = local_checkpoint(request.model)
     kind = check_model(folder)
     calibration: Any = request.calib
