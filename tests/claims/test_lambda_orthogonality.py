@@ -25,7 +25,7 @@ from polyspan.claims.lambda_orthogonality import (
 NEEDS_DATA = pytest.mark.skipif(
     not Path(os.environ.get("POLYSPAN_DATA", "/nowhere")).is_dir(), reason="POLYSPAN_DATA holds no data"
 )
-OTHERS = ("rotation", "soft rotation", "affine", "halfway")
+OTHERS = ("rotation", "soft rotation", "SRIP", "affine", "halfway")
 
 
 @cache
