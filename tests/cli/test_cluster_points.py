@@ -151,6 +151,22 @@ def test_matlab_keeps_classes_in_a_column_and_a_matrix_is_none(world, tmp_path, 
         points(tmp_path / "w.mat", member="fea", label_member="pair")
 
 
+def test_arrays_of_usual_names_need_not_be_named_and_are_told(world, tmp_path, capsys):
+    scipy.io.savemat(tmp_path / "w.mat", {"fea": world.points, "gnd": world.labels[:, None]})
+    points(tmp_path / "w.mat", method="tsc", json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["scores"]["accuracy"] == 1.0
+    assert told["reading"] == ["rows are fea of shape (90, 15), labels beside them are gnd"]
+    write_array(tmp_path / "other.npy", np.zeros(90, dtype=int))
+    points(tmp_path / "w.mat", method="tsc", n_clusters=3, labels=tmp_path / "other.npy", json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["scores"]["accuracy"] < 0.5
+    assert told["reading"] == []
+    write_members(tmp_path / "two.npz", {"rows": world.points, "more": world.points})
+    with pytest.raises(WrongContent, match="found 2 arrays: more, rows; expected one that a member option names"):
+        points(tmp_path / "two.npz", n_clusters=3)
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 def test_ids_and_classes_of_a_text_table_are_no_features(world, tmp_path, suffix, capsys):
     mark, source = "," if suffix == ".csv" else "\t", tmp_path / f"t{suffix}"

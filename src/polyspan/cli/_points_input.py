@@ -1,18 +1,31 @@
 """Rows, ids and true classes of ``polyspan cluster points``, from any kind of file."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TEXT_BYTES = 2**30
 
 
-def read_rows(source: Path, labels: Path | None, member, label_member, column, label_column) -> tuple[Any, Any, Any]:
-    """Return rows (n, d), their ids and their true classes; the last two may be None."""
+MEMBERS = (".npz", ".mat", ".safetensors")
+
+
+class Rows(NamedTuple):
+    """Rows (n, d), their ids and true classes, or None; and a sentence for what was taken by its usual name."""
+
+    X: Any
+    ids: Any
+    truth: Any
+    reading: list[str]
+
+
+def read_rows(source: Path, labels: Path | None, member, label_member, column, label_column) -> Rows:
+    """Return rows of any kind of file, with what stands beside them."""
     import numpy as np
 
-    from polyspan.io import EmbeddingReader, as_vector, read_array, read_labels, read_members
+    from polyspan.io import EmbeddingReader, as_vector, read_array, read_labelled, read_labels, read_members
 
     ids = truth = None
+    reading = []
     tables, texts = (".parquet", ".arrow", ".feather"), (".csv", ".tsv")
     kinds = {
         "--member": (member, source.suffix not in (*tables, *texts)),
@@ -34,6 +47,14 @@ def read_rows(source: Path, labels: Path | None, member, label_member, column, l
             batches = EmbeddingReader(source, column=column, id_column=label_column).batches()
             truth = np.concatenate([np.asarray(batch.ids) for batch in batches])
     else:
+        if source.suffix in MEMBERS and member is None:
+            found = read_labelled(source, label_member=label_member)
+            member = found.name
+            if label_member is None and labels is None and found.label_name is not None:
+                truth = found.labels
+                reading.append(
+                    f"rows are {member} of shape {found.array.shape}, labels beside them are {found.label_name}"
+                )
         X = read_array(source, member=member)
         if label_member is not None:
             truth = as_vector(source, read_members(source, [label_member])[label_member], f"member {label_member}")
@@ -42,7 +63,7 @@ def read_rows(source: Path, labels: Path | None, member, label_member, column, l
     if truth is not None and len(truth) != len(X):
         turned = "; is the file of rows transposed?" if len(truth) == X.shape[1] else ""
         raise ValueError(f"there must be one label a row, got {len(X)} rows and {len(truth)} labels{turned}")
-    return X, ids, truth
+    return Rows(X, ids, truth, reading)
 
 
 def _read_text_table(source: Path, label_column: str | None) -> tuple[Any, Any, Any]:

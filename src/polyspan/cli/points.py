@@ -106,9 +106,11 @@ def points(
         True classes, to score against (.npy, or .csv with a column label, in the order of the rows or with ids). They
         are not used in clustering.
     member : str
-        Which array of an .npz, .safetensors or .mat file holds the rows.
+        Which array of an .npz, .safetensors or .mat file holds the rows; left out, the only one, or fea, features, X,
+        images or data.
     label_member : str
-        Which array of the same file holds true classes.
+        Which array of the same file holds true classes; left out, gnd, Label, Labels, labels, label or y, if one of
+        them is there and the rows are not named.
     column : str
         Which list column of a table holds the rows.
     label_column : str
@@ -147,13 +149,13 @@ def points(
     check_names(method, METHODS, out, seeds, seed=seed, dim=dim)
     places = {"out": out, "memberships": memberships, "bases": bases, "report": report}
     check_places(plot, read=(source, labels), **places)
-    X, ids, truth = read_rows(source, labels, member, label_member, column, label_column)
+    found = read_rows(source, labels, member, label_member, column, label_column)
     run_method(
-        X,
-        ids,
-        truth,
+        found.X,
+        found.ids,
+        found.truth,
         method=method,
-        n_clusters=count_clusters(n_clusters, truth, X),
+        n_clusters=count_clusters(n_clusters, found.truth, found.X),
         normalize=normalize,
         pca=pca,
         dim=dim,
@@ -168,6 +170,7 @@ def points(
         report=report,
         plot=plot,
         json=json,
+        reading=found.reading,
     )
 
 
