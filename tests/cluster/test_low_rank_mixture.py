@@ -556,6 +556,8 @@ def test_the_picture_of_clusters_shows_ranks_along_the_noise_and_agreement_of_ha
     assert halves.rows[-1] == 60
     assert halves.agreement[-1] > 0.9 > halves.chance
     assert mixture_sufficiency(m, world.points[:10]) is None
+    # Warnings are errors here: the mean, of which the fit has warned, is not told again at every half.
+    mixture_sufficiency(m, world.points + 1)
     path = plot_subspaces(world.points, m.labels_, list(m.bases_), tmp_path / "a.svg", fitted=m)
     assert "<!-- Least mean rank 2.0 -->" in path.read_text()
     assert "<!-- Agreement of two halves -->" in path.read_text()

@@ -1,5 +1,6 @@
 """What a picture of a fitted mixture shows beside its spectra: ranks along the noise, and agreement of two halves."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -58,4 +59,7 @@ def mixture_sufficiency(mixture: Any, X: np.ndarray, *, seed: int = 0, label: st
         return None
     sizes = np.unique(np.geomspace(least, most, N_SIZES).round().astype(int)).tolist()
     options = {"center": mixture.center, "random_state": rng, "label": label}
-    return sample_sufficiency(drawn, rank, K, sizes=sizes, n_repeats=3, **options)
+    with warnings.catch_warnings():
+        # The fit that is pictured has said so.
+        warnings.filterwarnings("ignore", message="the mean of X holds")
+        return sample_sufficiency(drawn, rank, K, sizes=sizes, n_repeats=3, **options)
