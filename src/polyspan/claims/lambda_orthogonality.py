@@ -291,7 +291,8 @@ CLAIM = Claim(
         "LSA as the old encoder (0.713; rotation 0.708, affine map 0.706, halfway 0.713). On MNIST the affine map "
         "loses only 0.01 elsewhere, and is the best (0.788 against 0.777). Soft orthogonality ends within 0.006 of "
         "the strict rotation in all of them. What holds everywhere is the order: a larger threshold is better here and "
-        "mostly worse elsewhere. Neither threshold nor average was tuned. FCT and FastFill leave the new model as it "
+        "mostly worse elsewhere. SRIP lies between soft orthogonality and the threshold in all of them. Neither "
+        "threshold nor average was tuned. FCT and FastFill leave the new model as it "
         "is and lift the gallery by networks of millions of weights, which are too slow for this trial: "
         "ForwardCompatibleMap and FastFillMap."
     ),
