@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.special import logsumexp
+from sklearn.base import clone
+from sklearn.model_selection import ParameterGrid
+from sklearn.preprocessing import normalize
 
 from polyspan.align import InverseGraphConvolution, hubness
 from polyspan.claims import measure, measure_claim
@@ -14,12 +17,10 @@ from polyspan.claims.invgc import (
     FULL_RATES,
     GRIDS,
     LOCAL_RATES,
+    NONE,
     Banks,
-    Scene,
-    csls,
-    dynamic_inverted_softmax,
+    allowed,
     first_hits,
-    inverted_softmax,
     on_articles,
     on_digits,
     on_questions,
@@ -39,11 +40,12 @@ def on(world):
     return measure(CLAIM, world, seeds=5)
 
 
-def test_both_arms_try_as_many_settings():
+def test_both_arms_try_as_many_settings_and_the_baseline_none_besides():
     tried = len(FULL_RATES) ** 2 + len(LOCAL_RATES) ** 2 * len(GRIDS["local"][1])
-    assert tried == sum(map(len, FAMILIES.values())) == 68
+    assert tried == sum(len(ParameterGrid(grid)) for _, grid in FAMILIES.values()) == 68
     assert "68" in CLAIM.method
-    assert "68" in CLAIM.baseline
+    assert tried + sum(len(ParameterGrid(none)) for none in NONE.values()) == 74
+    assert "74" in CLAIM.baseline
 
 
 @pytest.mark.slow
@@ -74,24 +76,63 @@ def test_on_real_images_a_softmax_normaliser_is_stronger():
     assert data.gallery.shape == data.queries.shape == (250, 128)
 
 
-def test_normalisers_equal_their_formulas():
-    rng = np.random.default_rng(0)
-    G, Q, BG, BQ = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in rng.normal(size=(4, 30, 4)))
-    scene = Scene.of(G, Q, BG, BQ)
-    s, b = Q @ G.T, BQ @ G.T
-    soft = np.exp(7 * s) / np.exp(7 * b).sum(axis=0)
-    np.testing.assert_allclose(np.exp(inverted_softmax(scene, beta=7.0)), soft, rtol=1e-10)
-    dual = soft * np.exp(3 * s) / np.exp(3 * (BG @ G.T)).sum(axis=0)
-    np.testing.assert_allclose(np.exp(inverted_softmax(scene, beta=7.0, dual=3.0)), dual, rtol=1e-10)
-    np.testing.assert_allclose(
-        inverted_softmax(scene, beta=1e4), 1e4 * s - logsumexp(1e4 * b, axis=0), rtol=1e-9, atol=1e-6
+def literal(data, name, setting):
+    """Scores of all pairs by the published formulas, and not by the library's corrections."""
+    s, from_queries, from_gallery = (
+        rows @ data.gallery.T for rows in (data.queries, data.bank_queries, data.bank_gallery)
     )
-    np.testing.assert_allclose(csls(scene, k=3), 2 * s - np.sort(b, axis=0)[-3:].mean(axis=0))
-    dynamic = dynamic_inverted_softmax(scene, beta=7.0)
-    for i, row in enumerate(s):
-        assert np.allclose(np.exp(dynamic[i]), soft[i]) == (row.argmax() in set(b.argmax(axis=1)))
+    if name in ("centring", "all but the top"):
+        top = setting.get("n_components", 0)
+        sides = [(data.gallery, data.bank_gallery), (data.queries, data.bank_queries)]
+        made = []
+        for rows, bank in sides:
+            V = np.linalg.svd(bank - bank.mean(axis=0))[2][:top]
+            centred = rows - bank.mean(axis=0)
+            made.append(normalize(centred - centred @ V.T @ V))
+        return (made[1] if setting["sides"] == "both" else data.queries) @ made[0].T
+    if name == "CSLS":
+        return 2 * s - np.sort(from_queries, axis=0)[-setting["n_neighbors"] :].mean(axis=0)
+    if name == "dual-bank softmax":
+        betas = setting["beta_query"], setting["beta_gallery"]
+        return sum(
+            beta * s - logsumexp(beta * b, axis=0) for beta, b in zip(betas, (from_queries, from_gallery), strict=True)
+        )
+    soft = setting["beta"] * s - logsumexp(setting["beta"] * from_queries, axis=0)
+    if name == "inverted softmax":
+        return soft
+    return np.where(np.isin(s.argmax(axis=1), from_queries.argmax(axis=1))[:, None], soft, s)
+
+
+def test_every_arm_is_what_its_published_formula_gives_under_the_setting_that_tuning_chose():
+    data = planted(0, n=80)
+    unit = Banks(*map(normalize, data))
+    arms = trial(data, 0)
+    for name, (estimator, grid) in FAMILIES.items():
+        fitted = clone(estimator).fit(unit.bank_gallery, queries=unit.bank_queries)
+        settings = [NONE[name], *allowed(fitted, grid)]
+        choice = fitted.tune(unit.tune_gallery, unit.tune_queries, grid=settings)
+        assert len(choice.table) == 1 + len(ParameterGrid(grid))
+        best = max(
+            first_hits(literal(unit._replace(gallery=unit.tune_gallery, queries=unit.tune_queries), name, setting))
+            for setting in ParameterGrid(grid)
+        )
+        none = first_hits(unit.tune_queries @ unit.tune_gallery.T)
+        assert choice.score == max(best, none)
+        off = choice.params == dict.fromkeys(NONE[name])
+        expected = unit.queries @ unit.gallery.T if off else literal(unit, name, choice.params)
+        assert arms[name] == first_hits(expected)
     assert first_hits(np.eye(4)) == 1.0
     assert first_hits(np.ones((4, 4))) == 0.0
+
+
+def test_banks_that_are_too_small_for_some_settings_leave_them_out():
+    data = Banks(*(part[:, :8] for part in planted(0, n=40)))
+    small = data._replace(bank_gallery=data.bank_gallery[:60], bank_queries=data.bank_queries[:30])
+    fitted = clone(FAMILIES["CSLS"][0]).fit(small.bank_gallery, queries=small.bank_queries)
+    assert max(allowed(fitted, FAMILIES["CSLS"][1])[0]["n_neighbors"]) == 30
+    fitted = clone(FAMILIES["all but the top"][0]).fit(small.bank_gallery, queries=small.bank_queries[:4])
+    assert allowed(fitted, FAMILIES["all but the top"][1])[0]["n_components"] == [1, 2, 3]
+    assert trial(data, 0)["no correction"] > 0
 
 
 def test_banks_at_random_leave_the_gallery_almost_as_it_is():

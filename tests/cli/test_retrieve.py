@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from polyspan.align import InverseGraphConvolution, hubness
+from polyspan.align.retrieval_report import compare_corrections, default_corrections
 from polyspan.claims.invgc import planted
 from polyspan.cli.retrieve import debias
+from polyspan.errors import WrongContent
 from polyspan.io import EmbeddingReader, read_array, write_array, write_members
 
 
@@ -142,14 +144,114 @@ def test_pictures_have_equal_bytes_for_equal_input(files):
     assert (files / "three.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_all_corrections_are_compared_on_queries_that_did_not_tune_them(tmp_path, world, capsys):
+    few = type(world)(*(part[:90] for part in world))
+    for name, rows in few._asdict().items():
+        write_array(tmp_path / f"{name}.npy", rows)
+    given = {**banks(tmp_path), **tuning(tmp_path), "mean": "none", "compare": True, "seed": 3, "k": 7}
+    debias(tmp_path / "gallery.npy", out=tmp_path / "out.npy", **given, plot=tmp_path / "all.svg")
+    told = json.loads((tmp_path / "out.npy.debias.json").read_text())
+    rows = compare_corrections(
+        few.bank_gallery,
+        few.bank_queries,
+        few.tune_gallery,
+        few.tune_queries,
+        corrections=default_corrections(90, 90, mean=None),
+        hub_k=7,
+        random_state=3,
+    )
+    assert [row["correction"] for row in told["compared"]] == [row.name for row in rows]
+    for mine, row in zip(told["compared"], rows, strict=True):
+        assert [mine[f"recall@{k}"] for k in (1, 5, 10)] == list(row.report.recall.values())
+        assert mine["skewness"] == row.report.hubness.skewness
+        assert mine["setting"] == row.params
+        assert mine["n_queries"] == 45
+        assert mine["seconds"] > 0
+    assert told["tuning"]["settings"] == 64
+    assert b"dynamic inverted softmax" in (tmp_path / "all.svg").read_bytes()
+    shown = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    table = shown[next(i for i, line in enumerate(shown) if line[0] == "correction") :]
+    assert table[0][3:] == ["recall@1", "recall@5", "recall@10", "skewness", "seconds", "MiB"]
+    assert [line[3] for line in table[1:]] == [f"{row.report.recall[1]:.4f}" for row in rows]
+    assert table[1][:3] == ["no correction", "nothing", "-"]
+
+
+def test_several_right_rows_a_query_are_read_from_a_file(files, world, capsys):
+    # Queries in another order than the items, each with its item and the one after it.
+    order = np.random.default_rng(0).permutation(250)[:100]
+    answers = np.stack([order, (order + 1) % 250], axis=1)
+    write_array(files / "asking.npy", world.tune_queries[order])
+    write_array(files / "answers.npy", answers)
+    given = {**banks(files), "tune_gallery": files / "tune_gallery.npy", "tune_queries": files / "asking.npy"}
+    debias(files / "gallery.npy", out=files / "out.npy", **given, tune_answers=files / "answers.npy", json=True)
+    told = json.loads(capsys.readouterr().out)
+    fitted = InverseGraphConvolution().fit(world.bank_gallery, queries=world.bank_queries)
+    choice = fitted.tune(world.tune_gallery, world.tune_queries[order], answers)
+    assert told["tuning"]["recall@1"] == choice.score
+    assert (told["rate_gallery"], told["rate_query"]) == choice[:2]
+    write_array(files / "beyond.npy", answers + 250)
+    write_array(files / "halves.npy", answers / 2)
+    write_array(files / "short.npy", answers[:50])
+    for name, message in (
+        (None, "--tune-queries must hold 250 rows like --tune-gallery, or go with --tune-answers, got 100"),
+        ("beyond.npy", "--tune-answers must hold rows of --tune-gallery, 0 to 249, or -1, got 25"),
+        ("short.npy", r"--tune-answers must hold 100 rows, one a query, got shape \(50, 2\)"),
+        ("halves.npy", "whole"),
+    ):
+        with pytest.raises((ValueError, WrongContent), match=message):
+            debias(
+                files / "gallery.npy",
+                out=files / "no.npy",
+                **given,
+                tune_answers=None if name is None else files / name,
+            )
+    write_array(files / "wide.npy", np.ones((100, 3), dtype=np.float32))
+    with pytest.raises(
+        ValueError, match=r"--tune-queries must have 48 components like the banks, got 3 in .*wide\.npy"
+    ):
+        debias(files / "gallery.npy", out=files / "no.npy", **given | {"tune_queries": files / "wide.npy"})
+    assert not (files / "no.npy").exists()
+
+
+def test_without_a_comparison_the_report_has_none(files, capsys):
+    debias(files / "gallery.npy", out=files / "out.npy", **banks(files), json=True)
+    assert "compared" not in json.loads(capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"adjacency": "local", "bank_gallery": None}, "--bank-gallery must be given for --adjacency local"),
         ({"tune_gallery": "tune_gallery.npy"}, "must be given together"),
+        ({"tune_answers": "queries.npy"}, "--tune-answers must go with --tune-gallery and --tune-queries, got neither"),
         ({"sample": 0}, "--sample must be at least 1, got 0"),
-        ({"plot": "x.txt"}, "path must end in .svg, .png or .pdf, got .*x.txt"),
+        ({"plot": "x.txt"}, "--plot must end in .svg, .png or .pdf, got 'x.txt'"),
         ({"rate_query": -1.0}, "rate_query must be at least 0"),
+        ({"pool_share": 0.1}, "--pool-share must go with --adjacency local, got 0.1 with --adjacency full"),
+        ({"pool_share": 0.01}, "--pool-share must go with --adjacency local, got 0.01 with --adjacency full"),
+        ({"adjacency": "local", "mean": "bank"}, "--mean must go with --adjacency full, got bank with"),
+        (
+            {"bank_queries": None, "rate_query": 1.0},
+            "--rate-query must go with --bank-queries, got 1 and no bank of queries",
+        ),
+        (
+            {"tune_gallery": "tune_gallery.npy", "tune_queries": "tune_queries.npy", "rate_gallery": 0.5},
+            "--rate-gallery must be left out with --tune-gallery, which chooses it, got 0.5",
+        ),
+        (
+            {"tune_gallery": "tune_gallery.npy", "tune_queries": "tune_queries.npy", "rate_query": 0.0},
+            "--rate-query must be left out with --tune-gallery, which chooses it, got 0",
+        ),
+        ({"compare": True}, "--compare must go with .*, got no --tune-gallery and no --tune-queries"),
+        (
+            {
+                "compare": True,
+                "bank_queries": None,
+                "tune_gallery": "tune_gallery.npy",
+                "tune_queries": "tune_queries.npy",
+            },
+            "--compare must go with .*, got no --bank-queries",
+        ),
     ],
 )
 def test_wrong_use_is_said_and_nothing_is_written(files, options, message):

@@ -55,8 +55,12 @@ def hubness(queries: Any, gallery: Any, k: int = 10, *, metric: str = "cosine", 
             raise ValueError(
                 f"exclude must be {len(queries)} whole numbers, one a query, got shape {exclude.shape}, {exclude.dtype}"
             )
-    found = np.asarray(top_k(queries, gallery, k, metric=metric, exclude=exclude).indices)
-    counts = np.bincount(found.ravel(), minlength=gallery.shape[0])
+    return count_hubs(np.asarray(top_k(queries, gallery, k, metric=metric, exclude=exclude).indices), gallery.shape[0])
+
+
+def count_hubs(found: np.ndarray, n: int) -> Hubness:
+    """Measure how unevenly lists (m, k) return the n rows of a gallery."""
+    counts = np.bincount(found.ravel(), minlength=n)
     centred = counts - counts.mean()
     spread = float(np.mean(centred**2))
     skewness = float(np.mean(centred**3)) / spread**1.5 if spread > 0 else 0.0
@@ -118,6 +122,46 @@ def _checked_rows(X: Any, name: str) -> np.ndarray:
     if not some.all():
         raise ValueError(f"{name} must have no all-zero row, got one at row {int(np.argmin(some))}")
     return found
+
+
+def checked_relevant(relevant: Any, n_queries: int, n_gallery: int) -> np.ndarray:
+    """Return the gallery rows that answer each query, (m, r) whole numbers, -1 where a query has fewer than r."""
+    if relevant is None and n_queries != n_gallery:
+        raise ValueError(f"relevant must be given for {n_queries} queries and {n_gallery} gallery rows")
+    right = np.arange(n_queries) if relevant is None else np.asarray(relevant)
+    right = right.reshape(len(right), -1)
+    if len(right) != n_queries:
+        raise ValueError(f"relevant must have one row a query ({n_queries}), got {len(right)}")
+    if right.dtype.kind not in "iu" or right.min() < -1 or right.max() >= n_gallery:
+        raise ValueError(
+            f"relevant must hold rows of the gallery, 0..{n_gallery - 1}, or -1, got {right.dtype} from "
+            f"{right.min()} to {right.max()}"
+        )
+    return right
+
+
+def share_of_hits(found: Any, right: np.ndarray) -> float:
+    """Share of queries with any of their right rows (m, r) among those found (m, k): in [0, 1]."""
+    return float(np.mean((np.asarray(found)[:, :, None] == right[:, None, :]).any(axis=(1, 2))))
+
+
+def unit_rows(
+    X: np.ndarray, name: str, first: int = 0, *, made: bool = False, advice: str = "take a smaller rate"
+) -> np.ndarray:
+    """Return rows of length 1; those that have it up to rounding are left bit for bit.
+
+    ``made`` rows are what a correction leaves of unit rows: of length 0 up to rounding, they have no direction, and the
+    error gives ``advice``. ``first`` is the place of the first row among those of ``name``.
+    """
+    eps = np.finfo(X.dtype).eps
+    scaled, norms = scale_rows(X, slack=8 * float(eps))
+    gone = norms[:, 0] <= (64 * eps if made else 0)
+    if gone.any():
+        row = first + int(np.argmax(gone))
+        if made:
+            raise ValueError(f"{name} must leave something of every row, got nothing at row {row}; {advice}")
+        raise ValueError(f"{name} must have no all-zero row when normalize=True, got one at row {row}")
+    return scaled
 
 
 def mean_row(X: np.ndarray, block_rows: int, *, unit: bool = True) -> np.ndarray:

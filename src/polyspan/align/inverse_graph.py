@@ -13,10 +13,19 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from polyspan.io import load_fitted, save_fitted
-from polyspan.linalg import PairedMoments, top_k
+from polyspan.linalg import Neighbours, PairedMoments, top_k
 
-from ._checks import check_count, check_kind, check_squares, scale_rows
-from ._hubness import FLOATS, Hubness, hubness, mean_pairwise_cosine, mean_row
+from ._checks import check_count, check_kind, check_squares
+from ._hubness import (
+    FLOATS,
+    Hubness,
+    checked_relevant,
+    hubness,
+    mean_pairwise_cosine,
+    mean_row,
+    share_of_hits,
+    unit_rows,
+)
 
 __all__ = [
     "Hubness",
@@ -76,7 +85,8 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
     rates then destroy the ranking. Rates that move the mean (local, or without s₀) matter sharply: over an eigenvalue
     λ of :math:`B^\top B/N` a rate of 1/λ removes its direction and 2/λ reflects it; averaged with a rate of 0 for the
     other bank, 2/λ removes it too, and rates between may do harm. So choose both by :meth:`tune`, with 0 in the grid.
-    Score normalisers that use the same query bank are often stronger, if the scores of a search can be changed.
+    Score normalisers that use the same query bank (:class:`QueryBankNormalization`, :class:`CSLS`) are often stronger,
+    if the scores of a search can be changed; :func:`compare_corrections` says it of your vectors.
 
     Source: catalogue entry ``invgc``.
 
@@ -268,6 +278,20 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             out[rows] = self._combine(U, pushes, self._rates(), start)
         return out
 
+    def retrieve(self, queries, gallery, k: int) -> Neighbours:
+        """Find the k best rows of the corrected ``gallery`` (n, d) for each of ``queries`` (m, d), which stay.
+
+        Scores are cosines, or inner products without ``normalize``; no matrix of all pairs is made.
+
+        Raises
+        ------
+        ValueError
+            As in :meth:`transform`, or k is out of range.
+        """
+        made = self.transform(gallery)
+        queries = check_array(queries, dtype=FLOATS, input_name="queries")
+        return top_k(self._unit(queries, "queries"), made, k, metric="cosine" if self.normalize else "dot")
+
     def tune(
         self,
         gallery,
@@ -309,17 +333,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             raise ValueError(f"rates must hold 0, which is no correction, got {list(rates)}")
         gallery = validate_data(self, gallery, reset=False, dtype=FLOATS)
         queries = check_array(queries, dtype=FLOATS, input_name="queries")
-        if relevant is None and len(queries) != len(gallery):
-            raise ValueError(f"relevant must be given for {len(queries)} queries and {len(gallery)} gallery rows")
-        right = np.arange(len(queries)) if relevant is None else np.asarray(relevant)
-        right = right.reshape(len(right), -1)
-        if len(right) != len(queries):
-            raise ValueError(f"relevant must have one row a query ({len(queries)}), got {len(right)}")
-        if right.dtype.kind not in "iu" or right.min() < -1 or right.max() >= len(gallery):
-            raise ValueError(
-                f"relevant must hold rows of the gallery, 0..{len(gallery) - 1}, or -1, got {right.dtype} from "
-                f"{right.min()} to {right.max()}"
-            )
+        right = checked_relevant(relevant, len(queries), len(gallery))
         local = self.adjacency == "local"
         shares = (pool_shares or (self.pool_share,)) if local else (self.pool_share,)
         U, offsets = self._unit(gallery, "gallery"), self._mean_similarities(gallery, None)
@@ -333,7 +347,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
                     chosen = {"gallery": rate_gallery, "query": rate_query}
                     made = self._combine(U, pushes, {side: chosen[side] for side in sides}, 0)
                     found = top_k(seen, made, k, metric="cosine" if self.normalize else "dot").indices
-                    score = float(np.mean((found[:, :, None] == right[:, None, :]).any(axis=(1, 2))))
+                    score = share_of_hits(found, right)
                     table.append(RateScore(float(rate_gallery), float(rate_query), share if local else None, score))
         table.sort(key=lambda row: (-row.score, abs(row.rate_gallery) + abs(row.rate_query)))
         best = table[0]
@@ -501,18 +515,7 @@ class InverseGraphConvolution(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         """
         if not self.normalize:
             return X
-        eps = np.finfo(X.dtype).eps
-        scaled, norms = scale_rows(X, slack=8 * float(eps))
-        gone = norms[:, 0] <= (64 * eps if made else 0)
-        if gone.any():
-            row = first + int(np.argmax(gone))
-            if made:
-                raise ValueError(
-                    f"{name} must leave something of every row, got nothing at row {row}; take a smaller rate, or give "
-                    "own= for items of the bank"
-                )
-            raise ValueError(f"{name} must have no all-zero row when normalize=True, got one at row {row}")
-        return scaled
+        return unit_rows(X, name, first, made=made, advice="take a smaller rate, or give own= for items of the bank")
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

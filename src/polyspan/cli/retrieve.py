@@ -17,13 +17,14 @@ def debias(
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
     bank_gallery: Path | None = None,
     bank_queries: Path | None = None,
-    rate_gallery: float = 1.0,
-    rate_query: float = 1.0,
+    rate_gallery: float | None = None,
+    rate_query: float | None = None,
     adjacency: Literal["full", "local"] = "full",
-    pool_share: float = 0.01,
-    mean: Literal["bank", "gallery", "none"] = "bank",
+    pool_share: float | None = None,
+    mean: Literal["bank", "gallery", "none"] | None = None,
     tune_gallery: Path | None = None,
     tune_queries: Path | None = None,
+    tune_answers: Path | None = None,
     queries: Path | None = None,
     k: int = 10,
     sample: int = 1000,
@@ -34,6 +35,7 @@ def debias(
     seed: int = 0,
     save: Path | None = None,
     again: Annotated[bool, Parameter(negative="")] = False,
+    compare: Annotated[bool, Parameter(negative="")] = False,
     plot: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -53,19 +55,23 @@ def debias(
     bank_queries : Path
         Vectors of past queries. Without them the step from the gallery's bank stands alone.
     rate_gallery : float
-        How far vectors are pushed off the gallery's bank; 0 leaves them.
+        How far vectors are pushed off the gallery's bank; 0 leaves them. 1 where left out and not tuned.
     rate_query : float
-        How far they are pushed off the bank of queries.
+        How far they are pushed off the bank of queries. 1 where left out and not tuned.
     adjacency : {"full", "local"}
         Whether the whole bank pushes, or only each vector's nearest rows of it.
     pool_share : float
-        For local: the share of the bank that pushes.
+        For local: the share of the bank that pushes, 0.01 where left out.
     mean : {"bank", "gallery", "none"}
-        Mean similarity that the full step leaves in place: of the banks, of this gallery, or none.
+        For full: the mean similarity that the step leaves in place, of the banks (where left out), of this gallery, or
+        none.
     tune_gallery : Path
         Validation items, not those you will test on: the rates that find most pairs are taken.
     tune_queries : Path
-        Queries whose answer is the same row of --tune-gallery.
+        Queries whose answer is the same row of --tune-gallery, or what --tune-answers says.
+    tune_answers : Path
+        For each of them the row of --tune-gallery that answers it, from 0, or several rows, -1 where there are fewer:
+        an image's captions, for instance.
     queries : Path
         Queries to measure hubness with; the bank of queries, or the gallery itself, where left out.
     k : int
@@ -86,8 +92,11 @@ def debias(
         Keep the fitted correction (.safetensors), for vectors that come later.
     again : bool
         Correct a gallery that is a result of this command already.
+    compare : bool
+        Tune every correction on half of the validation queries, those of scores too (softmax normalisers, CSLS), and
+        measure them on the other half: recall, hubness, seconds, memory. The result stays that of this command.
     plot : Path
-        Draw occurrences before and after (.svg, .png or .pdf).
+        Draw occurrences before and after, or with --compare all corrections (.svg, .png or .pdf).
     json : bool
         Print the report as JSON.
     """
@@ -95,16 +104,38 @@ def debias(
     import warnings
 
     from polyspan.align import InverseGraphConvolution
+    from polyspan.align.retrieval_report import compare_corrections, default_corrections
     from polyspan.io import EmbeddingReader, digest_file, read_array, transform_file, write_json
 
     started = time.perf_counter()
+    _check_options(
+        adjacency,
+        tuned=tune_gallery is not None,
+        pool_share=pool_share,
+        mean=mean,
+        rate_gallery=rate_gallery,
+        rate_query=rate_query,
+        bank_queries=bank_queries,
+    )
     if adjacency == "local" and bank_gallery is None:
         raise ValueError("--bank-gallery must be given for --adjacency local: a gallery would be pushed off itself")
     if (tune_gallery is None) != (tune_queries is None):
         raise ValueError("--tune-gallery and --tune-queries must be given together")
+    if tune_answers is not None and tune_queries is None:
+        raise ValueError("--tune-answers must go with --tune-gallery and --tune-queries, got neither")
+    if compare:
+        given = {
+            "--bank-gallery": bank_gallery,
+            "--bank-queries": bank_queries,
+            "--tune-gallery": tune_gallery,
+            "--tune-queries": tune_queries,
+        }
+        missing = [option for option, path in given.items() if path is None]
+        if missing:
+            raise ValueError(f"--compare must go with {', '.join(given)}, got no {' and no '.join(missing)}")
     if sample < 1:
         raise ValueError(f"--sample must be at least 1, got {sample}")
-    read = (gallery, bank_gallery, bank_queries, tune_gallery, tune_queries, queries)
+    read = (gallery, bank_gallery, bank_queries, tune_gallery, tune_queries, tune_answers, queries)
     check_places(plot, read=read, out=out, save=save)
     digests = {
         name: digest_file(path)
@@ -127,11 +158,11 @@ def debias(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         estimator = InverseGraphConvolution(
-            rate_gallery,
-            rate_query,
+            1.0 if rate_gallery is None else rate_gallery,
+            1.0 if rate_query is None else rate_query,
             adjacency=adjacency,
-            pool_share=pool_share,
-            mean=None if mean == "none" else mean,
+            pool_share=0.01 if pool_share is None else pool_share,
+            mean=None if mean == "none" else mean or "bank",
         )
         own, asked = bank(bank_gallery), None if bank_queries is None else bank(bank_queries)
         if asked is not None and asked.shape[1] != own.shape[1]:
@@ -150,9 +181,15 @@ def debias(
         if measuring is None and n_rows < 2:
             raise ValueError(f"gallery must hold at least 2 rows to be measured by its own rows, got {n_rows}")
         estimator.fit(own, queries=asked)
-        tuned = None
+        tuned, compared = None, []
         if tune_gallery is not None and tune_queries is not None:
-            tuned = estimator.tune(read_array(tune_gallery), read_array(tune_queries))
+            known, asking, answers = _validation(tune_gallery, tune_queries, tune_answers, own.shape[1])
+            tuned = estimator.tune(known, asking, answers)
+            if compare and asked is not None:
+                corrections = default_corrections(len(own), len(asked), mean=estimator.mean)
+                compared = compare_corrections(
+                    own, asked, known, asking, answers, corrections=corrections, hub_k=k, random_state=seed
+                )
     # What the estimator says of equal banks is said below, of files.
     told = [] if tuned else [str(w.message) for w in caught if "a gallery was given" not in str(w.message)]
     further = {"tune_gallery": tune_gallery, "tune_queries": tune_queries, "queries": queries}
@@ -162,7 +199,7 @@ def debias(
     options: dict[str, Any] = {}
     if mean == "gallery" and adjacency == "full":
         options["gallery_mean"] = _mean_direction(gallery, member, column, batch_rows)
-    settings = {**estimator.get_params(), "gallery_mean": mean}
+    settings = {**estimator.get_params(), "gallery_mean": mean or "bank"}
     rows = transform_file(
         gallery,
         out,
@@ -183,8 +220,12 @@ def debias(
         k=k,
         sample=sample,
         seed=seed,
-        plot=plot,
+        plot=None if compare else plot,
     )
+    if compare and plot is not None:
+        from polyspan.align.inverse_graph_plots import plot_corrections
+
+        plot_corrections(compared, plot)
     worse = [
         name.replace("_", " ")
         for name in ("skewness", "top_share")
@@ -208,6 +249,7 @@ def debias(
         "tuning": _tuning(tuned),
         "warnings": told,
         **measured,
+        **({"compared": [_compared(row) for row in compared]} if compare else {}),
         "wall_s": round(time.perf_counter() - started, 3),
     }
     write_json(_mark(out), result)
@@ -215,6 +257,89 @@ def debias(
         show_json(result)
     else:
         show_table("", ("what", "value"), _rows(result))
+        if compare:
+            show_table("", COMPARED, map(_compared_row, compared))
+
+
+COMPARED = ("correction", "changes", "setting", "recall@1", "recall@5", "recall@10", "skewness", "seconds", "MiB")
+
+
+def _check_options(
+    adjacency: str,
+    *,
+    tuned: bool,
+    pool_share: float | None,
+    mean: str | None,
+    rate_gallery: float | None,
+    rate_query: float | None,
+    bank_queries: Path | None,
+) -> None:
+    """Refuse options that would change nothing."""
+    if pool_share is not None and adjacency != "local":
+        raise ValueError(f"--pool-share must go with --adjacency local, got {pool_share:g} with --adjacency full")
+    if mean is not None and adjacency != "full":
+        raise ValueError(f"--mean must go with --adjacency full, got {mean} with --adjacency local")
+    if rate_query is not None and bank_queries is None:
+        raise ValueError(f"--rate-query must go with --bank-queries, got {rate_query:g} and no bank of queries")
+    for option, rate in (("--rate-gallery", rate_gallery), ("--rate-query", rate_query)):
+        if tuned and rate is not None:
+            raise ValueError(f"{option} must be left out with --tune-gallery, which chooses it, got {rate:g}")
+
+
+def _validation(tune_gallery: Path, tune_queries: Path, tune_answers: Path | None, dim: int) -> tuple[Any, Any, Any]:
+    """Read validation items, queries, and which of the items answer each query: None where row i answers query i."""
+    from polyspan.io import read_array
+
+    known, asking = read_array(tune_gallery), read_array(tune_queries)
+    for option, rows, path in (("--tune-gallery", known, tune_gallery), ("--tune-queries", asking, tune_queries)):
+        if rows.shape[1] != dim:
+            raise ValueError(f"{option} must have {dim} components like the banks, got {rows.shape[1]} in {path}")
+    if tune_answers is None:
+        if len(known) != len(asking):
+            raise ValueError(
+                f"--tune-queries must hold {len(known)} rows like --tune-gallery, or go with --tune-answers, got "
+                f"{len(asking)}"
+            )
+        return known, asking, None
+    answers = read_array(tune_answers, ndim=None, dtype="int64")
+    if answers.ndim not in (1, 2) or len(answers) != len(asking):
+        raise ValueError(f"--tune-answers must hold {len(asking)} rows, one a query, got shape {answers.shape}")
+    if answers.min() < -1 or answers.max() >= len(known):
+        raise ValueError(
+            f"--tune-answers must hold rows of --tune-gallery, 0 to {len(known) - 1}, or -1, got {answers.min()} to "
+            f"{answers.max()}"
+        )
+    return known, asking, answers
+
+
+def _compared(row: Any) -> dict[str, Any]:
+    return {
+        "correction": row.name,
+        "changes": row.changes,
+        "setting": row.params,
+        "tuning recall@1": row.tuned,
+        **{f"recall@{k}": value for k, value in row.report.recall.items()},
+        "mean_rank": row.report.mean_rank,
+        "skewness": row.report.hubness.skewness,
+        "n_queries": row.report.n_queries,
+        "seconds": round(row.wall_s, 4),
+        "peak_bytes": row.peak_bytes,
+    }
+
+
+def _compared_row(row: Any) -> tuple[str, ...]:
+    def told(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value).lower()
+
+    return (
+        row.name,
+        row.changes,
+        ", ".join(f"{name} {told(value)}" for name, value in row.params.items()) or "-",
+        *(f"{value:.4f}" for value in row.report.recall.values()),
+        f"{row.report.hubness.skewness:.3f}",
+        f"{row.wall_s:.3f}",
+        f"{row.peak_bytes / 2**20:.1f}",
+    )
 
 
 def _shared_files(digests: dict[str, str]) -> list[str]:
