@@ -157,3 +157,136 @@ def test_labels_of_another_shape_are_refused():
     head = GrassmannForSequenceClassification(config)
     with pytest.raises(ValueError, match=r"labels must have shape \(2,\), one a text, got \(3,\)"):
         head(ids, labels=torch.tensor([0, 1, 2]))
+
+
+def classifier(**options):
+    config = GrassmannLMConfig(11, 8, 2, 4, [1, 2, 3], max_position_embeddings=40, num_labels=3, **options)
+    return GrassmannForSequenceClassification(config)
+
+
+def start_checkpointing(model, reentrant, **options):
+    # The name that transformers gave it first is deprecated in later versions.
+    start = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    start({"use_reentrant": reentrant}, **options)
+
+
+@pytest.mark.parametrize("kind", ["lm", "classifier"])
+def test_vectors_of_tokens_give_the_bits_that_the_tokens_give(kind):
+    made, ids = (grassmann_to_hugging_face(lm()) if kind == "lm" else classifier().eval()), tokens(2, 9)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+    labels = ids if kind == "lm" else torch.tensor([0, 2])
+    rows = made.get_input_embeddings()(ids)
+    for options in ({}, {"attention_mask": mask}, {"labels": labels}):
+        found, expected = made(inputs_embeds=rows, **options), made(input_ids=ids, **options)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_a_text_that_starts_with_vectors_is_continued_as_the_one_of_its_tokens():
+    made, ids = grassmann_to_hugging_face(lm()), tokens(2, 5)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    for more in ({"attention_mask": mask}, {"attention_mask": torch.ones_like(mask), "num_beams": 3}):
+        expected = made.generate(ids, **more, **options)
+        rows = made.get_input_embeddings()(ids)
+        assert torch.equal(made.generate(inputs_embeds=rows, **more, **options), expected[:, 5:])
+
+
+@pytest.mark.parametrize("kind", ["lm", "classifier"])
+def test_hidden_states_are_those_of_the_blocks_and_chosen_as_transformers_chooses(kind):
+    made, ids = (grassmann_to_hugging_face(lm()) if kind == "lm" else classifier().eval()), tokens(2, 9)
+    given = []
+    for block in made.model.blocks:
+        block.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    found = made(ids, output_hidden_states=True).hidden_states
+    expected = [*given[:2], made.model.hidden(ids)]
+    assert len(found) == len(expected) == made.config.num_hidden_layers + 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert made(ids).hidden_states is None
+    for asked, kept in (([-1], {2}), (1, {1}), ([0, 2, 7], {0, 2})):
+        chosen = made(ids, output_hidden_states=asked).hidden_states
+        assert {i for i, h in enumerate(chosen) if h is not None} == kept
+        assert all(torch.equal(chosen[i], found[i]) for i in kept)
+    # As in transformers, where 0 is taken for False.
+    assert made(ids, output_hidden_states=0).hidden_states is None
+    made.config.output_hidden_states = True
+    assert len(made(ids).hidden_states) == 3
+    assert made(ids, output_hidden_states=False).hidden_states is None
+
+
+def test_hidden_states_come_with_what_is_generated():
+    made, ids = grassmann_to_hugging_face(lm()), tokens(2, 5)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    told = made.generate(ids, output_hidden_states=True, **options)
+    whole = made(told.sequences[:, :-1], output_hidden_states=True).hidden_states
+    assert [[h.shape[1] for h in step] for step in told.hidden_states] == [[5] * 3, [1] * 3, [1] * 3]
+    for layer, expected in zip(zip(*told.hidden_states, strict=True), whole, strict=True):
+        torch.testing.assert_close(torch.cat(layer, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lm", "classifier"])
+def test_a_tuple_or_a_dict_comes_back_as_asked_here_or_in_the_configuration(kind):
+    made, ids = (grassmann_to_hugging_face(lm()) if kind == "lm" else classifier().eval()), tokens(2, 5)
+    told = made(ids, output_hidden_states=True)
+    parts = made(ids, output_hidden_states=True, return_dict=False)
+    assert type(parts) is tuple
+    assert torch.equal(parts[0], told.logits)
+    assert all(torch.equal(a, b) for a, b in zip(parts[1], told.hidden_states, strict=True))
+    made.config.return_dict = False
+    assert torch.equal(made(ids)[0], told.logits)
+    assert type(made(ids)) is tuple
+    assert torch.equal(made(ids, return_dict=True).logits, told.logits)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["lm", "classifier"])
+def test_gradients_of_blocks_computed_again_are_the_same_bits(kind, reentrant):
+    made, ids = (grassmann_to_hugging_face(lm()) if kind == "lm" else classifier()), tokens(2, 9)
+    for module in made.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    labels = ids if kind == "lm" else torch.tensor([0, 2])
+    passed = []
+    for block in made.model.blocks:
+        block.mixing.register_forward_pre_hook(lambda *_: passed.append(1))
+
+    def gradients():
+        passed.clear()
+        made.zero_grad()
+        torch.manual_seed(3)
+        loss = made.train()(ids, labels=labels).loss
+        loss.backward()
+        return len(passed), {name: p.grad.clone() for name, p in made.named_parameters()}, loss.item()
+
+    with torch.random.fork_rng(devices=[]):
+        times, expected, loss = gradients()
+        assert times == 2
+        for options, again in (({}, 4), ({"every_n_layers": 2}, 3)):
+            start_checkpointing(made, reentrant, **options)
+            times, found, value = gradients()
+            assert (times, value) == (again, loss)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+        if kind == "lm":
+            # The state goes along, and generating in training mode is what it was.
+            made(ids, labels=labels, use_cache=True).loss.backward()
+            texts = made.eval().generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+            for module in made.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            assert torch.equal(made.train().generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), texts)
+        stop = getattr(made, "activation_checkpointing_disable", None) or made.gradient_checkpointing_disable
+        stop()
+        assert not any(block.gradient_checkpointing for block in made.model.blocks)
+
+
+@pytest.mark.parametrize("kind", ["lm", "classifier"])
+def test_tokens_and_vectors_are_given_one_at_a_time(kind):
+    made, ids = (grassmann_to_hugging_face(lm()) if kind == "lm" else classifier()), tokens(2, 5)
+    rows = made.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds must be given, got neither"):
+        made()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds must be given, got both"):
+        made(ids, inputs_embeds=rows)
+    if kind == "lm":
+        with pytest.raises(ValueError, match=r"labels must have shape \(2, 5\), as inputs_embeds, got \(2, 3\)"):
+            made(inputs_embeds=rows, labels=ids[:, :3])

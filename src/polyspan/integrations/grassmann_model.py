@@ -1,11 +1,12 @@
 """Language models of planes as Hugging Face models: importing this registers them with the Auto classes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from polyspan.errors import require
 from polyspan.nn import CausalGrassmannMixing, GrassmannLM, LMState, MixingState
@@ -70,18 +71,23 @@ class GrassmannLMConfig(transformers.PreTrainedConfig):
 
 @dataclass
 class GrassmannLMOutput(outputs.ModelOutput):
-    """Logits (b, t, vocabulary), the loss where labels were given, and the state after the last token."""
+    """Logits (b, t, vocabulary), the loss where labels were given, and the state after the last token.
+
+    ``hidden_states``, where asked for: what each block was given, and last what the logits are made of, (b, t, d) each.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: LMState | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
 
 
 class GrassmannPreTrainedModel(transformers.PreTrainedModel):
-    """What the models share: how weights start."""
+    """What the models share: how weights start, what goes in, and which blocks are computed again on the way back."""
 
     config_class = GrassmannLMConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ("GrassmannBlock",)
     _is_stateful = True
 
@@ -97,6 +103,41 @@ class GrassmannPreTrainedModel(transformers.PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, CausalGrassmannMixing) and module.offset_weight is not None:
             init.ones_(module.offset_weight)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """Tell the blocks what transformers would tell layers of its own: all of them, or each n-th."""
+        blocks: Any = self.model.blocks
+        for i, block in enumerate(blocks):
+            block.gradient_checkpointing = enable and i % every_n_layers == 0
+            block.checkpoint_function = gradient_checkpointing_func
+
+    def _wanted(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, asked: Any
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Return what goes in, and where hidden states are collected: None unless asked for, here or in the config."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "exactly one of input_ids and inputs_embeds must be given, got "
+                f"{'neither' if input_ids is None else 'both'}"
+            )
+        given: Any = inputs_embeds if input_ids is None else input_ids
+        asked = self.config.output_hidden_states if asked is None else asked
+        return given, [] if asked else None
+
+    def _told(self, made: Any, seen: list[Tensor] | None, asked: Any, return_dict: bool | None) -> Any:
+        """Return a result with its hidden states, all or those whose numbers were asked for, as dict or as tuple."""
+        if seen is not None:
+            asked = self.config.output_hidden_states if asked is None else asked
+            if not isinstance(asked, bool):
+                numbers = {
+                    i % len(seen) for i in ([asked] if isinstance(asked, int) else asked) if -len(seen) <= i < len(seen)
+                }
+                made["hidden_states"] = tuple(h if i in numbers else None for i, h in enumerate(seen))
+            else:
+                made["hidden_states"] = tuple(seen)
+        return made if (self.config.return_dict if return_dict is None else return_dict) else made.to_tuple()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
@@ -151,28 +192,55 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, transformers.GenerationMixi
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         state: LMState | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: Any = None,
         **_: Any,
     ) -> Any:
-        """Return logits, the loss of ``labels`` (b, t; -100 is left out, shifted here) and, asked for, the state."""
+        """Return logits and, where asked for, the loss, the state and the hidden states.
+
+        Parameters
+        ----------
+        input_ids : Tensor of shape (b, t)
+        attention_mask : Tensor of shape (b, t), optional
+        state : LMState, optional
+            Go on from it.
+        labels : Tensor of shape (b, t), optional
+            Shifted here; -100 is left out.
+        use_cache : bool, optional
+            Return the state after the last token.
+        return_dict : bool, optional
+            False gives a tuple; the configuration's where not given.
+        inputs_embeds : Tensor of shape (b, t, d), optional
+            In the place of input_ids; positions are added to it.
+        output_hidden_states : bool, int or list of int, optional
+            Which of the num_hidden_layers + 1 to return, or all; the configuration's where not given.
+
+        Raises
+        ------
+        ValueError
+            Neither or both of input_ids and inputs_embeds are given, or a shape does not fit.
+        """
+        given, seen = self._wanted(input_ids, inputs_embeds, output_hidden_states)
         if use_cache and state is None:
-            state = self.model.init_state(len(input_ids))
-        found = self.model(input_ids, attention_mask, state)
+            state = self.model.init_state(len(given))
+        found = self.model(input_ids, attention_mask, state, embeddings=inputs_embeds, seen=seen)
         logits, after = (found, None) if state is None else found
         loss = None
         if labels is not None:
-            if labels.shape != input_ids.shape:
+            if labels.shape != given.shape[:2]:
+                name = "input_ids" if inputs_embeds is None else "inputs_embeds"
                 raise ValueError(
-                    f"labels must have shape {tuple(input_ids.shape)}, as input_ids, got {tuple(labels.shape)}"
+                    f"labels must have shape {tuple(given.shape[:2])}, as {name}, got {tuple(labels.shape)}"
                 )
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         made = GrassmannLMOutput(loss=loss, logits=logits, state=after)
-        return made.to_tuple() if return_dict is False else made
+        return self._told(made, seen, output_hidden_states, return_dict)
 
     def prepare_inputs_for_generation(
         self,
@@ -180,13 +248,18 @@ class GrassmannForCausalLM(GrassmannPreTrainedModel, transformers.GenerationMixi
         state: LMState | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: Any = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """Leave the last token only where a state holds the others."""
+        """Leave the last token only where a state holds the others; what was given as vectors starts the text."""
+        made: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if state is not None:
-            input_ids = input_ids[:, -1:]
-            attention_mask = None if attention_mask is None else attention_mask[:, -1:]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "state": state, "use_cache": use_cache}
+            made["input_ids"] = input_ids[:, -1:]
+            made["attention_mask"] = None if attention_mask is None else attention_mask[:, -1:]
+        elif inputs_embeds is not None:
+            made |= {"input_ids": None, "inputs_embeds": inputs_embeds}
+        return made | {"state": state, "use_cache": use_cache, "output_hidden_states": output_hidden_states}
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
@@ -220,15 +293,21 @@ class GrassmannForSequenceClassification(GrassmannPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: Any = None,
         **_: Any,
     ) -> Any:
-        """Return ``logits`` (b, num_labels) and, where ``labels`` (b,) are given, their cross-entropy as ``loss``."""
-        h: Any = self.model.hidden(input_ids, attention_mask)
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        """Return ``logits`` (b, num_labels) and, where ``labels`` (b,) are given, their cross-entropy as ``loss``.
+
+        All else as for :class:`GrassmannForCausalLM`.
+        """
+        given, seen = self._wanted(input_ids, inputs_embeds, output_hidden_states)
+        h: Any = self.model.hidden(input_ids, attention_mask, embeddings=inputs_embeds, seen=seen)
+        real = given.new_ones(given.shape[:2]) if attention_mask is None else attention_mask
         weight = real.unsqueeze(-1).to(h.dtype)
         logits = self.classifier((h * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1))
         loss = None
@@ -239,7 +318,7 @@ class GrassmannForSequenceClassification(GrassmannPreTrainedModel):
                 )
             loss = nn.functional.cross_entropy(logits, labels)
         made = outputs.SequenceClassifierOutput(loss=loss, logits=logits)
-        return made.to_tuple() if return_dict is False else made
+        return self._told(made, seen, output_hidden_states, return_dict)
 
 
 def grassmann_to_hugging_face(model: GrassmannLM) -> GrassmannForCausalLM:

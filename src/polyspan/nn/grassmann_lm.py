@@ -160,37 +160,66 @@ class GrassmannLM(nn.Module):
         return LMState(layers, torch.zeros(batch, dtype=torch.long, device=self.embedding.weight.device), 0)
 
     def hidden(
-        self, ids: Integer[Tensor, "b t"], attention_mask: Tensor | None = None, state: LMState | None = None
+        self,
+        ids: Integer[Tensor, "b t"] | None = None,
+        attention_mask: Tensor | None = None,
+        state: LMState | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        seen: list[Tensor] | None = None,
     ) -> Float[Tensor, "b t d"] | tuple[Float[Tensor, "b t d"], LMState]:
         """Return what the logits are made of, after the last LayerNorm; arguments as of :meth:`forward`."""
-        ids = as_ids(ids)
-        t, past = ids.shape[1], 0 if state is None else state.length
+        if (ids is None) == (embeddings is None):
+            raise ValueError(
+                f"exactly one of ids and embeddings must be given, got {'neither' if ids is None else 'both'}"
+            )
+        if ids is not None:
+            ids = as_ids(ids)
+        else:
+            self._check_embeddings(embeddings)
+        given: Any = embeddings if ids is None else ids
+        shape, past = given.shape[:2], 0 if state is None else state.length
+        t = shape[1]
         if state is not None:
-            self._check_state(state, len(ids))
+            self._check_state(state, shape[0])
         if self.positions is not None and past + t > self.max_length:
-            raise ValueError(f"ids must end within max_length={self.max_length} positions, got {past} and {t} more")
-        if self.check and not torch.compiler.is_compiling() and not ids.is_meta and ids.numel():
+            raise ValueError(
+                f"{'embeddings' if ids is None else 'ids'} must end within max_length={self.max_length} positions, "
+                f"got {past} and {t} more"
+            )
+        if ids is not None and self.check and not torch.compiler.is_compiling() and not ids.is_meta and ids.numel():
             low, high = (int(v) for v in ids.aminmax())
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"ids must lie in 0..{self.vocab_size - 1}, got {low if low < 0 else high}")
-        real = check_mask(attention_mask, ids, ids.shape)
+        real = check_mask(attention_mask, given, shape)
         if attention_mask is None:
-            place = torch.arange(t, device=ids.device).expand(ids.shape)
+            place = torch.arange(t, device=given.device).expand(shape)
         else:
             place = (real.cumsum(dim=1) - 1).clamp(min=0)
-        h = self.embedding(ids)
+        h = given if ids is None else self.embedding(ids)
         if self.positions is not None:
             h = h + self.positions(place if state is None else place + state.position.unsqueeze(1))
         h = self.dropout(h)
-        if state is None:
-            for block in self.blocks:
-                h = block(h, attention_mask)
-            return self.norm(h)
         after = []
-        for block, kept in zip(self.blocks, state.layers, strict=True):
-            h, left = block(h, attention_mask, kept)
-            after.append(left)
-        return self.norm(h), LMState(tuple(after), state.position + real.sum(dim=1), past + t)
+        for i, block in enumerate(self.blocks):
+            if seen is not None:
+                seen.append(h)
+            if state is None:
+                h = block(h, attention_mask)
+            else:
+                h, left = block(h, attention_mask, state.layers[i])
+                after.append(left)
+        h = self.norm(h)
+        if seen is not None:
+            seen.append(h)
+        return h if state is None else (h, LMState(tuple(after), state.position + real.sum(dim=1), past + t))
+
+    def _check_embeddings(self, embeddings: Any) -> None:
+        if embeddings.ndim != 3 or embeddings.shape[2] != self.d_model or not embeddings.is_floating_point():
+            raise ValueError(
+                f"embeddings must be floats of shape (b, t, {self.d_model}), got shape {tuple(embeddings.shape)} of "
+                f"{embeddings.dtype}"
+            )
 
     def _check_state(self, state: LMState, batch: int) -> None:
         if len(state.layers) != len(self.blocks):
@@ -203,7 +232,13 @@ class GrassmannLM(nn.Module):
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
     def forward(
-        self, ids: Integer[Tensor, "b t"], attention_mask: Tensor | None = None, state: LMState | None = None
+        self,
+        ids: Integer[Tensor, "b t"] | None = None,
+        attention_mask: Tensor | None = None,
+        state: LMState | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        seen: list[Tensor] | None = None,
     ) -> Float[Tensor, "b t vocab"] | tuple[Float[Tensor, "b t vocab"], LMState]:
         """Return logits of the token after each; with a state, go on from it and return the state after, too.
 
@@ -213,13 +248,18 @@ class GrassmannLM(nn.Module):
         attention_mask : Tensor of shape (b, t), optional
             True or 1 where a token is real; padding may stand left or right.
         state : LMState, optional
+        embeddings : Tensor of shape (b, t, d_model), floats, optional
+            In the place of ids: what stands in the table of tokens or anything else, without positions.
+        seen : list, optional
+            Takes in what each block was given, and last what the logits are made of: num_layers + 1 tensors (b, t, d).
 
         Raises
         ------
         ValueError
-            An id is out of range, a shape does not fit, or the text is longer than the table of positions.
+            An id is out of range, a shape does not fit, the text is longer than the table of positions, or ids and
+            embeddings are both given, or neither.
         """
-        found: Any = self.hidden(ids, attention_mask, state)
+        found: Any = self.hidden(ids, attention_mask, state, embeddings=embeddings, seen=seen)
         if state is None:
             return self.logits(found)
         h, after = found
