@@ -7,7 +7,7 @@ import pytest
 
 CODE = """
 import torch
-from polyspan.nn import CRATEBlock, CausalGrassmannMixing, MultiHeadScan2d, ULSAM
+from polyspan.nn import CRATEBlock, CausalGrassmannMixing, MHSBlock, MultiHeadScan2d, ULSAM
 
 def draw(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
@@ -33,6 +33,13 @@ for layer, x in layers:
         torch.testing.assert_close(whole, plain, rtol=1e-4, atol=1e-4)
     print(type(layer).__name__)
 
+block = MHSBlock(8, 0.5, d_state=2, generator=g).train()
+x, kept = draw(4, 3, 4, 8), block.draw_paths(4)
+whole = torch.compile(block, backend="aot_eager", fullgraph=True)(x, kept)
+torch.testing.assert_close(whole, block(x, kept))
+assert torch.equal(whole[~kept], x[~kept]) and not kept.all() and kept.any()
+print("paths drawn outside")
+
 scan = layers[3][0].eval()
 sides = {1: torch.export.Dim("h", min=2, max=40), 2: torch.export.Dim("w", min=2, max=40)}
 exported = torch.export.export(scan, (draw(2, 4, 6, 8),), dynamic_shapes=(sides,)).module()
@@ -46,5 +53,13 @@ print("any size")
 def test_layers_compile_into_one_graph_with_the_same_gradients():
     """In a process of its own, as shapes are not checked there: the checks are no part of a graph."""
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
-    told = ["ULSAM", "FusedULSAM", "CausalGrassmannMixing", "MultiHeadScan2d", "CRATEBlock", "any size"]
+    told = [
+        "ULSAM",
+        "FusedULSAM",
+        "CausalGrassmannMixing",
+        "MultiHeadScan2d",
+        "CRATEBlock",
+        "paths drawn outside",
+        "any size",
+    ]
     assert done.stdout.split("\n") == [*told, ""], done.stderr[-3000:]

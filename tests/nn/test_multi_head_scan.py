@@ -451,3 +451,19 @@ def test_routes_are_found_on_the_processor_whatever_device_is_the_default():
     fresh = MultiHeadScan2d(8, generator=seeded())
     with torch.device("meta"):
         torch.testing.assert_close(fresh(x), expected, rtol=0, atol=0)
+
+
+def test_paths_drawn_outside_are_those_drawn_inside():
+    x = image(4, 1, 16, 16)
+    made = [
+        MHSUNet(1, 2, (1, 2), (24, 24), drop_path=0.5, init_std=None, num_heads=2, d_state=2, generator=seeded())
+        for _ in range(2)
+    ]
+    paths = made[0].train().draw_paths(4)
+    assert [kept is None for kept in paths] == [True, *[False] * 4, True]
+    assert torch.equal(made[0](x, paths), made[1].train()(x))
+    other = made[0].draw_paths(4)
+    assert not torch.equal(made[0](x, other), made[0](x, paths))
+    assert made[0].eval().draw_paths(4) == [None] * 6
+    with pytest.raises(ValueError, match=r"kept must have shape \(4,\), one a map, got \(3,\)"):
+        made[1](x, made[1].draw_paths(3))

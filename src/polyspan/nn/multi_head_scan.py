@@ -185,18 +185,30 @@ class _ScanBlock(nn.Module):
         if self.output is not None:
             draw(self.output, generator)
 
-    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """Mix a feature map, channels last."""
+    def draw_paths(self, batch: int, device: Any = None) -> Tensor | None:
+        """Draw for which of so many maps what is mixed counts, (b,) true or false; None where it counts for all.
+
+        A generator is no part of a compiled graph: to compile a block that has one and drops paths, draw outside, and
+        give :meth:`forward` what was drawn.
+        """
+        if not (self.training and self.drop_path):
+            return None
+        # A seeded generator is mostly the CPU's, wherever the maps are, and draws there only.
+        place = device if self.generator is None else self.generator.device
+        return torch.rand(batch, device=place, generator=self.generator) >= self.drop_path
+
+    def forward(self, x: Float[Tensor, "b h w c"], kept: Tensor | None = None) -> Float[Tensor, "b h w c"]:
+        """Mix a feature map, channels last; ``kept`` (b,) from :meth:`draw_paths`, which is drawn where not given."""
         check_map(x, self.channels)
+        if kept is not None and kept.shape != x.shape[:1]:
+            raise ValueError(f"kept must have shape {tuple(x.shape[:1])}, one a map, got {tuple(kept.shape)}")
         v, z = self.input(self.input_norm(x)).chunk(2, dim=-1)
         v = F.silu(self.conv(v.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         y = self.norm(self.mix(v)) * F.silu(z)
         y = y if self.output is None else self.output(y)
-        if self.training and self.drop_path:
-            # A seeded generator is mostly the CPU's, wherever the maps are, and draws there only.
-            place = x.device if self.generator is None else self.generator.device
-            kept = torch.rand(len(x), 1, 1, 1, device=place, generator=self.generator) >= self.drop_path
-            y = y * kept.to(x.device, y.dtype) / (1 - self.drop_path)
+        kept = self.draw_paths(len(x), x.device) if kept is None else kept
+        if kept is not None:
+            y = y * kept.view(-1, 1, 1, 1).to(x.device, y.dtype) / (1 - self.drop_path)
         return x + y
 
 

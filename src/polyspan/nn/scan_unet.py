@@ -160,8 +160,19 @@ class MHSUNet(nn.Module):
             elif isinstance(module, nn.Linear | nn.Conv2d):
                 draw(module, generator)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
-        """Return logits (b, classes, h, w)."""
+    def draw_paths(self, batch: int, device: Any = None) -> list[Tensor | None]:
+        """Draw for each block, in the order in which they run, for which of so many pictures it counts.
+
+        For training in one compiled graph, of which a generator is no part:
+        ``torch.compile(net, fullgraph=True)(x, net.draw_paths(len(x)))``.
+        """
+        stages: Any = (*self.encoder, *self.decoder)
+        return [block.draw_paths(batch, device) for stage in stages for block in stage]
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], paths: Sequence[Tensor | None] | None = None
+    ) -> Float[Tensor, "b k h w"]:
+        """Return logits (b, classes, h, w); ``paths`` from :meth:`draw_paths`, which are drawn where not given."""
         if x.ndim == 4 and x.shape[1] == 1 and self.in_channels == 3:
             x = x.expand(-1, 3, -1, -1)
         check_map(x, self.in_channels, channels_last=False)
@@ -170,14 +181,18 @@ class MHSUNet(nn.Module):
         h, w = x.shape[-2:]
         x = F.pad(x, (0, -w % self.stride, 0, -h % self.stride), mode="replicate")
         x = self.embedding_norm(self.embedding(x).permute(0, 2, 3, 1))
-        skips = []
-        for i, stage in enumerate(self.encoder):
+        skips, drawn = [], iter(self.draw_paths(len(x), x.device) if paths is None else paths)
+        encoder: Any = self.encoder
+        for i, stage in enumerate(encoder):
             skips.append(x)
-            x = stage(x)
+            for part in stage:
+                x = part(x, next(drawn))
             x = self.merges[i](x) if i < len(self.merges) else x
-        for i, stage in enumerate(self.decoder):
+        decoder: Any = self.decoder
+        for i, stage in enumerate(decoder):
             x = self.expands[i - 1](x + skips[-i]) if i else x
-            x = stage(x)
+            for part in stage:
+                x = part(x, next(drawn))
         return self.classes(self.final(x).permute(0, 3, 1, 2))[..., :h, :w]
 
 
