@@ -39,6 +39,7 @@ position = App(name="position", help="Take the position of patches out of dense 
 rotations = App(name="rotations", help="Convert files of rotations, and find where their numbers jump.")
 projector = App(name="projector", help="Train generators, make layers low-rank orthogonal, export and walk directions.")
 gaunt = App(name="gaunt", help="Products of spherical-harmonic features, beside those of e3nn.")
+ulsam = App(name="ulsam", help="Subspace attention in compact networks, and what it saves.")
 gallery = App(name="gallery", help="The web page of all systems and verdicts.")
 
 align.command("polyspan.cli.align:fit", name="fit", help="Fit a map on items that both models have embedded.")
@@ -102,6 +103,9 @@ projector.command(
     "polyspan.cli.projector_generator:traverse", name="traverse", help="Walk along directions of a generator."
 )
 gaunt.command("polyspan.cli.gaunt:race", name="race", help="Race the product against e3nn's, on your own irreps.")
+ulsam.command("polyspan.cli.ulsam:report", name="report", help="Count parameters and multiply-adds by layer.")
+ulsam.command("polyspan.cli.ulsam:replace", name="replace", help="Put attention in the place of blocks.")
+ulsam.command("polyspan.cli.ulsam:insert", name="insert", help="Put attention behind blocks.")
 gallery.command("polyspan.cli.gallery:build", name="build", help="Write the static site.")
 gallery.command("polyspan.cli.gallery:serve", name="serve", help="Build it and serve it on this machine.")
 app.command("polyspan.cli.systems:list_", name="list", help="List the systems, or those that match some words.")
@@ -129,6 +133,7 @@ for group in (
     rotations,
     projector,
     gaunt,
+    ulsam,
     gallery,
 ):
     app.command(group)

@@ -1,5 +1,6 @@
 from ._model_cost import model_cost as model_cost
 from .attention_maps import attention_facts as attention_facts
+from .attention_surgery import attention_maps_of as attention_maps_of
 from .attention_surgery import insert_ulsam as insert_ulsam
 from .attention_surgery import replace_with_ulsam as replace_with_ulsam
 from .attention_surgery import replaceable_blocks as replaceable_blocks
@@ -152,6 +153,13 @@ from .style_autoencoder import StyleAutoencoder as StyleAutoencoder
 from .style_autoencoder import StyleGenerator as StyleGenerator
 from .style_autoencoder import train_autoencoder as train_autoencoder
 from .subspace_attention import ULSAM as ULSAM
+from .subspace_attention_files import AttentionNetwork as AttentionNetwork
+from .subspace_attention_files import attention_places as attention_places
+from .subspace_attention_files import load_attention_network as load_attention_network
+from .subspace_attention_files import plain_network as plain_network
+from .subspace_attention_files import read_image_classifier as read_image_classifier
+from .subspace_attention_files import save_attention_network as save_attention_network
+from .subspace_attention_plots import plot_attention_layers as plot_attention_layers
 from .subspace_attention_plots import plot_attention_maps as plot_attention_maps
 from .text_training import score_next_token as score_next_token
 from .text_training import train_next_token as train_next_token

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ._model_cost import CONVS, ModelCost, Passage, model_cost, passages
+from ._model_cost import CONVS, ModelCost, Passage, model_cost, passages, run_once
 from ._model_surgery import Where, find_modules, replace_module
 from .subspace_attention import ULSAM
 
@@ -140,11 +140,35 @@ def insert_ulsam(
     ValueError
         A name is unknown, a module does not run or returns no map, or the groups do not divide its channels.
     """
+    return _operate(model, after, example_input, num_groups, options, "after", False, lambda *_: None, behind)
 
-    def make(block: nn.Module, attention: ULSAM) -> nn.Module:
-        return nn.Sequential(OrderedDict(block=block, attention=attention)).train(block.training)
 
-    return _operate(model, after, example_input, num_groups, options, "after", False, lambda *_: None, make)
+def behind(block: nn.Module, attention: ULSAM) -> nn.Module:
+    """Return a block with attention behind it."""
+    return nn.Sequential(OrderedDict(block=block, attention=attention)).train(block.training)
+
+
+def attention_maps_of(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
+    r"""Return what each :class:`ULSAM` of a network attends to while one input goes through it, by dotted name.
+
+    Maps (batch, groups, \*map) as of :meth:`ULSAM.attention_maps`, in the order in which the layers run; of a layer
+    that runs several times, those of its first run.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Run once in eval mode.
+    example_input : tensor, or tuple or dict of arguments
+    """
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules() if isinstance(module, ULSAM)}
+    found: dict[str, Tensor] = {}
+
+    def record(module: Any, args: tuple, out: Any) -> None:  # noqa: ARG001 - the output is not the attention
+        if names[module] not in found:
+            found[names[module]] = module.attention_maps(args[0])
+
+    run_once(model, example_input, list(names), record)
+    return found
 
 
 def _operate(

@@ -196,6 +196,14 @@ class ULSAM(_GroupAttention):
         self._check(x)
         return _softmax(_logits(x, self._folded(), self)).unflatten(-1, x.shape[2:])
 
+    def sizes(self) -> dict[str, Any]:
+        """Return the arguments that make a layer of these sizes, as JSON types."""
+        norm: Any = self.scale_norm
+        return {
+            "num_channels": self.num_channels, "num_groups": self.num_groups, "kernel_size": self.kernel_size,
+            "bias": self.scale_bias is not None, "residual": self.residual, "norm": self.normed, "dims": self.dims,
+        } | ({} if norm is None else {"bn_momentum": float(norm.momentum)})  # fmt: skip
+
     def fuse(self) -> "nn.Module":
         """Return the module for inference: batch norms folded into m scales and shifts, m weights and g offsets.
 
