@@ -60,6 +60,44 @@ def test_options_of_the_command_take_the_place_of_the_recipes(files, capsys):
     np.testing.assert_allclose(read(files / "out" / "model.safetensors"), one + two - base, atol=1e-6)
 
 
+def test_parameters_and_bytes_of_all_that_is_read_and_written_are_told(files, capsys):
+    rng = np.random.default_rng(1)
+    adapter = files / "lora"
+    adapter.mkdir()
+    factors = {"lora_A": rng.normal(size=(2, 4)), "lora_B": rng.normal(size=(5, 2))}
+    write_members(
+        adapter / "adapter_model.safetensors",
+        {f"base_model.model.w.{n}.weight": x.astype(np.float32) for n, x in factors.items()},
+    )
+    write_text(adapter / "adapter_config.json", '{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    for name in ("base", "one"):
+        write_members(files / f"{name}.safetensors", {"w.weight": read(files / f"{name}.safetensors"), "b": np.ones(3)})
+    text = RECIPE.replace("two.safetensors", "lora").replace("ties", "task_arithmetic").replace("density: 1.0, ", "")
+    write_text(files / "recipe.yaml", text)
+    merge(files / "recipe.yaml", out=files / "out", shard_bytes=60, json=True)
+    told = json.loads(capsys.readouterr().out)["sizes"]
+    shards = [p.stat().st_size for p in list_folder(files / "out", "*.safetensors")]
+    assert len(shards) == 2
+    whole = (files / "base.safetensors").stat().st_size, (files / "one.safetensors").stat().st_size
+    assert [tuple(row[n] for n in ("name", "kind", "parameters", "bytes")) for row in told] == [
+        ("base", "base", 23, whole[0]), ("one", "model", 23, whole[1]),
+        ("lora", "model", 18, (adapter / "adapter_model.safetensors").stat().st_size),
+        ("task_arithmetic", "merged", 23, sum(shards)),
+    ]  # fmt: skip
+    merge(files / "recipe.yaml", out=files / "out", shard_bytes=60)
+    assert f"lora\tmodel\t18\t{told[2]['bytes']:,}" in capsys.readouterr().out
+
+
+def test_a_mask_that_is_read_is_weighed_too(files, capsys):
+    text = RECIPE.replace("ties", "task_arithmetic").replace("density: 1.0, ", "")
+    write_text(files / "recipe.yaml", text)
+    mask = files / "mask.safetensors"
+    write_members(mask, {"w": np.zeros((5, 4), np.float32)})
+    merge(files / "recipe.yaml", out=files / "out", mask=mask, json=True)
+    last = json.loads(capsys.readouterr().out)["sizes"][-1]
+    assert last == {"name": "mask.safetensors", "kind": "mask", "parameters": 20, "bytes": mask.stat().st_size}
+
+
 def test_a_method_that_learns_without_inputs_is_an_error(files):
     write_text(files / "recipe.yaml", RECIPE.replace("parameters: {density: 1.0, lambda: 0.5}", ""))
     with pytest.raises(ValueError, match="models must each have inputs for 'concrete', got none for one, two"):
@@ -76,7 +114,7 @@ def test_the_picture_is_of_the_changes_and_the_same_each_time(files):
     drawn = (files / "a.svg").read_text()
     assert drawn == (files / "b.svg").read_text()
     assert "Cosine between changes" in drawn
-    with pytest.raises(ValueError, match=r"path must end in \.svg, \.png or \.pdf, got .*c\.gif"):
+    with pytest.raises(ValueError, match=r"--plot must end in \.svg, \.png or \.pdf, got 'c\.gif'"):
         merge(files / "recipe.yaml", out=files / "c", plot=files / "c.gif")
     assert not (files / "c").exists()
 

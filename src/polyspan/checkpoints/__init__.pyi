@@ -15,6 +15,7 @@ from .expert_merging import ExpertMerger as ExpertMerger
 from .expert_merging import ExpertMergeReport as ExpertMergeReport
 from .expert_merging import calibrate_experts as calibrate_experts
 from .expert_plots import plot_expert_merge as plot_expert_merge
+from .extraction_plots import plot_extraction as plot_extraction
 from .layer_calibration import LayerCalibration as LayerCalibration
 from .layer_calibration import calibrate_layers as calibrate_layers
 from .merge_files import MergedFiles as MergedFiles

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,38 +14,38 @@ from torch import Tensor
 
 from polyspan.errors import UnreadableFile, WrongContent
 from polyspan.io import (
-    TENSOR_CODES,
     ShardedState,
     atomic_directory,
     digest_file,
+    make_folder,
     read_json,
     read_members,
     remove_folder,
-    tensor_bytes,
     write_json,
     write_members,
-    write_tensor_blocks,
 )
 from polyspan.run import Journal, map_tasks, progress
 
+from ._checkpoint_sizes import ADAPTER_WEIGHTS, CheckpointSize, checkpoint_size
 from ._hub import local_checkpoint
-from ._merge_states import row_blocks, rows_of
+from ._merge_states import ADAPTER
 from ._tucker import cheapest_ranks, num_parameters
-from ._tucker_magnitude import fits, growth, unit_norms, with_magnitude
-from .merge_files import digest_sources, digests, write_shards
+from ._tucker_merging import PREFIX, ROOT, write_adapted
+from ._tucker_scores import adapter_perplexities, low_rank, plan_evaluation
+from .merge_files import digest_sources
 from .tucker_plots import RankCurve, rank_curve
-from .tucker_update import adapter_from_delta, tucker_delta
+from .tucker_update import adapter_from_delta
 
-ROOT = "base_model.model."
-PREFIX = "tucker_adapter_"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = ADAPTER
 JOURNAL = "extract.journal.jsonl"
 
 
 class ExtractedLayer(NamedTuple):
     """One weight whose update went into an adapter.
 
-    ``error`` is the share of the update's squared norm left out, ``change`` the update's norm over the weight's.
+    ``error`` is the share of the update's squared norm left out, ``change`` the update's norm over the weight's. Where
+    it was compared, ``lora_*`` tell the same of LoRA: the best matrix of the largest rank that has no more parameters,
+    or of rank 1 where that has more already.
     """
 
     name: str
@@ -54,6 +54,9 @@ class ExtractedLayer(NamedTuple):
     parameters: int
     error: float
     change: float
+    lora_rank: int | None = None
+    lora_parameters: int | None = None
+    lora_error: float | None = None
 
 
 class Extraction(NamedTuple):
@@ -70,6 +73,10 @@ class Extraction(NamedTuple):
         Tensors that differ and are in no adapter: biases, norms, and what ``only`` does not name.
     kept_share : float
         Share of the squared norm of all differences that the adapter holds, in [0, 1]; 1 where nothing differs.
+    sizes : dict of str to CheckpointSize
+        ``parameters`` and ``bytes`` of the files of "base", "tuned" and "adapter".
+    perplexity : dict of str to float
+        Of "base", "tuned", "base with adapter" and, where compared, "base with LoRA"; empty where there was no text.
     """
 
     path: Path
@@ -77,6 +84,8 @@ class Extraction(NamedTuple):
     saved: list[str]
     left_out: list[str]
     kept_share: float
+    sizes: dict[str, CheckpointSize]
+    perplexity: dict[str, float]
 
 
 class Pair(NamedTuple):
@@ -157,6 +166,11 @@ def extract_tucker_adapter(
     modules_to_save: Sequence[str] = (),
     scale: float | int = 4.0,
     replace: bool = False,
+    compare: bool = False,
+    evaluation: Path | str | None = None,
+    context: int | None = None,
+    max_tokens: int | None = None,
+    device: Any = None,
     workers: int | None = 1,
     engine: str = "local",
     address: str | None = None,
@@ -194,6 +208,17 @@ def extract_tucker_adapter(
         The adapter's alpha.
     replace : bool
         Write over a folder that is there.
+    compare : bool
+        Say of each layer what LoRA of as many parameters would leave out: its truncated SVD, rows along the first axis.
+    evaluation : path, optional
+        Text file, held out from every training, on which perplexities are measured, of causal language models: ``base``
+        is then a folder with configuration and tokenizer.
+    context : int, optional
+        Tokens of a piece of text; the model's longest, at most 1,024, where not given.
+    max_tokens : int, optional
+        Most tokens of the text.
+    device : device, optional
+        On which models are measured.
     workers, engine, address
         As of :func:`polyspan.run.map_tasks`, over which layers go. Workers must see the files and the folder of
         ``out``.
@@ -220,7 +245,12 @@ def extract_tucker_adapter(
     if not target.parent.is_dir():
         raise UnreadableFile(out, found=f"no folder {target.parent}", expected="a folder that exists")
     base, tuned = local_checkpoint(base, files=True), local_checkpoint(tuned, files=True)
-    _check_apart(target, base=base, tuned=tuned)
+    _check_apart(target, base=base, tuned=tuned, **({} if evaluation is None else {"evaluation": Path(evaluation)}))
+    if evaluation is None and (context is not None or max_tokens is not None or device is not None):
+        raise ValueError("context, max_tokens and device must go with evaluation, got no text")
+    scoring = None
+    if evaluation is not None:
+        scoring = plan_evaluation(base, tuned, evaluation, context=context, max_tokens=max_tokens, device=device)
     first, second = ShardedState(base), ShardedState(tuned)
     pairs = tensor_pairs(first, second)
     missing = [m for m in modules_to_save if not any(n.startswith(f"{m}.") for n in pairs)]
@@ -244,8 +274,9 @@ def extract_tucker_adapter(
     digested = digest_sources([base, tuned], label="reading" if verbose else "", **fan)
     options = {"rank": rank, "spatial_rank": spatial_rank, "error": error, "scale": float(scale)}
     work = target.absolute().with_name(f".{target.name}.extracting")
+    options |= {"compare": True} if compare else {}
     journal = Journal(work / JOURNAL, {"base": digested[0], "tuned": digested[1], **options})
-    _forget_torn(journal, work)
+    _forget_torn(journal, work, wanted)
     number = {name: i for i, name in enumerate(pairs)}
     map_tasks(
         partial(_extract_layer, str(work), options), [(number[name], pair) for name, pair in wanted.items()],
@@ -262,7 +293,8 @@ def extract_tucker_adapter(
         key, shape, ranks = name.removesuffix(".weight"), first.shape(name), tuple(told["ranks"])
         for part, value in read_members(work / told["file"]).items():
             tensors[f"{ROOT}{key}.{PREFIX}{part}"] = value
-        layers.append(ExtractedLayer(key, shape, ranks, num_parameters(shape, ranks), told["error"], told["change"]))
+        numbers = num_parameters(shape, ranks)
+        layers.append(ExtractedLayer(key, shape, ranks, numbers, told["error"], told["change"], *told.get("lora", ())))
         sizes[name], errors[name] = told["size"], told["error"]
     if not layers:
         remove_folder(work)
@@ -282,11 +314,25 @@ def extract_tucker_adapter(
         rank_pattern={re.escape(layer.name): list(layer.ranks) for layer in layers},
     )
     config.inference_mode = True
-    with atomic_directory(out, replace=replace) as folder:
-        write_members(folder / WEIGHTS, tensors, metadata={"format": "pt"})
+
+    def write(folder: Path) -> None:
+        write_members(folder / ADAPTER_WEIGHTS, tensors, metadata={"format": "pt"})
         write_json(folder / CONFIG, config.to_dict())
+
+    perplexity: dict[str, float] = {}
+    if scoring is not None and evaluation is not None:
+        # Before there is a result, so that the same call goes on with this too.
+        write(make_folder(work / "adapter"))
+        rival = {f"{layer.name}.weight": layer.lora_rank for layer in layers if layer.lora_rank is not None}
+        perplexity = adapter_perplexities(
+            scoring, work, evaluation, journal, lora=rival if compare else None, saved=saved, verbose=verbose
+        )
+    with atomic_directory(out, replace=replace) as folder:
+        write(folder)
     remove_folder(work)
-    return Extraction(target, layers, saved, left_out, 1.0 - lost / total if total > 0 else 1.0)
+    weighed = {name: checkpoint_size(p) for name, p in (("base", base), ("tuned", tuned), ("adapter", target))}
+    kept_share = 1.0 - lost / total if total > 0 else 1.0
+    return Extraction(target, layers, saved, left_out, kept_share, weighed, perplexity)
 
 
 def _check_apart(out: Path, **read: Path) -> None:
@@ -298,9 +344,10 @@ def _check_apart(out: Path, **read: Path) -> None:
             raise ValueError(f"out must be another place than {name}, which it is made of, got {out}")
 
 
-def _forget_torn(journal: Journal, work: Path) -> None:
+def _forget_torn(journal: Journal, work: Path, layers: Iterable[str]) -> None:
     """Take layers whose file is missing or changed out of what is done."""
-    for name, told in list(journal.done.items()):
+    for name in layers:
+        told = journal.done.get(name)
         if told is not None:
             path = work / told["file"]
             if not path.is_file() or digest_file(path) != told["digest"]:
@@ -325,7 +372,7 @@ def _extract_layer(work: str, options: dict[str, Any], item: tuple[int, Pair]) -
     tensors = {"core": made.core, **{f"axis{n}": factor for n, factor in enumerate(made.factors)}}
     path = Path(work) / f"layer-{number:05d}.safetensors"
     write_members(path, {name: tensor.float().numpy() for name, tensor in tensors.items()})
-    return {
+    told = {
         "file": path.name,
         "digest": digest_file(path),
         "ranks": list(ranks),
@@ -333,6 +380,9 @@ def _extract_layer(work: str, options: dict[str, Any], item: tuple[int, Pair]) -
         "size": size,
         "change": math.sqrt(size) / (float(np.linalg.norm(weight.astype(np.float64))) or 1.0),
     }
+    if options.get("compare"):
+        told["lora"] = list(low_rank(delta, num_parameters(delta.shape, ranks)))
+    return told
 
 
 def merge_tucker_adapter(
@@ -342,12 +392,17 @@ def merge_tucker_adapter(
     *,
     name: str = CONFIG,
     shard_bytes: int | None = None,
+    workers: int | None = 1,
+    engine: str = "local",
+    address: str | None = None,
     verbose: bool = False,
 ) -> list[str]:
     """Add an adapter to the weights of a base checkpoint, without building the model; return the names that changed.
 
-    For a model that is built, ``merge_and_unload`` does the same. In memory are the adapter and one of the layers that
-    it changes; sums are in float64, and weights keep the dtype of the base.
+    For a model that is built, ``merge_and_unload`` does the same. In memory are, of each worker, the adapter and one of
+    the layers that it changes; sums are in float64, and weights keep the dtype of the base. The same call goes on after
+    an interrupt and ends in the same bytes, on any number of workers, each of which has one thread. One file is put
+    together from shards in a hidden folder beside it, which takes as much space again until the end.
     Source: catalogue entry ``flora-nd``.
 
     Parameters
@@ -357,12 +412,14 @@ def merge_tucker_adapter(
     adapter : path
         Folder that peft or :func:`extract_tucker_adapter` wrote.
     out : path
-        A .safetensors file; or a folder of shards, beside which the base's configuration and tokenizer are put, and in
-        which the same call goes on after an interrupt.
+        A .safetensors file; or a folder of shards, beside which the base's configuration and tokenizer are put.
     name : str
         Of the configuration in that folder.
     shard_bytes : int, optional
         Size of the files in a folder; that of the largest tensor where not given.
+    workers, engine, address
+        As of :func:`polyspan.run.map_tasks`, over which shards go. Workers must see the files and the folder of
+        ``out``.
     verbose : bool
         Show progress.
 
@@ -370,74 +427,17 @@ def merge_tucker_adapter(
     ------
     WrongContent
         The folder holds another kind of adapter, or one of a layer that the base does not have, or of another shape.
+    UnreadableFile
+        ``out`` is a folder of other files, or in a folder that is not there.
     ValueError
         A sum is too large for the base's dtype, or ``out`` would take the place of what is read.
     """
-    from .tucker_adapter import PEFT_TYPE, TuckerAdapterConfig
-
-    settings, folder = read_json(Path(adapter) / name), Path(adapter)
-    if not isinstance(settings, dict) or settings.get("peft_type") != str(PEFT_TYPE.value):
-        kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
-        raise WrongContent(folder / name, found=f"an adapter of kind {kind}", expected=PEFT_TYPE.value)
-    config = TuckerAdapterConfig.from_peft_type(**settings)
-    tensors = {key.removeprefix(ROOT): torch.from_numpy(x) for key, x in read_members(folder / WEIGHTS).items()}
-    source = local_checkpoint(base, files=True)
+    source, folder = local_checkpoint(base, files=True), Path(adapter)
     _check_apart(Path(out), base=source, adapter=folder)
-    model = ShardedState(source)
-    # Of each tensor that changes: its adapter's core, or None and what takes its place; and magnitudes, if any.
-    changed: dict[str, tuple[Tensor | None, list[Tensor], Tensor | None]] = {}
-    for key, value in sorted(tensors.items()):
-        layer, found, part = key.partition(f".{PREFIX}")
-        if found and part != "core":
-            continue
-        target = f"{layer}.weight" if found else key.replace(".base_layer.", ".")
-        if target not in model:
-            raise WrongContent(folder / WEIGHTS, found=f"an adapter of {layer}", expected=f"a layer of {model.path}")
-        parts = [tensors[f"{layer}.{PREFIX}axis{n}"] for n in range(value.ndim)] if found else [value]
-        shape = tuple(len(factor) for factor in parts) if found else tuple(value.shape)
-        if shape != model.shape(target):
-            raise WrongContent(
-                folder / WEIGHTS, found=f"shape {shape}", expected=f"{model.shape(target)}", where=f"layer {layer}"
-            )
-        units = tensors.get(f"{layer}.{PREFIX}magnitude") if found else None
-        if (found and config.use_dora and units is None) or (units is not None and not fits(units.shape, shape)):
-            raise WrongContent(
-                folder / WEIGHTS,
-                found="no magnitudes" if units is None else f"magnitudes of shape {tuple(units.shape)}",
-                expected=f"one a unit of a weight {shape}",
-                where=f"layer {layer}",
-            )
-        changed[target] = (value if found else None, parts, units)
-
-    def made(key: str) -> Iterator[Tensor]:
-        if key not in changed:
-            yield from (rows_of(model, key, *span) for span in row_blocks(model.shape(key)))
-            return
-        core, parts, units = changed[key]
-        if core is None:
-            yield parts[0].to(model.dtype(key))
-            return
-        scale = config.scale_for(key.removesuffix(".weight"), core.shape)
-        delta = tucker_delta(core.double(), [factor.double() for factor in parts], scale)
-        summed = model[key].double() + delta
-        if units is not None:
-            summed = with_magnitude(summed, growth(units.double(), unit_norms(summed, units.shape)))
-        summed = summed.to(model.dtype(key))
-        if not bool(torch.isfinite(summed).all()):
-            raise ValueError(f"base must hold sums with the adapter, got {model.dtype(key)}, too narrow for {key}")
-        yield summed
-
-    facts = {key: (model.dtype(key), model.shape(key)) for key in model}
-    if Path(out).suffix == ".safetensors":
-        order = sorted(facts, key=lambda key: -facts[key][0].itemsize)
-        shown = progress(order, label="merging", enabled=verbose)
-        blocks = (tensor_bytes(block) for key in shown for block in made(key))
-        codes = {key: (TENSOR_CODES[facts[key][0]], facts[key][1]) for key in order}
-        write_tensor_blocks(Path(out), codes, blocks, {"format": "pt"})
-    else:
-        header = {"base": digests(source), "adapter": digests(folder), "settings": digest_file(folder / name)}
-        write_shards(Path(out), facts, made, header, beside=source, shard_bytes=shard_bytes, verbose=verbose)
-    return sorted(changed)
+    return write_adapted(
+        source, folder, Path(out), name=name, shard_bytes=shard_bytes, verbose=verbose, workers=workers,
+        engine=engine, address=address,
+    )  # fmt: skip
 
 
 class RankChoice(NamedTuple):

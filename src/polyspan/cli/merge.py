@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ._output import say, show_json, show_table
+from ._places import check_picture
 
 
 def merge(
@@ -72,13 +73,13 @@ def merge(
         Print JSON.
     """
     from polyspan.checkpoints import merge_geometry, merge_recipe, read_recipe, score_merge
+    from polyspan.checkpoints._checkpoint_sizes import checkpoint_size
     from polyspan.checkpoints.merge_files import STREAMED
     from polyspan.checkpoints.merge_scores import plan_scoring
     from polyspan.checkpoints.merging_plots import plot_merge_geometry
-    from polyspan.io import picture_path
 
     if plot is not None:
-        picture_path(plot)
+        check_picture(plot)
     texts = _texts(eval or [])
     if not texts and (compare or context is not None or max_tokens is not None or device is not None):
         raise ValueError("--compare, --context, --max-tokens and --device must go with --eval, got no text")
@@ -102,6 +103,9 @@ def merge(
     scores = []
     if texts:
         scores = score_merge(recipe, found.path, texts, **scoring, verbose=True)
+    sizes = [("base", "base", recipe.base), *(("model", task, path) for task, path in recipe.models.items())]
+    sizes += [("merged", recipe.method, found.path)] + ([("mask", mask.name, mask)] if mask is not None else [])
+    weighed = [(name, kind, checkpoint_size(path)) for kind, name, path in sizes]
     result = {
         "out": str(found.path),
         "method": recipe.method,
@@ -111,6 +115,7 @@ def merge(
         "tensors": found.tensors,
         "merged": found.merged,
         "resumed": found.resumed,
+        "sizes": [{"name": name, "kind": kind, **size._asdict()} for name, kind, size in weighed],
         "scores": [row._asdict() for row in scores],
     }
     if json:
@@ -124,6 +129,8 @@ def merge(
         ("tensors", f"{found.tensors}, {found.merged} of them merged"),
     ]
     show_table("", ("what", "value"), rows)
+    cells = [[name, kind, f"{size.parameters:,}", f"{size.bytes:,}"] for name, kind, size in weighed]
+    show_table("Files", ("checkpoint", "what", "parameters", "bytes"), cells)
     if scores:
         cells = [[row.name, row.kind, *(f"{row.perplexity[text]:.2f}" for text in texts)] for row in scores]
         show_table("Perplexity", ("checkpoint", "what", *texts), cells)
