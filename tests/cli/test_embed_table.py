@@ -7,7 +7,8 @@ import pytest
 
 from polyspan.cli.embed_table import predict, report, train
 from polyspan.errors import WrongContent
-from polyspan.learn import UnifiedEmbeddingClassifier, UnifiedEmbeddingRegressor
+from polyspan.learn import FeatureSpec, UnifiedEmbedding, UnifiedEmbeddingClassifier, UnifiedEmbeddingRegressor
+from polyspan.learn.unified_embedding_training_plots import learnt_table, plot_learnt_tables, rows_used
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +28,18 @@ def table(tmp_path_factory):
 def test_train_compares_and_writes_and_predict_and_report_follow(table, tmp_path, capsys):
     out, picture, answers = tmp_path / "m.safetensors", tmp_path / "c.svg", tmp_path / "answers.parquet"
     options = {"columns": ["user", "item", "price"], "budget_mb": 0.01, "width": 4, "epochs": 2}
-    train(table, target="click", out=out, compare=True, json=True, **options)
+    drawn = tmp_path / "t.svg"
+    train(table, target="click", out=out, compare=True, plot=drawn, json=True, **options)
+    for words in ("Loss by pass", "Least loss held out", "Rows shared, by feature", "a table a column, held out"):
+        assert words in drawn.read_text()
     said = json.loads(capsys.readouterr().out)
+    assert said["file_bytes"] == out.stat().st_size
     assert said["embedded"] == ["user", "item"]
     assert said["numbers"] == ["price"]
     assert set(said["loss_held_out"]) == {"multiplex", "hash", "collisionless"}
     assert said["table_bytes"]["multiplex"] == said["table_bytes"]["hash"] == int(0.01 * 2**20 / 16) * 16
     model = UnifiedEmbeddingClassifier.load(out)
+    assert said["parameters"] == sum(p.numel() for p in model.network_.parameters())
     assert said["loss_held_out"]["multiplex"] < 0.8
     predict(out, table, out=answers, batch_rows=500)
     found = pq.read_table(answers)
@@ -50,6 +56,47 @@ def test_train_compares_and_writes_and_predict_and_report_follow(table, tmp_path
     head, first, *_ = capsys.readouterr().out.splitlines()
     assert head.startswith("column\tvalues\t")
     assert first.startswith("user\t30\t")
+
+
+def test_what_is_drawn_of_a_training_is_what_it_was(table, tmp_path):
+    out, picture = tmp_path / "m.safetensors", tmp_path / "p.svg"
+    options = {"target": "click", "out": out, "columns": ["price"], "epochs": 1}
+    sizes = {"n_embeddings": 65, "chunk_dim": 4, "max_epochs": 2, "early_stopping": True, "random_state": 0}
+    model = UnifiedEmbeddingClassifier(**sizes).fit_file(table, "click", columns=["user", "item", "price"])
+    columns = {name: pq.read_table(table)[name] for name in ("user", "item")}
+    embedding = model.network_.embedding
+    rows = embedding.rows(embedding.keys(columns)).tolist()
+    expected = {"user": len({row[0] for row in rows}), "item": len({row[1] for row in rows})}
+    assert rows_used(embedding, columns) == expected
+    assert expected["user"] < 30, "no value shares a row"
+    learnt = learnt_table(model)
+    assert learnt.nbytes == 65 * 4 * 4
+    assert list(learnt.held_out) == model.validation_losses_
+    half = len(model.loss_curve_) // 2
+    assert learnt.trained == pytest.approx([np.mean(model.loss_curve_[:half]), np.mean(model.loss_curve_[half:])])
+    train(table, plot=picture, **options)
+    text = picture.read_text()
+    assert "Loss by pass" in text
+    assert "by feature" not in text
+    one, two = (plot_learnt_tables({"a": learnt}, tmp_path / f"{n}.svg").read_bytes() for n in "ab")
+    assert one == two
+    with pytest.raises(ValueError, match=r"--plot must end in \.svg, \.png or \.pdf, got 'p.gif'"):
+        train(table, plot=tmp_path / "p.gif", **options)
+    with pytest.raises(ValueError, match="tables must be at least one, got none"):
+        plot_learnt_tables({}, picture)
+    with pytest.raises(ValueError, match=r"collisions must be of the features of used, \['a'\], got \[\]"):
+        plot_learnt_tables({"a": learnt}, picture, used={"a": 1})
+    with pytest.raises(ValueError, match="device must be"):
+        train(table, device="nowhere", **options)
+
+
+def test_rows_of_lists_are_counted_without_what_fills_them_up():
+    columns = {"tags": pa.array([["a", "b"], ["c"], []]), "one": pa.array(["a", "b", "a"])}
+    layer = UnifiedEmbedding({"tags": FeatureSpec(n_lookups=2, max_len=3), "one": 1}, 1000, 4)
+    rows = layer.rows(layer.keys(columns))
+    own = {*rows[0, :4].tolist(), *rows[1, :2].tolist()}
+    assert rows_used(layer, columns) == {"tags": len(own), "one": len(set(rows[:, 6].tolist()))}
+    assert len(own) == 6
 
 
 def test_a_report_looks_at_as_many_rows_as_it_is_told_whatever_the_groups_of_the_file(table, tmp_path, capsys):
@@ -99,8 +146,6 @@ def test_what_does_not_fit_is_said(table, tmp_path):
         train(table, target="click", out=out, width=0)
     with pytest.raises(ValueError, match=r"columns must be of clicks.parquet, which has .*, got \['x'\]"):
         train(table, target="x", out=out)
-    from polyspan.learn import UnifiedEmbedding
-
     other = UnifiedEmbedding({"a": 1}, 10).save(tmp_path / "layer.safetensors")
     with pytest.raises(WrongContent, match="UnifiedEmbeddingClassifier or UnifiedEmbeddingRegressor"):
         predict(other, table, out=tmp_path / "p.csv")

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -133,6 +134,58 @@ def test_a_models_activations_are_taken_trained_on_and_steered(language_model, t
         steer(out, latents=[3], **{**common, "tokens": 0})
 
 
+def test_perplexity_is_told_as_it_is_and_with_reconstructions(language_model, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "sae.safetensors"
+    text.write_text("\n".join(LINES * 3) + "\n")
+    options = {"layer": "model.layers.0", "latents": 32, "k": 4, "tokens": 2000, "context": 8}
+    train(text, out=out, model=str(language_model), eval=text, compare=True, json=True, **options)
+    said = json.loads(capsys.readouterr().out)
+    assert said["file_bytes"] == out.stat().st_size
+    assert said["report"]["linear"]["bytes"] == 4 * said["report"]["linear"]["parameters"]
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(language_model).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
+    ids = [i for line in LINES * 3 for i in tokenizer(line + "\n", add_special_tokens=False)["input_ids"]]
+    sae = PolySAE.load(out)
+
+    def literal():
+        total = count = 0
+        for start in range(0, len(ids) - 8, 8):
+            piece = torch.tensor(ids[start : start + 9])
+            with torch.no_grad():
+                logits = model(piece[None, :-1]).logits[0].double()
+            total -= float(logits.log_softmax(-1)[torch.arange(8), piece[1:]].sum())
+            count += 8
+        return np.exp(total / count)
+
+    def put(module, inputs, output):
+        x = output[0] if isinstance(output, tuple) else output
+        made = sae.inverse_transform(sae.transform(x.detach().flatten(0, -2).numpy()))
+        made = torch.from_numpy(made).view(x.shape)
+        return (made, *output[1:]) if isinstance(output, tuple) else made
+
+    assert said["perplexity"]["model"] == pytest.approx(literal(), rel=1e-4)
+    handle = model.model.layers[0].register_forward_hook(put)
+    assert said["perplexity"]["polynomial"] == pytest.approx(literal(), rel=1e-3)
+    handle.remove()
+    assert said["perplexity"]["polynomial"] != pytest.approx(said["perplexity"]["model"], rel=1e-3)
+    assert said["perplexity"].keys() == {"model", "polynomial", "linear"}
+
+
+def test_every_command_that_runs_an_autoencoder_takes_a_device(data, sae, language_model):
+    told = "device must be 'auto' or one that torch knows, such as 'cuda:0', got 'nowhere'"
+    common = {"model": str(language_model), "layer": "model.layers.0", "prompt": "the cow", "latents": [3]}
+    with pytest.raises(ValueError, match=told):
+        steer(sae, device="nowhere", **common)
+    with pytest.raises(ValueError, match=told):
+        probe(sae, data / "acts.npy", labels=data / "acts.tokens.npy", device="nowhere")
+    with pytest.raises(ValueError, match=told):
+        interactions(sae, data / "acts.npy", device="nowhere")
+    if torch.cuda.is_available():
+        steer(sae, device="cuda:0", tokens=2, **{**common, "latents": [0]})
+        interactions(sae, data / "acts.npy", device="cuda:0")
+
+
 def test_what_does_not_fit_is_said(data, sae, tmp_path):
     out = tmp_path / "o.safetensors"
     with pytest.raises(ValueError, match="--model and --layer must be given together"):
@@ -170,7 +223,7 @@ def test_what_does_not_fit_is_said(data, sae, tmp_path):
     ("options", "told"),
     [
         ({"out": "x.npz"}, r"--out must end in \.safetensors, got 'x.npz'"),
-        ({"plot": "p.foo"}, r"path must end in \.svg"),
+        ({"plot": "p.foo"}, r"--plot must end in \.svg"),
         ({"saelens": "."}, "--saelens must be a new folder"),
         ({"checkpoint": "c.npz"}, r"--checkpoint must end in \.safetensors"),
     ],
@@ -184,6 +237,7 @@ def test_places_are_looked_at_before_training(tmp_path, options, told):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"eval": Path("t.txt")}, "--eval must go with --model, got t.txt without one"),
         ({"context": 64}, "--context must go with --model, got 64 without one"),
         ({"order": 1, "compare": True}, "--compare must go with --order 2 or 3, got 1"),
         ({"model": "m", "layer": "l", "column": "c"}, "--column and --member must go with files of activations"),

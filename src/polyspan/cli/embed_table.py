@@ -30,7 +30,9 @@ def train(
     batch_rows: int = 65536,
     checkpoint: Path | None = None,
     compare: bool = False,
+    device: str = "cpu",
     seed: int = 0,
+    plot: Path | None = None,
     json: bool = False,
 ) -> None:
     """Learn a column of a table from the others, all categorical ones in one hashed table of a fixed size.
@@ -67,8 +69,12 @@ def train(
         A .safetensors file that is written after each pass, and gone on from if it is there.
     compare : bool
         Train hashed tables of each column's own, of the same size in all, and a table with a row a value as well.
+    device : str
+        "cpu", "cuda:0", or "auto".
     seed : int
         Of weights, the order of rows, and which are held out.
+    plot : Path
+        Draw losses by pass, and which rows columns use and share, in the first rows of the file (.svg, .png or .pdf).
     json : bool
         Print JSON.
     """
@@ -76,7 +82,7 @@ def train(
 
     check_target(out, "--out", ".safetensors")
     check_target(checkpoint, "--checkpoint", ".safetensors")
-    check_places(read=(source,), out=out, checkpoint=checkpoint)
+    check_places(plot, read=(source,), out=out, checkpoint=checkpoint)
     if task not in ("classification", "regression"):
         raise ValueError(f"--task must be 'classification' or 'regression', got {task!r}")
     if not 0 < budget_mb < math.inf:
@@ -92,18 +98,22 @@ def train(
         "max_epochs": epochs,
         "optimizer": optimizer,
         "early_stopping": True,
+        "device": device,
         "random_state": seed,
         "verbose": True,
     }
     schemes = list(SCHEMES) if compare else ["multiplex"]
     losses: dict[str, float] = {}
     sizes: dict[str, int] = {}
+    fitted: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for scheme in reversed(schemes):
         say(f"training with {SCHEMES[scheme]}")
         model = kind(scheme=scheme, **options)
         kept = checkpoint if scheme == "multiplex" else None
         model.fit_file(source, target, columns=columns, batch_rows=batch_rows, checkpoint=kept)
         losses[scheme] = min(model.validation_losses_, default=float("nan"))
+        fitted[scheme] = model
         sizes[scheme] = 0 if model.network_.embedding is None else model.network_.embedding.nbytes
         if scheme == "multiplex":
             model.save(out)
@@ -112,19 +122,39 @@ def train(
                 "numbers": model.dense_features_,
                 "epochs": model.n_iter_,
                 "values_cut": model.n_truncated_,
+                "parameters": sum(p.numel() for p in model.network_.parameters()),
+                "file_bytes": out.stat().st_size,
             }
+    if plot is not None:
+        _draw({scheme: fitted[scheme] for scheme in schemes}, source, batch_rows, plot)
     result = {"out": str(out), **facts, "loss_held_out": losses, "table_bytes": sizes}
     if json:
         show_json(result)
         return
     rows = [("out", str(out)), ("embedded columns", ", ".join(facts["embedded"]))]
     rows += [("columns of numbers", ", ".join(facts["numbers"])), ("passes", str(facts["epochs"]))]
+    rows += [("parameters", f"{facts['parameters']:,}"), ("bytes of the file", f"{facts['file_bytes']:,}")]
     for scheme in schemes:
         rows += [
             (f"loss held out, {SCHEMES[scheme]}", f"{losses[scheme]:.4f}"),
             (f"table, {SCHEMES[scheme]}", f"{sizes[scheme] / 2**20:.2f} MiB"),
         ]
     show_table("", ("what", "value"), rows)
+
+
+def _draw(fitted: dict[str, Any], source: Path, batch_rows: int, plot: Path) -> None:
+    """Draw what was learnt, and which rows of the one table the columns of the first rows use."""
+    from polyspan.learn._table_files import TableFile
+    from polyspan.learn.unified_embedding_training_plots import learnt_table, plot_learnt_tables, rows_used
+
+    tables = {SCHEMES[scheme]: learnt_table(model) for scheme, model in fitted.items()}
+    ours, used, collisions = fitted["multiplex"], None, None
+    if ours.network_.embedding is not None:
+        with TableFile(source, None, list(ours.feature_names_in_), batch_rows) as table:
+            columns = table.first(batch_rows)
+        used = rows_used(ours.network_.embedding, ours._read_columns(columns, reset=False))
+        collisions = ours.collision_report(columns)
+    plot_learnt_tables(tables, plot, used=used, collisions=collisions)
 
 
 def predict(

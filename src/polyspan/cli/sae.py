@@ -16,6 +16,7 @@ Autoencoder = Annotated[
 ]
 Column = Annotated[str | None, Parameter(help="Of a table with several columns of vectors.")]
 Member = Annotated[str | None, Parameter(help="Of a file with several arrays.")]
+Device = Annotated[str, Parameter(help='"cpu", "cuda:0", or "auto".')]
 AsJson = Annotated[bool, Parameter(help="Print JSON.")]
 
 
@@ -43,8 +44,9 @@ def train(
     checkpoint: Path | None = None,
     every: int = 500,
     saelens: Path | None = None,
+    eval: Path | None = None,
     compare: bool = False,
-    device: str = "cpu",
+    device: Device = "cpu",
     seed: int = 0,
     plot: Path | None = None,
     json: AsJson = False,
@@ -94,10 +96,11 @@ def train(
         Steps between checkpoints.
     saelens : Path
         Also write a folder with cfg.json and sae_weights.safetensors.
+    eval : Path
+        Text on which the model's perplexity is measured, as it is and with reconstructions in the layer's place; with
+        --model.
     compare : bool
         Train the linear autoencoder of as many latents as well.
-    device : str
-        "cpu", "cuda:0", or "auto".
     seed : int
         Of the start and the order of tokens.
     plot : Path
@@ -108,21 +111,28 @@ def train(
     check_target(out, "--out", ".safetensors")
     check_target(checkpoint, "--checkpoint", ".safetensors")
     kept = out.with_name(out.stem + ".activations.npy") if activations is None else activations
-    check_places(plot, read=_files(source), out=out, checkpoint=checkpoint, activations=kept if model else None)
+    check_places(
+        plot, read=(*_files(source), eval), out=out, checkpoint=checkpoint, activations=kept if model else None
+    )
     if saelens is not None and saelens.exists():
         raise ValueError(f"--saelens must be a new folder, got {saelens}, which is there")
     if (model is None) != (layer is None):
         raise ValueError("--model and --layer must be given together")
     if activations is not None and model is None:
         raise ValueError("--activations is for --model: pass a file of activations as the source itself")
+    if eval is not None and model is None:
+        raise ValueError(f"--eval must go with --model, got {eval} without one")
     if context is not None and model is None:
         raise ValueError(f"--context must go with --model, got {context} without one")
     if model is not None and (column is not None or member is not None):
         raise ValueError("--column and --member must go with files of activations, got --model")
     if compare and order == 1:
         raise ValueError("--compare must go with --order 2 or 3, got 1, which is the linear autoencoder itself")
+    length = 128 if context is None else context
+    held_out: Any = None
     if model is not None and layer is not None:
-        store = _recorded(source, model, layer, kept, 128 if context is None else context, device)
+        store = _recorded(source, model, layer, kept, length, device)
+        held_out = None if eval is None else _held_out(model, eval)
     else:
         store = _store(source, column, member)
     options: dict[str, Any] = {
@@ -142,7 +152,7 @@ def train(
     arms = {"polynomial" if order > 1 else "linear": own}
     if compare:
         arms["linear"] = {"order": 1}
-    curves, found = {}, {}
+    curves, found, fitted = {}, {}, {}
     for name, mine in arms.items():
         say(f"training the {name} autoencoder on {store.n_rows:,} rows of {store.dim}")
         sae = PolySAE(**options, **mine)
@@ -152,23 +162,32 @@ def train(
             **sae.report(store)._asdict(),
             "dead_share": sae.dead_share_,
             "parameters": sum(p.numel() for p in sae.module_.parameters()),
+            "bytes": sum(p.numel() * p.element_size() for p in sae.module_.parameters()),
         }
+        fitted[name] = sae
         if mine is own:
             sae.save(out)
             facts = {"latents": sae.module_.num_latents, "k": sae.module_.k, "ranks": list(sae.module_.ranks)}
-            facts |= {"steps": sae.n_iter_, "scale": sae.scale_}
+            facts |= {"steps": sae.n_iter_, "scale": sae.scale_, "file_bytes": out.stat().st_size}
             if saelens is not None:
                 sae.export(saelens, metadata={"model_name": model, "hook_name": layer} if model else {})
     if plot is not None:
         from polyspan.learn.polynomial_sae_plots import plot_training
 
         plot_training(curves, plot)
+    told = {}
+    if held_out is not None and model is not None and layer is not None:
+        told = _perplexities(model, layer, held_out, fitted, length, device)
     if json:
-        show_json({"out": str(out), **facts, "report": found})
+        show_json({"out": str(out), **facts, "report": found, "perplexity": told})
         return
-    rows = [("out", str(out)), *((name, str(value)) for name, value in facts.items())]
+    rows = [("out", str(out)), *((name.replace("_", " "), str(value)) for name, value in facts.items())]
     for name, values in found.items():
-        rows += [(f"{name}: {key.replace('_', ' ')}", f"{value:.4g}") for key, value in values.items()]
+        rows += [
+            (f"{name}: {key.replace('_', ' ')}", f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+            for key, value in values.items()
+        ]
+    rows += [(f"perplexity, {name}", f"{value:.4g}") for name, value in told.items()]
     show_table("", ("what", "value"), rows)
 
 
@@ -182,6 +201,7 @@ def probe(
     column: Column = None,
     member: Member = None,
     top: int = 5,
+    device: Device = "cpu",
     seed: int = 0,
     json: AsJson = False,
 ) -> None:
@@ -218,7 +238,7 @@ def probe(
     scores = {"activations": sparse_probe(rows, wanted, k=k, random_state=seed)}
     first = None
     for path in (sae, *(against or ())):
-        codes = vstack(list(_load(path).iter_codes(store)), format="csr")
+        codes = vstack(list(_load(path, device).iter_codes(store)), format="csr")
         scores[str(path)] = sparse_probe(codes, wanted, k=k, random_state=seed)
         first = codes if first is None else first
     apart, classes = latent_separation(first, wanted)
@@ -252,6 +272,7 @@ def interactions(
     by: str = "data",
     column: Column = None,
     member: Member = None,
+    device: Device = "cpu",
     plot: Path | None = None,
     json: AsJson = False,
 ) -> None:
@@ -271,7 +292,7 @@ def interactions(
         Draw them (.svg, .png or .pdf).
     """
     check_places(plot, read=(sae, *_files(source)))
-    found = _load(sae).interactions(_store(source, column, member), top=top, degree=degree, by=by)
+    found = _load(sae, device).interactions(_store(source, column, member), top=top, degree=degree, by=by)
     if plot is not None:
         from polyspan.learn.polynomial_sae_plots import plot_interactions
 
@@ -299,6 +320,7 @@ def steer(
     strength: float = 8.0,
     sum_only: bool = False,
     tokens: int = 40,
+    device: Device = "cpu",
     json: AsJson = False,
 ) -> None:
     """Let a language model go on with a text while one to three latents are pushed up.
@@ -321,12 +343,15 @@ def steer(
         How many to write.
     """
     from polyspan.learn.polynomial_sae_steering import steer as pushed
+    from polyspan.run import pick_device
 
+    at = pick_device(device)
     if tokens < 1:
         raise ValueError(f"--tokens must be at least 1, got {tokens}")
     direction = _load(sae).direction(latents, interaction=not sum_only)
     network, tokenizer = _language_model(model)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    network = network.to(at)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(at)
     if not ids.shape[1]:
         raise ValueError("--prompt must hold at least one token, got none")
 
@@ -344,10 +369,14 @@ def steer(
     show_table("", ("", "text"), [("plain", plain), ("steered", steered)])
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, device: str = "cpu") -> Any:
     from polyspan.learn import PolySAE
+    from polyspan.run import pick_device
 
-    return PolySAE.from_saelens(path) if path.is_dir() else PolySAE.load(path)
+    at = pick_device(device)
+    found = PolySAE.from_saelens(path) if path.is_dir() else PolySAE.load(path)
+    found.module_.to(at)
+    return found
 
 
 def _files(source: Path) -> tuple[Path, ...]:
@@ -393,6 +422,34 @@ def _recorded(source: Path, model: str, layer: str, kept: Path, context: int, de
     return ActivationStore.from_model(
         network.to(pick_device(device)), tokenizer, texts, layer, kept, context=context, verbose=True
     )
+
+
+def _held_out(model: str, text: Path) -> Any:
+    """Return the tokens (n,) of a text on which perplexity is measured."""
+    from polyspan.checkpoints._text_models import token_ids
+    from polyspan.errors import WrongContent
+
+    ids = token_ids(model, text)
+    if len(ids) < 2:
+        raise WrongContent(text, found="one token", expected="two at least, of which one is predicted")
+    return ids
+
+
+def _perplexities(
+    model: str, layer: str, ids: Any, fitted: dict[str, Any], context: int, device: str
+) -> dict[str, float]:
+    """Return the model's perplexity as it is, and with each autoencoder's reconstructions in the layer's place."""
+    from polyspan.checkpoints._text_models import perplexity
+    from polyspan.learn.polynomial_sae_steering import spliced
+    from polyspan.run import pick_device
+
+    say(f"measuring perplexity on {len(ids):,} tokens")
+    network = _language_model(model)[0].to(pick_device(device))
+    told = {"model": perplexity(network, ids, context=context)}
+    for name, sae in fitted.items():
+        with spliced(network, layer, sae):
+            told[name] = perplexity(network, ids, context=context)
+    return told
 
 
 def _language_model(name: str) -> tuple[Any, Any]:
