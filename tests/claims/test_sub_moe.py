@@ -41,6 +41,14 @@ def test_every_rival_is_an_arm_on_the_same_tokens_at_the_same_numbers():
     assert {"method", "baseline", "recommended", "unmerged, in all"} <= found.keys()
     assert set(RIVALS) - set(found) == {"published", "frequency pruning"}
     assert KEPT == (6, 4)
+    for whole, name in (("baseline", "frequency pruning"), ("recommended", "recommended")):
+        assert found[whole] == pytest.approx(np.mean([found[f"{name}, to {kept}"] for kept in KEPT]))
+
+
+def test_what_the_text_says_of_the_recommended_procedure_is_measured_by_levels():
+    assert CLAIM.levels["quick"] == ("scratch", "recommended")
+    assert {"wikitext", "wikitext-recommended", "wikitext-upcycled"} == set(CLAIM.levels["standard"])
+    assert on_reference(0, recommended=True).recommended.all()
 
 
 @pytest.mark.slow
