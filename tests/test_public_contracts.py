@@ -20,6 +20,8 @@ DEAR = {
     "lambda-orthogonality", "lhdsc", "mhs-vm", "mlc", "orthogonal-compatible-alignment", "polysae",
     "rotation-continuity", "sub-moe", "ulsam",
 }  # fmt: skip
+# Parameters that say how long is trained, of which a dtype does not depend.
+SHORT = ("n_rounds", "max_epochs", "max_steps", "max_iter")
 WORKING = [entry.slug for entry in catalog.entries() if entry.status == "working"]
 CLAIMS = [pytest.param(slug, marks=[pytest.mark.slow] * (slug in DEAR)) for slug in WORKING]
 
@@ -91,7 +93,9 @@ def test_every_claim_belongs_to_a_working_system_and_says_what_it_measures():
 
 
 def test_every_public_member_has_a_docstring():
-    for package in ("align", "cluster", "nn", "linalg", "io", "run", "data", "claims", "catalog", "gallery"):
+    for package in (
+        "align", "cluster", "checkpoints", "learn", "nn", "linalg", "io", "run", "data", "claims", "catalog", "gallery",
+    ):  # fmt: skip
         for name, member in public_members(f"polyspan.{package}").items():
             if inspect.isclass(member) or inspect.isfunction(member):
                 assert inspect.getdoc(member), f"polyspan.{package}.{name} has no docstring"
@@ -104,6 +108,7 @@ def test_float32_stays_float32_in_every_transformer():
         if hasattr(kind, "transform") and "float32" in get_tags(kind()).transformer_tags.preserves_dtype:
             # Rounds take directions away, and there are four here. Classifiers that transform as well want classes; all
             # others take rows or nothing.
-            model = kind(n_rounds=1) if "n_rounds" in kind().get_params() else kind()
+            known = kind().get_params()
+            model = kind(**{option: 1 if option == "n_rounds" else 2 for option in SHORT if option in known})
             found = model.fit(X, np.arange(30) % 3 if is_classifier(model) else X).transform(X)
             assert found.dtype == np.float32, f"{name} turned float32 into {found.dtype}"
