@@ -76,8 +76,12 @@ def test_probe_names_the_latents_that_tell_labels(data, sae, tmp_path, capsys):
     train(data / "acts.npy", out=other, order=1, latents=20, k=3, tokens=1000)
     capsys.readouterr()
     labels = data / "acts.tokens.npy"
-    probe(sae, data / "acts.npy", labels=labels, against=[other], top=2, json=True)
+    picture = tmp_path / "p.svg"
+    probe(sae, data / "acts.npy", labels=labels, against=[other], top=2, json=True, plot=picture)
     said = json.loads(capsys.readouterr().out)
+    assert all(f"<!-- {name} -->" in picture.read_text() for name in ("activations", sae.stem, other.stem, "F1"))
+    with pytest.raises(ValueError, match=r"--plot must end in \.svg, \.png or \.pdf, got 'p\.gif'"):
+        probe(sae, data / "acts.npy", labels=labels, plot=tmp_path / "p.gif")
     assert list(said["probes"]) == sorted([str(sae), str(other), "activations"])
     assert all(0.6 < p["f1"] <= 1 for p in said["probes"].values())
     assert len(said["latents"]["1"]) == 2

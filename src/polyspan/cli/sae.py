@@ -203,6 +203,7 @@ def probe(
     top: int = 5,
     device: Device = "cpu",
     seed: int = 0,
+    plot: Path | None = None,
     json: AsJson = False,
 ) -> None:
     """Say how well single latents tell labels of tokens, beside the activations themselves.
@@ -221,6 +222,8 @@ def probe(
         How many latents to name for each label, those whose codes lie the furthest apart.
     seed : int
         Of the rows held out.
+    plot : Path
+        Draw F1 and accuracy, by what is probed (.svg, .png or .pdf).
     """
     import numpy as np
     from scipy.sparse import vstack
@@ -230,6 +233,7 @@ def probe(
 
     if top < 1:
         raise ValueError(f"--top must be at least 1, got {top}")
+    check_places(plot, read=(sae, labels, *(against or ()), *_files(source)))
     store = _store(source, column, member)
     wanted = read_array(labels, ndim=None, dtype=np.int64).reshape(-1)
     if len(wanted) != store.n_rows:
@@ -247,6 +251,12 @@ def probe(
         int(label): [{"latent": int(j), "distance": float(apart[i, j])} for j in best[i]]
         for i, label in enumerate(classes)
     }
+    if plot is not None:
+        from polyspan.learn.polynomial_sae_plots import plot_probes
+
+        short = {name: Path(name).stem for name in scores}
+        short = short if len(set(short.values())) == len(short) else dict.fromkeys(scores)
+        plot_probes({short[name] or name: (p.f1, p.accuracy) for name, p in scores.items()}, plot)
     if json:
         shown = {name: {"f1": p.f1, "accuracy": p.accuracy} for name, p in scores.items()}
         show_json({"k": k, "probes": shown, "latents": named})

@@ -81,3 +81,37 @@ def plot_interactions(found: Interactions, path: Path | str) -> Path:
         right.scatter(found.shares, found.norms, s=8, color=COLOURS[2])
         right.set(title="Those listed", xlabel="share of rows in which they fire together", ylabel="length")
         return write_picture(figure, path)
+
+
+def plot_probes(probes: Mapping[str, tuple[float, float]], path: Path | str) -> Path:
+    """Draw F1 and accuracy of probes as bars, by what was probed.
+
+    Parameters
+    ----------
+    probes : mapping of str to (F1, accuracy)
+        Both in [0, 1]; such as of :func:`sparse_probe`, by name.
+    path : path
+        .svg, .png or .pdf; written atomically, with equal bytes for equal input.
+
+    Raises
+    ------
+    ValueError
+        The suffix is another one, or there is no probe.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    path = picture_path(path)
+    if not probes:
+        raise ValueError("probes must be at least one, got none")
+    places, high = np.arange(len(probes)), 0.4
+    with mpl.rc_context({"svg.hashsalt": "polyspan", "font.size": 9}):
+        figure = Figure(figsize=(6.5, 1.4 + 0.5 * max(len(probes), 2)), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, colour) in enumerate((("F1", COLOURS[0]), ("accuracy", COLOURS[2]))):
+            values = [pair[i] for pair in probes.values()]
+            axes.barh(places + (i - 0.5) * high, values, high, color=colour, label=name)
+        axes.set(title="How well few columns tell labels", xlim=(0, 1), yticks=places, yticklabels=list(probes))
+        axes.invert_yaxis()
+        axes.legend(loc="lower right")
+        return write_picture(figure, path)
