@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-DEAR = {"expert_merging", "multi_head_scan", "polynomial_sae", "sparse_dictionary", "subspace_clustering"}
+DEAR = {
+    "expert_merging", "grassmann_mixing", "manifold_linearizing", "multi_head_scan", "polynomial_sae", "rotation",
+    "sparse_dictionary", "subspace_attention", "subspace_clustering",
+}  # fmt: skip
 EXAMPLES = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in DEAR))
     for path in sorted((Path(__file__).parents[1] / "examples").glob("*.py"))

@@ -37,6 +37,7 @@ def test_units_that_are_the_same_need_no_other_basis():
     assert trial(rotate(Activations(X, X[:, ::-1]), 0), 0)["method"] < arms["method"] - 0.2
 
 
+@pytest.mark.slow
 def test_a_rotation_keeps_the_subspace_and_the_other_network(digits):
     data = digits[0]
     turned = rotate(data, 0)

@@ -21,6 +21,7 @@ def on(world):
     return measure(CLAIM, world, seeds=3)
 
 
+@pytest.mark.slow
 def test_dictionaries_lose_less_than_a_truncated_svd_of_the_same_bytes():
     found = on("layer")
     assert found.verdict == "holds"
@@ -30,6 +31,7 @@ def test_dictionaries_lose_less_than_a_truncated_svd_of_the_same_bytes():
     assert found.means["baseline"] == 1
 
 
+@pytest.mark.slow
 def test_the_control_refutes_it_where_one_subspace_holds_all_outputs():
     found = on("one-subspace")
     assert (found.role, found.verdict) == ("control", "fails")

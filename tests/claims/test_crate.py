@@ -22,6 +22,7 @@ def test_without_training_the_learnt_subspaces_are_like_turned_ones():
     assert arms["method"] - arms["baseline"] < CLAIM.margin
 
 
+@pytest.mark.slow
 def test_training_makes_rates_fall_but_most_of_it_within_turned_subspaces_too():
     arms = trial(planted(0), 0)
     assert arms["method"] > 0.05
@@ -31,6 +32,7 @@ def test_training_makes_rates_fall_but_most_of_it_within_turned_subspaces_too():
     assert arms["accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_labels_dealt_out_anew_leave_accuracy_at_chance():
     data = planted(1)
     dealt = np.random.default_rng(0).permutation(data.labels)

@@ -32,6 +32,7 @@ def on_small(world):
         return trial(data, 0)
 
 
+@pytest.mark.slow
 def test_planes_learn_a_language_of_words_as_fast_as_attention_and_faster():
     found = on_small("planted")
     assert found["method"] < found["baseline"] + CLAIM.margin

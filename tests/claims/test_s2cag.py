@@ -31,6 +31,7 @@ def test_links_and_words_together_beat_either_alone_where_planted():
     assert means["method"] > means["spectral, graph only"] + 0.1
 
 
+@pytest.mark.slow
 def test_on_planted_groups_smoothing_alone_does_as_well():
     assert on("planted").verdict == "fails"
     assert abs(on("planted").gain) < 0.02

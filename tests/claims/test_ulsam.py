@@ -28,6 +28,7 @@ def few(seed, *, dear=0):
     return data._replace(recipe=np.array([0.6, 1, dear]))
 
 
+@pytest.mark.slow
 def test_where_no_place_is_worth_more_than_another_every_arm_is_right_and_nothing_is_gained():
     """One seed; that the verdict is "fails" over several is asked of every claim's control elsewhere."""
     arms = trial(everywhere(0), 0)

@@ -278,7 +278,12 @@ def test_a_module_serves_as_the_encoder(world):
 @pytest.mark.filterwarnings("ignore:the affinity falls into", "ignore:stage", "ignore:.*collapses", "ignore:the auto")
 @pytest.mark.parametrize(
     "options",
-    [{}, {"solver": "ridge", "layers": "last", "structure": False}, {"mode": "published"}, {"encoder": "none"}],
+    [
+        {},
+        {"solver": "ridge", "layers": "last", "structure": False},
+        pytest.param({"mode": "published"}, marks=pytest.mark.slow),
+        {"encoder": "none"},
+    ],
 )
 def test_a_saved_clustering_comes_back_whole(pictures, tmp_path, options):
     images, _ = pictures
