@@ -53,7 +53,7 @@ warnings.simplefilter("ignore")
 from polyspan.data import planted_subspaces
 from polyspan.linalg import clustering_accuracy
 from polyspan.run import measure_peak
-made.fit(planted_subspaces(1, n_per=20, d=30, k=2, n_subspaces=10).points.astype("float32"))
+made.fit(planted_subspaces(1, n_per=40, d=30, k=5, n_subspaces=10).points.astype("float32"))
 world = planted_subspaces(0, n_per={n // K}, d=30, k=5, n_subspaces={K}, noise=0.01)
 rows = world.points.astype("float32")
 found = measure_peak(lambda: made.fit(rows))
