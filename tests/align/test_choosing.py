@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy.stats import ortho_group
+from sklearn.model_selection import KFold
 
 from polyspan.align import (
     OrthogonalMap,
@@ -115,3 +116,95 @@ def test_that_anchors_are_few_is_said_of_the_winner_and_not_of_folds(turned):
     with pytest.warns(UserWarning, match="anchors leave part of") as caught:
         choose_aligner(np.hstack([X[:14], X[:14]]), np.hstack([Y[:14], Y[:14]]), candidates=candidates)
     assert [str(told.message).split()[0] for told in caught] == ["14"]
+
+
+def ranked(queries, gallery, k, similarity, exclude=True):
+    """Nearest gallery rows of each query by a loop over pairs."""
+    found = []
+    for i, q in enumerate(queries):
+        scores = []
+        for j, g in enumerate(gallery):
+            dot = sum(a * b for a, b in zip(q, g, strict=True))
+            long = np.sqrt(sum(a * a for a in q)) * np.sqrt(sum(b * b for b in g))
+            apart = -sum((a - b) ** 2 for a, b in zip(q, g, strict=True))
+            score = {"cosine": dot / long, "dot": dot, "euclidean": apart}[similarity]
+            scores.append(-np.inf if exclude and i == j else score)
+        found.append(np.argsort(-np.array(scores))[:k])
+    return np.array(found)
+
+
+def shared(found, wanted):
+    return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found, wanted, strict=True)])
+
+
+@pytest.fixture
+def lengths_differ():
+    rng = np.random.default_rng(4)
+    X = rng.normal(size=(48, 3)) * 2.0 ** rng.integers(-2, 3, size=(48, 1))
+    return X, X @ ortho_group.rvs(3, random_state=1) + 0.4 * rng.normal(size=(48, 3)) + 0.5
+
+
+SIMILARITIES = ("cosine", "dot", "euclidean")
+
+
+def test_recall_of_a_choice_is_by_the_similarity_asked_for(lengths_differ):
+    X, Y = lengths_differ
+    told = {}
+    for similarity in SIMILARITIES:
+        choice = choose_aligner(
+            X, Y, metric="recall@3", similarity=similarity, candidates={"ridge": RidgeMap()}, directions=("gallery",)
+        )
+        folds = []
+        for fitting, held in KFold(3, shuffle=True, random_state=0).split(X):
+            mapped = RidgeMap().fit(X[fitting], Y[fitting]).transform(X[held])
+            folds.append(
+                shared(ranked(Y[held], mapped, 3, similarity), ranked(Y[held], Y[held], 3, similarity)),
+            )
+        np.testing.assert_allclose(choice.table[0].folds, folds, atol=1e-12)
+        told[similarity] = choice.score
+    assert len(set(told.values())) == 3
+
+
+def test_recall_of_a_report_is_by_the_metric_asked_for(lengths_differ):
+    X, Y = lengths_differ
+    fitted = RidgeMap().fit(X[:24], Y[:24])
+    mapped, new = fitted.transform(X[24:]), Y[24:]
+    told = set()
+    for metric in SIMILARITIES:
+        report = alignment_report(fitted, X[24:], new, k=3, metric=metric)
+        hits = ranked(new, mapped, 3, metric, exclude=False)
+        twins = np.arange(len(new))[:, None]
+        wanted = {
+            "twin@1": np.mean(hits[:, :1] == twins),
+            "twin@3": np.mean((hits == twins).any(axis=1)),
+            "neighbours@3": shared(ranked(new, mapped, 3, metric), ranked(new, new, 3, metric)),
+        }
+        assert report["recall"] == pytest.approx(wanted)
+        assert report["metric"] == metric
+        told.add(tuple(report["recall"].values()))
+    assert len(told) == 3
+
+
+def test_the_mean_average_precision_is_by_the_similarity_asked_for(lengths_differ):
+    X, Y = lengths_differ
+    labels = (Y[:, 0] > 0).astype(int)
+    for similarity in SIMILARITIES:
+        choice = choose_aligner(
+            X, Y, labels, metric="map", similarity=similarity, candidates={"ridge": RidgeMap()}, directions=("gallery",)
+        )
+        folds = []
+        for fitting, held in KFold(3, shuffle=True, random_state=0).split(X):
+            order = ranked(
+                Y[held], RidgeMap().fit(X[fitting], Y[fitting]).transform(X[held]), len(held) - 1, similarity
+            )
+            relevant = labels[held][order] == labels[held][:, None]
+            precise = np.cumsum(relevant, axis=1) / np.arange(1, len(held))
+            folds.append(np.mean([p[r].mean() for p, r in zip(precise, relevant, strict=True) if r.any()]))
+        np.testing.assert_allclose(choice.table[0].folds, folds, atol=1e-12)
+
+
+def test_a_similarity_that_is_none_is_refused(turned):
+    with pytest.raises(ValueError, match="similarity must be one of cosine, dot, euclidean, got 'l2'"):
+        choose_aligner(*turned, similarity="l2")
+    with pytest.raises(ValueError, match="metric must be one of cosine, dot, euclidean, got 'l2'"):
+        alignment_report(OrthogonalMap().fit(*turned), *turned, metric="l2")

@@ -4,7 +4,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from polyspan.align import ForwardCompatibleMap, load_aligner
+from polyspan.align import ForwardCompatibleMap, alignment_report, load_aligner
 from polyspan.cli import run
 from polyspan.cli.align import Method, _families, fit, score
 from polyspan.io import read_array, write_array
@@ -129,3 +129,25 @@ def test_the_method_of_each_name_is_of_its_own_kind():
     assert (made["srip"].mode, made["relaxed-orthogonal"].mode) == ("srip", "relaxed")
     assert made["forward-compatible"].random_state == made["srip"].random_state == 3
     assert set(made) | {"auto"} == set(get_args(Method))
+
+
+def test_fit_and_score_judge_recall_by_the_metric_asked_for(tmp_path, capsys):
+    rng = np.random.default_rng(4)
+    X = rng.normal(size=(90, 3)) * 2.0 ** rng.integers(-2, 3, size=(90, 1))
+    Y = X @ rng.normal(size=(3, 3)) + 0.4 * rng.normal(size=(90, 3)) + 0.5
+    x, y = write_array(tmp_path / "x.npy", X), write_array(tmp_path / "y.npy", Y)
+    told, scored = {}, {}
+    for metric in ("cosine", "dot", "euclidean"):
+        out = tmp_path / f"{metric}.safetensors"
+        fit(x, y, out=out, method="auto", metric=metric, json=True)
+        told[metric] = json.loads(capsys.readouterr().out)
+        score(out, x, y, k=3, json=True)
+        of_the_map = json.loads(capsys.readouterr().out)
+        score(tmp_path / "cosine.safetensors", x, y, k=3, metric=metric, json=True)
+        scored[metric] = json.loads(capsys.readouterr().out)
+        assert of_the_map["metric"] == scored[metric]["metric"] == told[metric]["held_out"]["metric"] == metric
+        aligner = load_aligner(tmp_path / "cosine.safetensors")[0]
+        assert scored[metric]["recall"] == alignment_report(aligner, X, Y, k=3, metric=metric)["recall"]
+    assert len({tuple(report["recall"].values()) for report in scored.values()}) == 3
+    assert len({tuple(report["held_out"]["recall"].values()) for report in told.values()}) == 3
+    assert len({tuple(row["score"] for row in report["table"]) for report in told.values()}) == 3

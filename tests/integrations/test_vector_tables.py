@@ -1069,3 +1069,9 @@ def test_a_row_without_a_next_vector_is_nan_in_pairs(tmp_path):
     missing = sum(int(np.isnan(rows).all(axis=1).sum()) for _, rows in table.pairs())
     assert missing == N - 64
     assert json.dumps(dict(table.facts().state))
+
+
+def test_a_file_that_cannot_be_written_anew_is_no_store(tmp_path):
+    (tmp_path / "a.vec").write_text("a 1 2\nb 3 4\n")
+    with pytest.raises(WrongContent, match=r"found suffix '\.vec'; expected one that can be written anew: \.npy"):
+        FileTable(tmp_path / "a.vec")

@@ -24,6 +24,7 @@ from .orthogonal_map import (
 
 Direction = Literal["gallery", "query"]
 DIRECTIONS: tuple[Direction, ...] = ("gallery", "query")
+SIMILARITIES = ("cosine", "dot", "euclidean")
 
 
 class AlignerScore(NamedTuple):
@@ -70,6 +71,7 @@ def choose_aligner(
     labels: Any = None,
     *,
     metric: str = "recall@10",
+    similarity: str = "cosine",
     candidates: Mapping[str, Aligner] | None = None,
     directions: Sequence[Direction] = ("gallery", "query"),
     n_splits: int = 3,
@@ -90,14 +92,17 @@ def choose_aligner(
         With labels, ``recall@k`` is the share of queries with a hit of their label among the k; ``map`` needs them.
     metric : str
         ``"recall@<k>"`` or ``"map"`` (mean average precision; needs labels).
+    similarity : {"cosine", "dot", "euclidean"}
+        How the store ranks, and the new model's own ranking is made.
     candidates : mapping of str to aligner, optional
         See :func:`default_candidates`.
 
     Raises
     ------
     ValueError
-        The metric is unknown or needs labels; labels are not one an anchor; a direction is unknown, or there is none,
-        or no candidate, or one that maps to another width than the target's; fewer anchors than folds allow.
+        The metric is unknown or needs labels; the similarity is unknown; labels are not one an anchor; a direction is
+        unknown, or there is none, or no candidate, or one that maps to another width than the target's; fewer anchors
+        than folds allow.
     """
     X, Y = np.asarray(X), np.asarray(Y)
     if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
@@ -109,6 +114,7 @@ def choose_aligner(
         raise ValueError(f"directions must be some of {DIRECTIONS}, got {tuple(directions)}")
     check_count("n_splits", n_splits, 2)
     k = _parse_metric(metric, labels)
+    _check_similarity("similarity", similarity)
     if len(X) < 4 * n_splits:
         raise ValueError(f"X must hold at least 4 anchors a fold ({4 * n_splits}), got {len(X)}")
     tried = candidates if candidates is not None else default_candidates(X.shape[1], Y.shape[1], len(X), random_state)
@@ -126,7 +132,8 @@ def choose_aligner(
                     mapped = clone(candidate).fit(A[fitting], B[fitting]).transform(A[held])
                 check_target_width(mapped, B, name)
                 queries, gallery = (Y[held], mapped) if direction == "gallery" else (mapped, X[held])
-                scores.append(_retrieval(queries, gallery, Y[held], None if labels is None else labels[held], k))
+                own = None if labels is None else labels[held]
+                scores.append(_retrieval(queries, gallery, Y[held], own, k, similarity))
             table.append(AlignerScore(name, direction, float(np.mean(scores)), tuple(scores)))
     table.sort(key=lambda row: -row.score)
     best = table[0]
@@ -154,16 +161,21 @@ def _parse_metric(metric: str, labels: np.ndarray | None) -> int | None:
     return int(tail)
 
 
-def _retrieval(queries, gallery, new, labels, k) -> float:
+def _check_similarity(name: str, similarity: str) -> None:
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"{name} must be one of {', '.join(SIMILARITIES)}, got {similarity!r}")
+
+
+def _retrieval(queries, gallery, new, labels, k, similarity) -> float:
     """Score a ranking against the new model's own neighbours, or against labels; own items are left out."""
     if k is None:
-        return mean_average_precision(queries, gallery, labels, labels, exclude_self=True)
+        return mean_average_precision(queries, gallery, labels, labels, metric=similarity, exclude_self=True)
     k = min(k, len(gallery) - 1)
     own = np.arange(len(gallery))
-    found = top_k(queries, gallery, k, exclude=own).indices
+    found = top_k(queries, gallery, k, metric=similarity, exclude=own).indices
     if labels is not None:
         return float(label_hits(labels, labels, found).any(axis=1).mean())
-    return recall_at_k(found, top_k(new, new, k, exclude=own).indices)
+    return recall_at_k(found, top_k(new, new, k, metric=similarity, exclude=own).indices)
 
 
 def pairing_p_value(X: Any, Y: Any, *, n_permutations: int = 199, max_rows: int = 500, random_state: int = 0) -> float:
@@ -261,22 +273,36 @@ def kernel_agreement(images_a: Any, texts_a: Any, images_b: Any, texts_b: Any) -
     return {"pearson": float(pearson), "cka": float(cka)}
 
 
-def alignment_report(aligner: Aligner, X: Any, Y: Any, *, k: int = 10, random_state: int = 0) -> dict[str, Any]:
+def alignment_report(
+    aligner: Aligner, X: Any, Y: Any, *, k: int = 10, metric: str = "cosine", random_state: int = 0
+) -> dict[str, Any]:
     """Say what a fitted map does on paired rows it has not seen, and what is suspicious about them.
+
+    Parameters
+    ----------
+    aligner : fitted aligner
+    X, Y : arrays of shape (n, d_A) and (n, d_B)
+        Row i of both embeds the same item.
+    k : int
+        Neighbours that recall looks at.
+    metric : {"cosine", "dot", "euclidean"}
+        How the store ranks: recall is by it.
+    random_state : int
+        Of the shuffles that the pairs are tested against.
 
     Returns
     -------
     dict
-        ``n``; ``cosine`` before (None where widths differ) and after; ``recall`` at 1 and at k of each row's own twin
-        and of the new model's neighbours, by cosine; ``unexplained``: residual share, of rows scaled to length 1 where
-        the map was fitted on such; ``pairing_p``: see :func:`pairing_p_value`;
+        ``n``; ``metric``; ``cosine`` before (None where widths differ) and after; ``recall`` at 1 and at k of each
+        row's own twin and of the new model's neighbours, by the metric; ``unexplained``: residual share, of rows scaled
+        to length 1 where the map was fitted on such; ``pairing_p``: see :func:`pairing_p_value`;
         ``warnings``: list of sentences: rows that seem unpaired, a direction that seems swapped, too few anchors.
 
     Raises
     ------
     ValueError
-        Rows do not pair, are fewer than two, or are not of the map's widths; where these are the other way round, the
-        error says so.
+        Rows do not pair, are fewer than two, or are not of the map's widths (where these are the other way round, the
+        error says so); the metric is unknown.
     """
     X, Y = np.asarray(X), np.asarray(Y)
     if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y) or len(X) < 2:
@@ -288,6 +314,7 @@ def alignment_report(aligner: Aligner, X: Any, Y: Any, *, k: int = 10, random_st
             "gives: are X and Y swapped?"
         )
     check_count("k", k)
+    _check_similarity("metric", metric)
     mapped = aligner.transform(X)
     check_target_width(mapped, Y, "aligner")
     n, twins = len(X), np.arange(len(X))
@@ -306,15 +333,16 @@ def alignment_report(aligner: Aligner, X: Any, Y: Any, *, k: int = 10, random_st
         said.append(few)
     same = IdentityMap().fit(X, Y).score(X, Y) if X.shape[1] == Y.shape[1] else None
     wanted = scale_rows(Y.astype(np.float64))[0] if aligner.normalize else Y
-    found = top_k(Y, mapped, k, exclude=None).indices
-    neighbours = top_k(Y, mapped, k, exclude=twins).indices
+    found = top_k(Y, mapped, k, metric=metric).indices
+    neighbours = top_k(Y, mapped, k, metric=metric, exclude=twins).indices
     return {
         "n": n,
+        "metric": metric,
         "cosine": {"before": same, "after": after},
         "recall": {
             "twin@1": recall_at_k(found[:, :1], twins),
             f"twin@{k}": recall_at_k(found, twins),
-            f"neighbours@{k}": recall_at_k(neighbours, top_k(Y, Y, k, exclude=twins).indices),
+            f"neighbours@{k}": recall_at_k(neighbours, top_k(Y, Y, k, metric=metric, exclude=twins).indices),
         },
         "unexplained": residual_share(mapped, wanted, wanted.mean(axis=0)),
         "pairing_p": p,

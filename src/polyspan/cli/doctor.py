@@ -7,6 +7,7 @@ from ._output import FILE, show_json, show_table
 EXTRAS = {
     "hf": ("transformers", "peft", "accelerate"),
     "vectors": ("faiss", "lancedb", "qdrant_client"),
+    "hdf5": ("h5py",),
     "postgres": ("psycopg",),
     "text": ("sentence_transformers",),
     "graphs": ("networkx", "torch_geometric"),

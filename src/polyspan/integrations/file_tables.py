@@ -23,6 +23,7 @@ from ._swapped_file import SwappedFile
 from .vector_tables import BATCH_ROWS, TableBatch, TableFacts, check_finite_rows
 
 FAISS_FILES = (".faiss", ".index")
+WRITABLE = (".npy", ".npz", ".safetensors", ".parquet", ".pq", ".arrow", ".feather", ".ipc", ".fvecs")
 STORED = ("float16", "float32", "float64")
 
 
@@ -59,6 +60,9 @@ class FileTable(SwappedFile):
         self._given: dict[str, Any] = {"column": column, "member": member, "id_column": id_column}
         self.text_column = text_column
         self.reader = EmbeddingReader(self.path, **self._given)
+        if self.path.suffix.lower() not in WRITABLE:
+            found = f"suffix {self.path.suffix.lower()!r}"
+            raise WrongContent(path, found=found, expected=f"one that can be written anew: {', '.join(WRITABLE)}")
         if text_column is not None:
             # Said now, and not when the first text is needed.
             next(text_batches(self.path, text_column, batch_rows=1))

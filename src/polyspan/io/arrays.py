@@ -1,4 +1,4 @@
-"""Arrays in and out of .npy, .npz, .safetensors, .parquet, .arrow, .csv, .fvecs and .mat."""
+"""Arrays in and out of .npy, .npz, .safetensors, .parquet, .arrow, .csv, .fvecs and .mat; streams are read, too."""
 
 import hashlib
 import logging
@@ -15,6 +15,7 @@ from polyspan.errors import CorruptFile, WrongContent
 
 from . import _csv, _mat, _tables
 from ._door import PathLike, check_budget, suffix_of
+from ._row_streams import HDF5, JSON_LINES, STREAMED, check_options, is_word_binary, open_stream, read_stream
 from ._slabs import (
     TENSOR_TYPES,
     Slab,
@@ -32,6 +33,7 @@ from ._slabs import (
 )
 from .atomic import atomic_path
 from .digest import digest_array
+from .json_vectors import holds_lists
 from .text import dump_json
 
 log = logging.getLogger("polyspan.io")
@@ -39,7 +41,7 @@ log = logging.getLogger("polyspan.io")
 FVECS = (".fvecs", ".bvecs", ".ivecs")
 TEXTS = (".csv", ".tsv")
 MEMBERS = (".npz", ".safetensors", ".mat")
-READS = (".npy", ".npz", ".safetensors", *_tables.TABLES, *TEXTS, *FVECS, ".mat")
+READS = (".npy", ".npz", ".safetensors", *_tables.TABLES, *TEXTS, *FVECS, ".mat", *STREAMED)
 WRITES = (".npy", ".npz", ".safetensors", *_tables.TABLES, ".csv", ".fvecs")
 CODES = {np.dtype(stored): code for code, stored in TENSOR_TYPES.items() if code != "BF16"}
 BLOCK = 2**22
@@ -63,11 +65,11 @@ def read_array(
     ----------
     path : path-like
         ``.npy``, ``.npz``, ``.safetensors``, ``.parquet``, ``.arrow``, ``.feather``, ``.csv``, ``.tsv``, ``.fvecs``,
-        ``.bvecs``, ``.ivecs`` or ``.mat``.
+        ``.bvecs``, ``.ivecs`` or ``.mat``; and word vectors, HDF5 and JSON lists as of :class:`EmbeddingReader`.
     member : str, optional
-        Which array of a ``.npz``, ``.safetensors`` or ``.mat`` file; may be left out where there is one.
+        Which array of a ``.npz``, ``.safetensors``, ``.mat`` or HDF5 file; may be left out where there is one.
     column : str, optional
-        Which list column of a table; left out, the only one, or ``vector``.
+        Which list column of a table, of JSON lines or of CSV; left out, the only one, or ``vector``.
     ndim : 2, 1 or None
         The number of dimensions that is asked for; with 1 or 2 no side may be 0. ``None`` takes any.
     dtype : dtype, optional
@@ -90,13 +92,17 @@ def read_array(
     """
     if ndim not in (None, 1, 2):
         raise ValueError(f"ndim must be 1, 2 or None, got {ndim!r}")
-    suffix = suffix_of(path, READS)
-    if member is not None and suffix not in MEMBERS:
+    suffix = ".bin" if is_word_binary(path) else suffix_of(path, READS)
+    if suffix in STREAMED:
+        check_options(suffix, column, member)
+    if member is not None and suffix not in (*MEMBERS, *HDF5):
         raise ValueError(f"member is for {', '.join(MEMBERS)}, got {member!r} for {suffix}")
-    if column is not None and suffix not in _tables.TABLES:
+    if column is not None and suffix not in (*_tables.TABLES, *TEXTS, *JSON_LINES):
         raise ValueError(f"column is for {', '.join(_tables.TABLES)}, got {column!r} for {suffix}")
     if suffix in _tables.TABLES:
         raw = _read_vectors(path, column, max_bytes)
+    elif suffix in STREAMED or (suffix in TEXTS and (column is not None or holds_lists(path))):
+        raw = read_stream(path, open_stream(path, suffix, column=column, member=member), max_bytes)
     elif suffix in TEXTS:
         raw = _csv.read_csv(path, dtype is not None and np.dtype(dtype).kind in "iu")
     elif suffix in FVECS:

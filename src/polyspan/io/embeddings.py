@@ -17,6 +17,7 @@ from polyspan.errors import CorruptFile, WrongContent
 
 from . import _tables
 from ._door import PathLike, check_ratio, open_binary, suffix_of, told
+from ._row_streams import JSON_CELLS, STREAMED, RowStream, check_options, is_word_binary, open_stream
 from ._slabs import (
     Slab,
     check_numbers,
@@ -31,7 +32,7 @@ from ._slabs import (
 )
 from .arrays import FVECS, check_finite, wide_dtype, widen_brain
 
-SOURCES = (".npy", ".npz", ".safetensors", *_tables.TABLES, *FVECS)
+SOURCES = (".npy", ".npz", ".safetensors", *_tables.TABLES, *FVECS, *STREAMED, *JSON_CELLS)
 BATCH_ROWS = 65536
 
 
@@ -54,12 +55,14 @@ class EmbeddingReader:
     ----------
     path : path-like
         ``.npy``, ``.npz``, ``.safetensors``, ``.parquet``, ``.arrow``, ``.feather``, ``.fvecs``, ``.bvecs`` or
-        ``.ivecs``.
+        ``.ivecs``. Word vectors: ``.vec``, ``.glove`` or ``.txt`` (text), ``.w2v`` or ``.bin`` (binary of word2vec);
+        words are ids, and none may come twice. ``.h5`` or ``.hdf5``. JSON lists of numbers: ``.jsonl``, ``.ndjson``,
+        and ``.csv`` or ``.tsv`` with such lists in a column.
     column, id_column : str, optional
-        Columns of a table: the vectors (left out: the only list, or ``vector``) and the ids (left out: ``id``, if
-        there is one).
+        Columns of a table, of JSON lines or of CSV: the vectors (left out: the only list, or ``vector``) and the ids
+        (left out: ``id``, if there is one). Of HDF5 ``id_column`` is a dataset.
     member : str, optional
-        Which array of ``.npz`` or ``.safetensors``.
+        Which array of ``.npz`` or ``.safetensors``, or which dataset of HDF5.
     batch_rows : int
         Rows a batch; the last one may be shorter.
 
@@ -75,7 +78,8 @@ class EmbeddingReader:
     Raises
     ------
     UnreadableFile, CorruptFile, UntrustedFile, WrongContent, TooLarge
-        On opening, from the header alone; and from :meth:`batches`, naming the row.
+        On opening, from the header alone (texts without one are read through to count rows); and from :meth:`batches`,
+        naming the row, or the line of a text.
     """
 
     def __init__(
@@ -90,16 +94,21 @@ class EmbeddingReader:
         if batch_rows < 1:
             raise ValueError(f"batch_rows must be at least 1, got {batch_rows}")
         self.path, self.batch_rows = Path(path), batch_rows
-        self.suffix = suffix_of(path, SOURCES)
-        if self.suffix not in _tables.TABLES and (column is not None or id_column is not None):
+        self.suffix = ".bin" if is_word_binary(path) else suffix_of(path, SOURCES)
+        streamed = (*STREAMED, *JSON_CELLS)
+        check_options(self.suffix, column, member, id_column)
+        if self.suffix not in (*_tables.TABLES, *streamed) and (column is not None or id_column is not None):
             raise ValueError(f"column and id_column are for tables, got them for {self.suffix}")
-        if member is not None and self.suffix not in (".npz", ".safetensors"):
+        if member is not None and self.suffix not in (".npz", ".safetensors", *streamed):
             raise ValueError(f"member is for .npz and .safetensors, got {member!r} for {self.suffix}")
         self.column, self.id_column = column, id_column
         self._digest: str | None = None
         self._slab: Slab | None = None
+        self._stream: RowStream | None = None
         if self.suffix in _tables.TABLES:
             self._open_table()
+        elif self.suffix in streamed:
+            self._open_streamed(member)
         else:
             self._open_slab(member)
         if self.n_rows == 0 or self.dim == 0:
@@ -112,6 +121,12 @@ class EmbeddingReader:
             self.n_rows, self.dim = table.n_rows, _tables.width(table, self.column)
             stored = _tables.item_dtype(table, self.column)
         self.stored_dtype, self.dtype = str(stored), wide_dtype(stored)
+
+    def _open_streamed(self, member: str | None) -> None:
+        found = open_stream(self.path, self.suffix, column=self.column, member=member, id_column=self.id_column)
+        self._stream, self.column, self.id_column = found, found.column, found.id_name
+        self.n_rows, self.dim = found.n_rows, found.dim
+        self.stored_dtype, self.dtype = str(found.stored), wide_dtype(found.stored)
 
     def _open_slab(self, member: str | None) -> None:
         if self.suffix in FVECS:
@@ -163,7 +178,10 @@ class EmbeddingReader:
 
     def read(self, start: int = 0) -> Iterator[EmbeddingBatch]:
         """Yield the rows from ``start`` on, as :meth:`batches`, with nothing read ahead."""
-        pieces = self._table_batches(start) if self._slab is None else self._slab_batches(self._slab, start)
+        if self._stream is not None:
+            pieces = self._streamed_batches(self._stream, start)
+        else:
+            pieces = self._table_batches(start) if self._slab is None else self._slab_batches(self._slab, start)
         expected = start
         for batch in pieces:
             if batch.start != expected:
@@ -173,6 +191,10 @@ class EmbeddingReader:
             yield batch
         if expected != self.n_rows:
             raise CorruptFile(self.path, found=f"{expected} rows", expected=f"{self.n_rows}, as its header says")
+
+    def _streamed_batches(self, stream: RowStream, start: int) -> Iterator[EmbeddingBatch]:
+        for first, rows, ids in stream.pieces(self.batch_rows, start):
+            yield EmbeddingBatch(first, _fixed(rows.astype(self.dtype, copy=False)), ids)
 
     def _table_batches(self, start: int) -> Iterator[EmbeddingBatch]:
         assert self.column is not None
@@ -240,7 +262,7 @@ class EmbeddingReader:
             "shape": [self.n_rows, self.dim],
             "dtype": self.stored_dtype,
             "column": self.column,
-            "member": None if self._slab is None else self._slab.member,
+            "member": self._slab.member if self._slab is not None else self._stream and self._stream.member,
             "ends_sha256": total.hexdigest(),
         }
 

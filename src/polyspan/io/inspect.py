@@ -11,6 +11,7 @@ from . import _tables
 from ._door import PathLike, file_size, refuse_pickled_suffix
 from ._edge_lists import EDGE_TEXTS
 from ._mat import CLASSES, mat_variables
+from ._row_streams import HDF5, WORD_BINARIES, is_word_binary
 from ._slabs import Slab, npy_slab, npz_slabs, tensor_slabs
 from .arrays import FVECS, check_finite, read_array, read_members
 from .embeddings import EmbeddingReader
@@ -29,7 +30,8 @@ def inspect_file(path: PathLike) -> dict[str, Any]:
     report: dict[str, Any] = {"path": str(path)}
     try:
         report["bytes"] = file_size(path)
-        refuse_pickled_suffix(path)
+        if not is_word_binary(path):
+            refuse_pickled_suffix(path)
         report.update(_describe(Path(path)))
         report["usable"] = True
     except FileError as error:
@@ -49,7 +51,7 @@ def _describe(path: Path) -> dict[str, Any]:
         return _describe_members(path, suffix)
     if suffix in _tables.TABLES:
         return _describe_table(path)
-    if suffix in FVECS:
+    if suffix in (*FVECS, *HDF5, *WORD_BINARIES, ".vec", ".glove"):
         reader = EmbeddingReader(path)
         for _ in reader.batches():
             pass
