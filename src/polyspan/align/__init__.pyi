@@ -95,6 +95,10 @@ from .unit_matching import UnitMatching as UnitMatching
 from .unit_matching import match_units as match_units
 from .unit_matching import unit_correlations as unit_correlations
 from .unit_matching import unit_mutual_information as unit_mutual_information
+from .unit_permutation import UnitAxis as UnitAxis
+from .unit_permutation import complete_matching as complete_matching
+from .unit_permutation import permute_network as permute_network
+from .unit_permutation import sequential_unit_spec as sequential_unit_spec
 from .unit_sharing import SparseUnitMapping as SparseUnitMapping
 from .unit_sharing import UnitCoClustering as UnitCoClustering
 from .upgrade_plan import StrategyRow as StrategyRow
