@@ -1,3 +1,9 @@
+from .compatible_trainer import CompatibilityMetrics as CompatibilityMetrics
+from .compatible_trainer import CompatibleEncoder as CompatibleEncoder
+from .compatible_trainer import CompatibleModelOutput as CompatibleModelOutput
+from .compatible_trainer import CompatibleTrainerLoss as CompatibleTrainerLoss
+from .compatible_trainer import RetractionCallback as RetractionCallback
+from .compatible_trainer import keep_embedding as keep_embedding
 from .compressed_model import CompressedModelConfig as CompressedModelConfig
 from .compressed_model import CompressedModelQuantizer as CompressedModelQuantizer
 from .compressed_model import export_dense as export_dense
