@@ -134,6 +134,11 @@ from .rotation_grid import rotation9d_to_rotation6d as rotation9d_to_rotation6d
 from .rotation_head import RotationHead as RotationHead
 from .rotation_kinematics import forward_kinematics as forward_kinematics
 from .rotation_plots import plot_error_along_path as plot_error_along_path
+from .rotation_report import AxisErrors as AxisErrors
+from .rotation_report import plot_rotation_errors as plot_rotation_errors
+from .rotation_report import rotation_axis_errors as rotation_axis_errors
+from .rotation_scipy import matrix_to_scipy as matrix_to_scipy
+from .rotation_scipy import scipy_to_matrix as scipy_to_matrix
 from .scan_plots import plot_scan_routes as plot_scan_routes
 from .scan_plots import plot_segmentation as plot_segmentation
 from .scan_routes import ScanRoute as ScanRoute
