@@ -11,12 +11,12 @@ from scipy.special import logsumexp
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from polyspan.align import InverseGraphConvolution
-from polyspan.align.hubness_corrections import (
+from polyspan.align import (
     CSLS,
     AllButTheTop,
     Centering,
     DualBankNormalization,
+    InverseGraphConvolution,
     QueryBankNormalization,
 )
 from polyspan.errors import WrongContent

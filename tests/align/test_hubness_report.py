@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata, skew
 
-from polyspan.align import InverseGraphConvolution, hubness
-from polyspan.align.hubness_corrections import CSLS, AllButTheTop, Centering, QueryBankNormalization
+from polyspan.align import CSLS, AllButTheTop, Centering, InverseGraphConvolution, QueryBankNormalization, hubness
 from polyspan.align.inverse_graph_plots import plot_corrections
 from polyspan.align.retrieval_report import (
     compare_corrections,

@@ -1,5 +1,7 @@
 from ._aligner import Aligner as Aligner
 from ._aligner import load_aligner as load_aligner
+from ._hubness_correction import CorrectionChoice as CorrectionChoice
+from ._hubness_correction import CorrectionScore as CorrectionScore
 from ._prototypes import class_prototypes as class_prototypes
 from ._prototypes import prototype_separability as prototype_separability
 from .backfilling import BackfillCurve as BackfillCurve
@@ -34,10 +36,6 @@ from .compatible_training import OrthogonalCompatibleLoss as OrthogonalCompatibl
 from .forward_compatible import FastFillMap as FastFillMap
 from .forward_compatible import ForwardCompatibleMap as ForwardCompatibleMap
 from .hubness_corrections import CSLS as CSLS
-from .hubness_corrections import AllButTheTop as AllButTheTop
-from .hubness_corrections import Centering as Centering
-from .hubness_corrections import CorrectionChoice as CorrectionChoice
-from .hubness_corrections import CorrectionScore as CorrectionScore
 from .hubness_corrections import DualBankNormalization as DualBankNormalization
 from .hubness_corrections import GalleryOffsets as GalleryOffsets
 from .hubness_corrections import QueryBankNormalization as QueryBankNormalization
@@ -105,3 +103,5 @@ from .upgrade_plan import StrategyRow as StrategyRow
 from .upgrade_plan import UpgradePlan as UpgradePlan
 from .upgrade_plan import plan_upgrade as plan_upgrade
 from .upgrade_plots import plot_upgrade_plan as plot_upgrade_plan
+from .vector_corrections import AllButTheTop as AllButTheTop
+from .vector_corrections import Centering as Centering

@@ -16,14 +16,9 @@ from polyspan.linalg import top_k
 from ._checks import check_count, check_kind
 from ._hubness import FLOATS, Hubness, checked_relevant, count_hubs
 from ._score_blocks import MatrixBlocks, ScoreBlocks
-from .hubness_corrections import (
-    CSLS,
-    AllButTheTop,
-    Centering,
-    DualBankNormalization,
-    QueryBankNormalization,
-)
+from .hubness_corrections import CSLS, DualBankNormalization, QueryBankNormalization
 from .inverse_graph import InverseGraphConvolution
+from .vector_corrections import AllButTheTop, Centering
 
 __all__ = [
     "ComparedCorrection",

@@ -10,12 +10,13 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
-from polyspan.align import InverseGraphConvolution, OrthogonalMap
-from polyspan.align.hubness_corrections import (
+from polyspan.align import (
     CSLS,
     AllButTheTop,
     Centering,
     DualBankNormalization,
+    InverseGraphConvolution,
+    OrthogonalMap,
     QueryBankNormalization,
 )
 from polyspan.claims import Claim
