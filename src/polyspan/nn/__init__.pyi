@@ -95,6 +95,9 @@ from .rotation import rotation5d_to_matrix as rotation5d_to_matrix
 from .rotation import rotation6d_to_matrix as rotation6d_to_matrix
 from .rotation import rotation9d_to_matrix as rotation9d_to_matrix
 from .rotation import rotationnd_to_matrix as rotationnd_to_matrix
+from .rotation_comparison import ComparedRepresentation as ComparedRepresentation
+from .rotation_comparison import compare_representations as compare_representations
+from .rotation_comparison import plot_representations as plot_representations
 from .rotation_distance import RotationErrors as RotationErrors
 from .rotation_distance import chordal_distance as chordal_distance
 from .rotation_distance import chordal_loss as chordal_loss
