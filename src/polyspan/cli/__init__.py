@@ -90,6 +90,9 @@ rotations.command(
     "polyspan.cli.rotations:convert", name="convert", help="Turn a file of rotations from one form into another."
 )
 rotations.command("polyspan.cli.rotations:breaks", name="breaks", help="Say where the numbers of a path jump.")
+rotations.command(
+    "polyspan.cli.rotations_compare:compare", name="compare", help="Say which numbers a network learns best for yours."
+)
 projector.command(
     "polyspan.cli.projector:convert", name="convert", help="Make weights of a checkpoint low-rank orthogonal."
 )
