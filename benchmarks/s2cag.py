@@ -14,7 +14,7 @@ from sklearn.cluster import SpectralClustering
 from sklearn.feature_extraction.text import TfidfTransformer
 
 from _runner import growth, peak_in_child, race, save
-from polyspan.cluster import S2CAG
+from polyspan.cluster import S2CAG, ModularityS2CAG
 from polyspan.cluster._graph_smoothing import Smoothing
 from polyspan.data import planted_graph
 from polyspan.linalg import clustering_accuracy, principal_angles
@@ -137,6 +137,7 @@ def main() -> None:
         options = {"size": {"n": n, "edges": A.nnz // 2, "d": D}, "repeats": 3}
         fits = {
             "polyspan S2CAG": lambda a=A, x=X: S2CAG(K, random_state=0).fit(x, adjacency=a),
+            "by modularity": lambda a=A, x=X: ModularityS2CAG(K, random_state=0).fit(x, adjacency=a),
             "in float32": lambda a=A, x=X: S2CAG(K, dtype=np.float32, random_state=0).fit(x, adjacency=a),
         }
         alone.append(race("growth", fits, **options))
