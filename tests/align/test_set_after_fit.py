@@ -7,6 +7,8 @@ from polyspan.align import (
     InverseGraphConvolution,
     OrthogonalMap,
     RelaxedOrthogonalAdapter,
+    SubspaceAligner,
+    UnitCoClustering,
     alignment_report,
     choose_aligner,
     plan_upgrade,
@@ -70,3 +72,16 @@ def test_a_map_into_a_space_of_its_own_is_named_where_maps_are_judged():
         choose_aligner(X[:, :3], Y, candidates={"narrow": aligner}, directions=("gallery",))
     with pytest.raises(ValueError, match=f"RelaxedOrthogonalAdapter {said}"):
         plan_upgrade(X[:, :3], Y, n_rows=60, candidates={"narrow": aligner}, backfill_shares=())
+
+
+def test_what_one_fit_alone_has_is_gone_after_another():
+    aligner = SubspaceAligner(n_components="auto").fit(X, Y)
+    assert aligner.tried_
+    assert not hasattr(aligner.set_params(n_components=2).fit(X, Y), "tried_")
+    adapter = RelaxedOrthogonalAdapter(lam="auto", max_iter=2, random_state=0).fit(X, Y)
+    assert len(adapter.held_losses_)
+    assert not hasattr(adapter.set_params(lam=0.5).fit(X, Y), "held_losses_")
+    groups = UnitCoClustering(2, method="recursive", random_state=0).fit(X, Y)
+    assert len(groups.splits_)
+    groups.set_params(method="spectral").fit(X, Y)
+    assert not any(hasattr(groups, name) for name in ("splits_", "cuts_", "leaves_"))

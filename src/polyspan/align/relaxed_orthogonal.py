@@ -283,6 +283,7 @@ class RelaxedOrthogonalAdapter(Aligner):
 
     def _threshold(self, sides, codes, k: int, seed: int) -> float:
         """Return the threshold in units of N, learnt where it is to be."""
+        vars(self).pop("held_losses_", None)
         if self.mode != "relaxed":
             return math.inf
         if self.lam != "auto":

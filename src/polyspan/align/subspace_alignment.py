@@ -155,6 +155,7 @@ class SubspaceAligner(PairMatching, Aligner):
         self._check_parameters()
         if self.n_components == "auto":
             raise ValueError("n_components must be a number or None for partial_fit, got 'auto'")
+        vars(self).pop("tried_", None)
         first = not hasattr(self, "_moments")
         if first and hasattr(self, "x_weights_"):
             raise ValueError(
@@ -172,6 +173,7 @@ class SubspaceAligner(PairMatching, Aligner):
 
     def _fit_rows(self, X, Y, weights) -> None:
         self._check_parameters()
+        vars(self).pop("tried_", None)
         weights = checked_weights(weights, len(X))
         self._start(X, Y)
         self._add(X, Y, weights)

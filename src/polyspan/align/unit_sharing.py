@@ -422,6 +422,8 @@ class UnitCoClustering(BaseEstimator):
         rank = np.append(np.argsort(order), -1)
         self.n_clusters_, self.table_ = k, sizes[order]
         self.labels_in_, self.labels_out_ = rank[labels[:d]], rank[labels[d:]]
+        for name in ("splits_", "cuts_", "leaves_"):
+            vars(self).pop(name, None)
         if cut is not None:
             self.splits_, self.cuts_, self.leaves_, self.stability_ = cut.splits, cut.cuts, cut.leaves[order], np.nan
         return self
