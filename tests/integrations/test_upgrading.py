@@ -11,7 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import ortho_group
 
-from polyspan.align import OrthogonalMap, ResidualMLPMap, RidgeMap, backfill_order, load_aligner
+from polyspan.align import (
+    ForwardCompatibleMap,
+    OrthogonalMap,
+    ResidualMLPMap,
+    RidgeMap,
+    backfill_order,
+    load_aligner,
+)
 from polyspan.integrations import Encoder, FaissTable, FileTable, LanceTable, Upgrade, load_encoder, wrap_queries
 from polyspan.io import read_array, write_array
 from polyspan.linalg import recall_at_k, top_k
@@ -507,10 +514,14 @@ def test_only_affine_maps_are_offered_for_the_queries_of_an_index(tmp_path):
     upgrade = Upgrade(
         tmp_path / "state", FaissTable(tmp_path / "x.faiss"), encoder=new_encoder(), texts=dict(enumerate(TEXTS))
     )
-    tried = {"mlp": ResidualMLPMap(random_state=0), "far": OrthogonalMap(shift=False)}
+    tried = {
+        "mlp": ResidualMLPMap(random_state=0),
+        "fct": ForwardCompatibleMap(hidden=8, max_iter=2, warmup=0.0, batch_size=64, random_state=0),
+        "far": OrthogonalMap(shift=False),
+    }
     made = upgrade.plan(n_anchors=200, k=5, candidates=tried)
     assert {row.aligner for row in made.table if row.strategy == "query"} == {"far"}
-    assert {row.aligner for row in made.table if row.strategy == "gallery"} == {"mlp", "far"}
+    assert {row.aligner for row in made.table if row.strategy == "gallery"} == {"mlp", "fct", "far"}
     with pytest.raises(ValueError, match="candidates must hold an affine map, for queries of an index, got mlp"):
         upgrade.plan(n_anchors=200, k=5, candidates={"mlp": tried["mlp"]})
     assert upgrade.begin("query") == "query"

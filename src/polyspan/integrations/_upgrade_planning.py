@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.base import clone
 
-from polyspan.align import Aligner, ResidualMLPMap, default_candidates, plan_upgrade
+from polyspan.align import Aligner, ForwardCompatibleMap, ResidualMLPMap, default_candidates, plan_upgrade
 from polyspan.align.orthogonal_map import few_anchors_unsaid
 from polyspan.align.upgrade_plan import StrategyRow, UpgradePlan, recommend
 from polyspan.io import digest_array, make_folder, read_json, read_members, write_array, write_json, write_members
@@ -18,6 +18,8 @@ from ._next_rows import AGREES, plain_keys, row_distances
 from .encoders import Encoder, digest_texts
 from .vector_tables import TableBatch, TableFacts, VectorTable
 
+NETWORKS = (ResidualMLPMap, ForwardCompatibleMap)
+"""Maps that are not affine, which the queries of an index cannot go through."""
 ASKED_AGAIN = 4
 """So many of a sample that was embedded before are embedded again, to see whether the encoder is still the same."""
 METRICS = {"dot": "dot", "l2": "euclidean"}
@@ -168,12 +170,12 @@ class PlannedUpgrade:
 
         def can(row: StrategyRow) -> bool:
             if row.strategy == "query":
-                return not (affine and isinstance(tried[row.aligner], ResidualMLPMap))
+                return not (affine and isinstance(tried[row.aligner], NETWORKS))
             return row.strategy == "stay" or (
                 self._rewritable() and (row.strategy != "backfill" or row.aligner == carried)
             )
 
-        if affine and all(isinstance(candidate, ResidualMLPMap) for candidate in tried.values()):
+        if affine and all(isinstance(candidate, NETWORKS) for candidate in tried.values()):
             raise ValueError(f"candidates must hold an affine map, for queries of an index, got {', '.join(tried)}")
         rows, wanted = [row for row in made.table if can(row)], made.table[made.recommended]
         aligners = dict(made.aligners) if self._rewritable() else {"query": made.aligners["query"]}
